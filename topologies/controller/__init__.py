@@ -1,0 +1,1 @@
+"""Which switch port a packet leaves by: the rules (pure) and the OpenFlow controller that installs them."""

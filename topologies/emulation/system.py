@@ -1,0 +1,131 @@
+"""The few Linux calls the emulation needs and Python lacks: namespaces by process, death with the parent, offloads."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from datastore.native.errors import NearstateError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNET = 0x40000000
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+SIOCETHTOOL = 0x8946
+# <linux/ethtool.h>: transmit checksum, TCP segmentation, generic segmentation and receive offload
+OFFLOADS = {"rx_checksum": 0x15, "tx_checksum": 0x17, "tso": 0x1F, "gso": 0x24, "gro": 0x2C}
+
+
+def enter_network_namespace(pid: int) -> None:
+    """Move the calling thread into the network namespace of a process."""
+    fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _setns(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def network_namespace(pid: int) -> Iterator[None]:
+    """Within the block, sockets opened, sysctls written and programs started by this thread belong to that namespace."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        enter_network_namespace(pid)
+        yield
+    finally:
+        _setns(home)
+        os.close(home)
+
+
+def _setns(fd: int) -> None:
+    if _libc.setns(fd, CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise NearstateError(f"setns into a network namespace: {os.strerror(code)}; run as root")
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the *thread* that started it ends (prctl(2), PR_SET_PDEATHSIG)."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died in between
+        os._exit(1)
+
+
+def dying_with_us() -> Callable[[], None]:
+    """Return a `preexec_fn`: the process started dies with the thread that starts it."""
+    parent = os.getpid()
+    return lambda: die_with_parent(parent)
+
+
+def set_name(name: str) -> None:
+    """Set what `ps` and `top` show for this process: 15 bytes."""
+    _libc.prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)
+
+
+def set_offload(interface: str, offload: str, on: bool) -> None:
+    """Switch one of OFFLOADS of an interface of the calling thread's namespace; what a device lacks is left as it is."""
+    value = ctypes.create_string_buffer(struct.pack("II", OFFLOADS[offload], on))
+    request = struct.pack("16sP8x", interface.encode(), ctypes.addressof(value))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle, contextlib.suppress(OSError):
+        fcntl.ioctl(handle, SIOCETHTOOL, request)
+
+
+def has_generic_netlink_family(name: str) -> bool:
+    """Tell whether the kernel has a generic netlink family (asking loads the module that provides it, if there is one)."""
+    attribute = struct.pack("HH", 4 + len(name) + 1, 2) + name.encode() + b"\0"  # CTRL_ATTR_FAMILY_NAME
+    attribute += bytes(-len(attribute) % 4)
+    body = struct.pack("BBH", 3, 1, 0) + attribute  # CTRL_CMD_GETFAMILY
+    message = struct.pack("IHHII", 16 + len(body), 16, 1, 1, 0) + body  # GENL_ID_CTRL, NLM_F_REQUEST
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 16) as netlink:
+        netlink.settimeout(1)
+        netlink.send(message)
+        return int(struct.unpack_from("H", netlink.recv(8192), 4)[0]) != 2  # NLMSG_ERROR
+
+
+class Started:
+    """A helper program on its way: `finish` waits and turns its failure into one line."""
+
+    def __init__(self, command: Sequence[str], text: str, environment: dict[str, str]) -> None:
+        self.command = command
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=environment, preexec_fn=dying_with_us())  # fmt: skip
+        except FileNotFoundError:
+            raise NearstateError(f"{command[0]} is not installed: install the package that has it") from None
+        self.text = text
+
+    def finish(self, timeout_s: float = 20) -> str:
+        """Return the standard output. Raises NearstateError with the program's own words."""
+        try:
+            output, complaint = self.process.communicate(self.text, timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise NearstateError(f"{' '.join(self.command)[:120]}: no answer in {timeout_s:g} s") from None
+        if self.process.returncode != 0:
+            raise NearstateError(f"{' '.join(self.command)[:120]}: {' '.join(complaint.split())[:300]}")
+        return output
+
+
+def start(command: Sequence[str], environment: dict[str, str], text: str = "") -> Started:
+    """Start a helper program with the run's marker; it dies with the caller."""
+    return Started(command, text, environment)
+
+
+def run(command: Sequence[str], environment: dict[str, str], text: str = "", timeout_s: float = 20) -> str:
+    """Run a helper program to its end and return its output."""
+    return Started(command, text, environment).finish(timeout_s)
+
+
+def without_ipv6(interface: str) -> None:
+    """No link-local address, so no router solicitation or multicast noise, on one interface ('default': all later ones)."""
+    path = Path(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6")
+    if path.exists():
+        path.write_text("1")
