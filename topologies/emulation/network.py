@@ -1,0 +1,426 @@
+"""How does a checked topology become namespaces, links, a switch and its controller, and exactly that disappear again?
+
+Bringing up the rack overlaps what can be: the controller imports while the hosts' shells start, `ip -batch` makes all links in
+one go, then one transaction makes the bridge while interfaces are configured. Link and bridge names carry the run's short id;
+all is journalled first. No sysctl of the machine is changed and Mininet's own clean-up, which kills what is not ours, is never
+called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mininet.cli import CLI
+from mininet.link import Intf
+from mininet.log import setLogLevel
+from mininet.net import Mininet
+
+from datastore.native.errors import NearstateError, unknown
+from topologies.controller.steering import PARTITIONS
+from topologies.emulation import calibration, journal as journals, system
+from topologies.emulation.cgroup import CpuLimits
+from topologies.emulation.journal import Journal
+from topologies.emulation.nodes import Cable, CableEnd, NamespaceHost, ScopedSwitch
+from topologies.emulation.processes import ROOT, Launcher
+from topologies.emulation.topology import Plan, plan
+
+CLIENT_ADDRESS, SERVER_ADDRESS = "10.0.0.1", "10.128.0.1"
+STORAGE_NETWORK = "192.168.77"
+CONTROLLER_S = 15.0
+Mininet.inited = True  # its init() raises a dozen sysctls of the machine and does nothing else we need
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network device of a host, by its name in the host's namespace."""
+
+    name: str
+    mac: str
+    ipv4: str | None
+
+
+@dataclass(frozen=True)
+class EmulatedHost:
+    """A host of the running network. pid owns its network namespace; cgroup, if its CPU is limited, is the folder to join."""
+
+    name: str
+    role: str
+    pid: int
+    interfaces: Mapping[str, Interface]
+    cgroup: Path | None
+
+
+def datapath() -> str:
+    """Return the best datapath here: "kernel", "afxdp" or "userspace". Raises NearstateError when Open vSwitch does not answer."""
+    if shutil.which("ovs-vsctl") is None:
+        raise NearstateError("ovs-vsctl is not installed: install the distribution's package openvswitch-switch")
+    if shutil.which("modprobe") and not Path("/sys/module/openvswitch").exists():
+        subprocess.run(["modprobe", "-q", "openvswitch"], capture_output=True, check=False)
+    command = ["ovs-vsctl", "--timeout=5", "get", "Open_vSwitch", ".", "iface_types"]
+    try:
+        types = system.run(command, dict(os.environ))
+    except NearstateError as error:
+        raise NearstateError(f"Open vSwitch does not answer ({error}): start it, `ovs-ctl start` or "
+                             "`systemctl start openvswitch-switch`") from None  # fmt: skip
+    if system.has_generic_netlink_family("ovs_datapath"):
+        return "kernel"
+    return "afxdp" if "afxdp-nonpmd" in types else "userspace"
+
+
+class Network:
+    """An emulated data center. `topology` and `parameters` are checked completely here; nothing starts before `start`.
+
+    Raises NearstateError for an unknown topology or parameter, with the nearest valid names.
+    """
+
+    def __init__(
+        self, topology: str, parameters: Mapping[str, Any], run_id: str, launcher: Launcher, journal: Journal
+    ) -> None:
+        self.plan: Plan = plan(topology, parameters)
+        self.run_id, self.launcher, self.journal = run_id, launcher, journal
+        self.hosts: dict[str, EmulatedHost] = {}
+        self.switch: ScopedSwitch | None = None
+        self.delay_mechanism = "none"
+        self.seconds: dict[str, float] = {}
+        self._limits = CpuLimits(journal)
+        self._mininet: Mininet | None = None
+        self._controller: subprocess.Popen[bytes] | None = None
+        self._commands: socket.socket | None = None
+        self._files: list[Path] = []
+        self._calibration: calibration.Calibration | None = None
+
+    def __enter__(self) -> Network:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> Network:
+        """Bring everything up, rules installed. On an error everything is taken down again."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _start(self) -> None:
+        if os.geteuid() != 0:
+            raise NearstateError("the emulation makes network namespaces: run as root")
+        clock = _Stopwatch(self.seconds)
+        has_switch = bool(self.plan.graph.switches())
+        kind = datapath() if has_switch else ""
+        controller_port = self._start_controller() if has_switch else 0
+        clock.lap("controller_started")
+        self._mininet = self._build(kind)
+        for host in self._mininet.hosts:
+            host.await_namespace()
+        clock.lap("namespaces")
+        self._make_links()
+        clock.lap("links")
+        starting = self.switch.starting(controller_port) if self.switch else None
+        self._configure_hosts()
+        clock.lap("hosts_configured")
+        if starting:
+            starting.finish()
+            clock.lap("bridge")
+            self._command({"command": "ready"})
+            clock.lap("rules")
+
+    def _build(self, kind: str) -> Mininet:
+        setLogLevel("error")
+
+        def make_host(name: str, **params: Any) -> NamespaceHost:
+            return NamespaceHost(name, journal=self.journal, **params)
+
+        def make_switch(name: str, **params: Any) -> ScopedSwitch:
+            return ScopedSwitch(name, journal=self.journal, datapath=kind, **params)
+
+        mininet = Mininet(
+            topo=None, host=make_host, switch=make_switch, link=Cable, intf=CableEnd, controller=None, build=False
+        )
+        self._mininet = mininet  # before it is full: what was made until an error is stopped too
+        mininet.topo = self.plan.graph
+        mininet.build()
+        self.switch = mininet.switches[0] if mininet.switches else None
+        return mininet
+
+    # links and addresses
+
+    def _make_links(self) -> None:
+        """Make every veth pair with its ends in place, in one `ip -batch`."""
+        assert self._mininet is not None
+        batch = []
+        for number, cable in enumerate(self._mininet.links):
+            ends = []
+            for side, interface in enumerate((cable.intf1, cable.intf2)):
+                interface.mac = f"02:00:00:00:{number:02x}:{side + 1:02x}"
+                ends.append(self._end(interface))
+            batch.append(f"link add {ends[0]} type veth peer {ends[1]}")
+        if self.switch:
+            names = [self.switch.port_name(interface) for interface in self.switch.ports_in_use()]
+            for name in names:
+                self.journal.link(name)
+            # nothing may change before IPv6 is off, or the kernel sends router solicitations into the switch
+            system.run(["ip", "-batch", "-"], self.journal.environment(), "\n".join(batch))
+            for name in names:
+                system.without_ipv6(name)
+            batch = [f"link set {name} up" for name in names]
+        system.run(["ip", "-batch", "-"], self.journal.environment(), "\n".join(batch))
+
+    def _end(self, interface: Intf) -> str:
+        if isinstance(interface.node, NamespaceHost):
+            return f"name {interface.name} netns {interface.node.pid} address {interface.mac}"
+        assert self.switch is not None
+        return f"name {self.switch.port_name(interface)} group {self._link_group()} address {interface.mac}"
+
+    def _link_group(self) -> int:
+        """Return the run's own link group: one command then removes all its links together."""
+        return int(self.journal.short, 36) + 1_000_000
+
+    def _configure_hosts(self) -> None:
+        """Give interfaces their addresses and static neighbours; all hosts' `ip -batch` run side by side."""
+        assert self._mininet is not None
+        addresses = self._addresses()
+        running = []
+        for host in self._mininet.hosts:
+            interfaces = {}
+            for interface in host.intfs.values():
+                interfaces[interface.name] = Interface(interface.name, interface.mac, addresses.get((host.name, interface.name)))
+            cgroup = self._limits.limit(host.name, self.plan.cpu[host.role]) if host.role in self.plan.cpu else None
+            if cgroup:
+                (cgroup / "cgroup.procs").write_text(str(host.pid))
+            self.hosts[host.name] = EmulatedHost(host.name, host.role, host.pid, interfaces, cgroup)
+        for name, emulated in self.hosts.items():
+            with system.network_namespace(emulated.pid):
+                for interface in emulated.interfaces.values():
+                    system.without_ipv6(interface.name)
+                    self._set_offloads(interface.name)
+                running.append(system.start(["ip", "-batch", "-"], self.journal.environment(), self._host_batch(name)))
+        for started in running:
+            started.finish()
+
+    def _addresses(self) -> dict[tuple[str, str], str]:
+        """Return address/prefix by host and interface: the packet loop's ports have none, storage ones count up."""
+        assert self._mininet is not None
+        addresses = {("client", "net"): f"{CLIENT_ADDRESS}/8", ("server", "net"): f"{SERVER_ADDRESS}/8"}
+        stored = [host.name for host in self._mininet.hosts if "storage" in host.nameToIntf]
+        for number, name in enumerate(stored, 1):
+            addresses[name, "storage"] = f"{STORAGE_NETWORK}.{number}/24"
+        return addresses
+
+    def _host_batch(self, name: str) -> str:
+        lines = ["link set lo up"]
+        for interface in self.hosts[name].interfaces.values():
+            if interface.ipv4:
+                lines.append(f"address add {interface.ipv4} dev {interface.name}")
+            lines.append(f"link set {interface.name} up")
+            for peer, other in self._neighbours(name, interface.name):
+                lines.append(f"neigh replace {peer.split('/')[0]} lladdr {other} dev {interface.name} nud permanent")
+        return "\n".join(lines)
+
+    def _neighbours(self, name: str, interface: str) -> Iterator[tuple[str, str]]:
+        """Yield (address, MAC) of every other interface of the same name: storage among storage, client with server."""
+        for host in self.hosts.values():
+            other = host.interfaces.get(interface)
+            if host.name != name and other and other.ipv4:
+                yield other.ipv4, other.mac
+
+    def _set_offloads(self, interface: str) -> None:
+        """A frame that leaves through AF_XDP, or a userspace switch, is as the sender's stack left it: it must be complete.
+
+        With checksums left to the device TCP through the userspace switch loses every segment; with segmentation left to it
+        the frames exceed what an AF_XDP frame holds.
+        """
+        if self.switch is None or self.switch.datapath != "kernel":
+            for offload in ("tx_checksum", "tso", "gso", "gro"):
+                system.set_offload(interface, offload, False)
+
+    # controller
+
+    def _start_controller(self) -> int:
+        """Start the controller's process on sockets that listen already; returns the OpenFlow port."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        path, topology = self.commands_path(), self.commands_path().with_suffix(".json")
+        for file in (path, topology):
+            self.journal.file(file)
+            self._files.append(file)
+            file.unlink(missing_ok=True)
+        self._commands = None
+        commands = socket.socket(socket.AF_UNIX)
+        commands.bind(str(path))
+        commands.listen()
+        topology.write_text(json.dumps(self._port_numbers()))
+        descriptors = [str(listener.fileno()), str(commands.fileno())]
+        self.journal.process("controller")
+        with listener, commands, (self.launcher.logs / "controller.log").open("ab") as log:
+            self._controller = subprocess.Popen(
+                [sys.executable, "-m", "topologies.controller.app", str(topology), *descriptors], cwd=ROOT,
+                env={**self.journal.environment(), "OSKEN_HUB_TYPE": "native"}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                pass_fds=[listener.fileno(), commands.fileno()], preexec_fn=system.dying_with_us(), start_new_session=True,
+            )  # fmt: skip
+            return int(listener.getsockname()[1])
+
+    def commands_path(self) -> Path:
+        """Return the path of the controller's command socket."""
+        return journals.folder() / f"{self.journal.short}.controller"
+
+    def _port_numbers(self) -> dict[str, Any]:
+        """Return what `steering.Ports` needs. Port numbers are the order of the topology's links, MACs their numbers in it."""
+        graph = self.plan.graph
+        ports: dict[str, Any] = {"client": 0, "server": 0, "instances": {}, "storage": {}}
+        for number, (host, _, info) in enumerate(graph.links(sort=True, withInfo=True)):
+            port, interface = info["port2"], info["intfName1"]
+            if interface == "net":
+                ports[host] = port
+            elif interface == "storage":
+                ports["storage"][port] = f"02:00:00:00:{number:02x}:01"
+            else:
+                ports["instances"].setdefault(host, [0, 0])[interface == "outside"] = port
+        return ports
+
+    def _command(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask the controller. Raises NearstateError with its reason when it refuses or does not answer."""
+        if self._controller is None:
+            raise NearstateError(f"topology {self.plan.name} has no switch to steer")
+        if self._commands is None:
+            self._commands = socket.socket(socket.AF_UNIX)
+            self._commands.settimeout(CONTROLLER_S)
+            self._commands.connect(str(self.commands_path()))
+        log = self.launcher.logs / "controller.log"
+        try:
+            self._commands.sendall(json.dumps(request).encode() + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n"):
+                if not (received := self._commands.recv(65536)):
+                    raise ConnectionError("it closed the connection")
+                answer += received
+        except OSError as error:
+            raise NearstateError(f"controller: {request['command']}: {error or 'no answer'}; its log is {log}") from None
+        parsed = json.loads(answer)
+        if "error" in parsed:
+            raise NearstateError(f"controller: {request['command']}: {parsed['error']}")
+        return dict(parsed)
+
+    def steer(self, partitions: Sequence[int], instance: str) -> None:
+        """Send these partitions to an NF host; returns when the switch has confirmed the rules."""
+        if self.switch is None and instance in self.hosts:
+            return  # back to back: everything meets the one instance anyway
+        known = [host.name for host in self.hosts.values() if host.role == "nf"]
+        if instance not in known:
+            raise unknown("instance", instance, known)
+        self._command({"command": "steer", "partitions": [int(p) for p in partitions], "instance": instance})
+
+    def steering(self) -> list[str]:
+        """Return the instance in charge of each partition."""
+        if self.switch is None:
+            return ["nf1"] * PARTITIONS
+        return list(self._command({"command": "show"})["instances"])
+
+    def show(self) -> dict[str, Any]:
+        """Return the controller's picture: instances, rules, refused_packets, connected."""
+        return self._command({"command": "show"})
+
+    # measuring and telling
+
+    def calibrate(self) -> calibration.Calibration:
+        """Measure delay and loss of the network's paths; call it before an NF takes its interfaces."""
+        self._calibration = calibration.calibrate(self)
+        return self._calibration
+
+    def cables(self) -> list[tuple[str, str, str, str, float]]:
+        """Return (host, interface, other node, other interface, delay_us) of every cable."""
+        assert self._mininet is not None
+        return [
+            (cable.intf1.node.name, cable.intf1.name, cable.intf2.node.name, cable.intf2.name, cable.delay_us)
+            for cable in self._mininet.links
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the network as JSON data for the report: nodes with their processes, links with their delays."""
+        nodes = [
+            {"name": host.name, "role": host.role, "processes": [process.name for process in self.launcher.on_host(host.name)]}
+            for host in self.hosts.values()
+        ]
+        if self.switch:
+            nodes.append({"name": self.switch.name, "role": "switch", "processes": []})
+        links = [
+            {"a": a, "b": b, "label": interface, "delay_us": delay_us} for a, interface, b, _, delay_us in self.cables()
+        ]
+        return {
+            "name": self.plan.name,
+            "nodes": nodes,
+            "links": links,
+            "datapath": self.switch.datapath if self.switch else "none",
+            "delay_mechanism": self.delay_mechanism,
+        }
+
+    def shell(self) -> None:
+        """Open Mininet's prompt on the running network."""
+        setLogLevel("info")
+        CLI(self._mininet)
+
+    def stop(self) -> None:
+        """Take everything down again; whatever state `start` reached."""
+        clock = _Stopwatch(self.seconds)
+        self.launcher.kill_on(list(self.hosts))
+        if self._controller:
+            self._controller.kill()
+        if self._commands:
+            self._commands.close()
+            self._commands = None
+        removing = self.switch.stopping() if self.switch else None
+        if self._mininet:
+            for host in self._mininet.hosts:
+                if host.shell:
+                    host.shell.kill()
+            for host in self._mininet.hosts:
+                host.terminate()
+        if self._controller:
+            self._controller.wait()
+            self._controller = None
+        clock.lap("processes_gone")
+        if self.switch and removing:
+            self.switch.stopped(removing)
+            clock.lap("bridge_gone")
+            self._remove_links()
+            self.switch.terminate()
+            clock.lap("links_gone")
+        self._limits.remove()
+        for file in self._files:
+            file.unlink(missing_ok=True)
+            self.journal.forget("file", file)
+        self._files.clear()
+        self.hosts, self.switch, self._mininet = {}, None, None
+
+    def _remove_links(self) -> None:
+        assert self.switch is not None
+        names = [self.switch.port_name(interface) for interface in self.switch.ports_in_use()]
+        with contextlib.suppress(NearstateError):  # those of hosts that are gone already went with them
+            system.run(["ip", "link", "delete", "group", str(self._link_group())], self.journal.environment())
+        for name in names:
+            while Path("/sys/class/net", name).exists():
+                time.sleep(0.002)
+            self.journal.forget("link", name)
+
+
+class _Stopwatch:
+    """Seconds of each step, for whoever tunes the start."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def lap(self, step: str) -> None:
+        now = time.monotonic()
+        self.seconds[step], self.last = round(now - self.last, 3), now
