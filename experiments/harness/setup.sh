@@ -1,0 +1,252 @@
+# shellcheck shell=bash
+# What must be there before anything runs? Sourced by run_all.sh and run_tests.sh, from the repository's root, under
+# `set -euo pipefail`:
+#
+#   set_up emulation    everything; needs root
+#   set_up unit         what tests without root and network need: no switch, fewer packages, root only to install them
+#
+#   1 system packages      dpkg says which are missing; apt installs those
+#   2 Python packages      .venv from requirements.txt; .venv/complete, written last, names what it was built from
+#   3 Open vSwitch         asked on its control sockets every time: after a reboot it does not run
+#   4 compiled functions   kept under .venv/compiled; `warmed` there names the sources that were compiled
+#
+# Every check is made on every call (together 0.1 s); when nothing is missing, nothing is printed. One set-up runs at a
+# time: the lock is the repository's folder. An interrupted step leaves its mark unwritten and is done again.
+
+# The interpreter of the distribution, whatever `python3` on the PATH may be: Mininet is installed for that one.
+PYTHON=/usr/bin/python3
+UNIT_PACKAGES=(python3 python3-venv mininet libxdp1)
+EMULATION_PACKAGES=("${UNIT_PACKAGES[@]}"
+  openvswitch-switch nftables redis-server ethtool iproute2 iputils-ping procps kmod util-linux)
+VENV_MBYTES=1500  # 700 when installed; pip unpacks beside it
+STEPS=4
+
+# Other Pythons' settings would make .venv's interpreter look in the wrong places. Administrators' tools may be missing
+# from the PATH (cron, su); what the user put first stays first.
+unset PYTHONHOME PYTHONPATH VIRTUAL_ENV PYENV_VERSION PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+PATH=${PATH:-/usr/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+
+fail() {  # fail WHAT-AND-FIX [STATUS]
+  printf '%s: %s\n' "${0##*/}" "$1" >&2
+  exit "${2:-1}"
+}
+
+set_up() {  # set_up emulation|unit
+  local scope=$1 lock work=()
+  local -n packages=${scope^^}_PACKAGES
+  [[ $scope == unit || $EUID == 0 ]] ||
+    fail "needs root, for network namespaces and the switch: call \`sudo $0\` (tests without root: ./run_tests.sh unit)"
+  command -v dpkg-query >/dev/null ||
+    fail "needs Debian 12 or Ubuntu 22.04 or 24.04: there is no dpkg-query here, so no package can be installed"
+  exec {lock}<.
+  flock -n "$lock" || { echo "waiting for another set-up of this folder to end ..."; flock "$lock"; }
+  choose_cache
+
+  mapfile -t MISSING < <(missing_packages "${packages[@]}")
+  ((${#MISSING[@]} == 0)) && [[ ! -e $REDIS_MARK ]] || work[1]=1
+  venv_is_complete || work[2]=1
+  [[ $scope == unit ]] || switch_runs || work[3]=1
+  [[ -z ${work[2]:-} ]] && functions_are_compiled || work[4]=1
+  if ((${#work[@]})); then
+    open_log
+    ((${#MISSING[@]} == 0 || EUID == 0)) ||
+      fail "packages are missing and only root may install them: sudo apt-get install ${MISSING[*]}"
+    step 1 "system packages" "${work[1]:-}" install_packages
+    step 2 "Python packages" "${work[2]:-}" build_venv
+    [[ $scope == unit ]] || step 3 "Open vSwitch" "${work[3]:-}" start_switch
+    step 4 "compiled functions" "${work[4]:-}" compile_functions
+  fi
+  exec {lock}<&-
+}
+
+# --- 1 system packages --------------------------------------------------------------------------------------------
+
+# Installing redis-server starts it, and at every boot from then on. The mark says that it was us, also to the next call
+# when this one is interrupted.
+REDIS_MARK=.venv/redis-installed-by-us
+
+missing_packages() {  # prints those of the named packages that are not installed, one a line
+  local package status
+  declare -A installed=()
+  while read -r package status; do
+    [[ $status == installed ]] && installed[$package]=1
+  done < <(dpkg-query -W -f '${Package} ${db:Status-Status}\n' "$@" 2>/dev/null)
+  for package; do
+    [[ -n ${installed[$package]:-} ]] || echo "$package"
+  done
+}
+
+install_packages() {
+  exec {lock}<&-  # a service that apt starts must not keep the lock
+  # needrestart (Ubuntu) would ask, or restart services of others
+  export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 NEEDRESTART_MODE=l
+  if ((${#MISSING[@]})); then
+    mkdir -p .venv
+    [[ " ${MISSING[*]} " != *" redis-server "* ]] || : >"$REDIS_MARK"
+    if compgen -G '/var/lib/dpkg/updates/*' >/dev/null; then  # an interrupted dpkg: apt refuses to work before this
+      dpkg --configure -a --force-confdef --force-confold
+    fi
+    apt-get update || echo "apt-get update failed; trying with the lists there are"
+    apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 \
+      -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold "${MISSING[@]}"
+  fi
+  if [[ -e $REDIS_MARK ]]; then
+    if [[ -d /run/systemd/system ]]; then
+      systemctl disable --now redis-server
+    elif [[ -x /etc/init.d/redis-server ]]; then
+      /etc/init.d/redis-server stop
+      update-rc.d redis-server disable
+    fi
+    rm "$REDIS_MARK"
+  fi
+}
+
+# --- 2 Python packages --------------------------------------------------------------------------------------------
+
+venv_identity() {  # changes whenever .venv must be built again
+  { cat requirements.txt; readlink -f "$PYTHON"; declare -f build_venv; } | sha256sum | cut -d ' ' -f 1
+}
+
+venv_is_complete() {
+  [[ -x .venv/bin/python ]] && [[ $(cat .venv/complete 2>/dev/null) == "$(venv_identity)" ]] &&
+    compgen -G '.venv/lib/python3.*/site-packages/mininet/net.py' >/dev/null
+}
+
+build_venv() {
+  "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
+    { echo "unsupported Python: $("$PYTHON" --version)"; return 1; }
+  # From nothing, as pip trusts what a killed pip left half unpacked. Compiled functions name their versions themselves.
+  find .venv -mindepth 1 -maxdepth 1 ! -name compiled -exec rm -rf {} + 2>/dev/null || true
+  (($(df -Pm . | awk 'NR == 2 { print $4 }') >= VENV_MBYTES)) || { echo "No space left on device"; return 1; }
+  "$PYTHON" -m venv .venv
+  .venv/bin/python -m pip install --progress-bar off -r requirements.txt
+  local site
+  site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  ln -sfn "$("$PYTHON" -I -c 'import mininet, os; print(os.path.dirname(mininet.__file__))')" "$site/mininet"
+  .venv/bin/python -W ignore -c 'import mininet.net, numba, os_ken, pandas'
+  venv_identity >.venv/complete.new
+  mv .venv/complete.new .venv/complete
+}
+
+# --- 3 Open vSwitch -----------------------------------------------------------------------------------------------
+
+switch_runs() {
+  ovs-appctl -T 5 -t ovsdb-server version >/dev/null 2>&1 && ovs-appctl -T 5 -t ovs-vswitchd version >/dev/null 2>&1
+}
+
+start_switch() {
+  exec {lock}<&-  # the daemons must not keep the lock
+  if [[ -d /run/systemd/system ]]; then
+    systemctl start openvswitch-switch || systemctl status --no-pager --lines 20 openvswitch-switch
+  else
+    local control=/usr/share/openvswitch/scripts/ovs-ctl
+    # ovs-ctl gives up on kernels that load modules but lack openvswitch's; the userspace datapath needs none
+    "$control" start --system-id=random || "$control" start --system-id=random --no-ovs-vswitchd &&
+      pgrep -x ovs-vswitchd >/dev/null ||
+      ovs-vswitchd unix:/var/run/openvswitch/db.sock -vconsole:emer -vsyslog:err -vfile:info --mlockall --no-chdir \
+        --log-file --pidfile --detach --monitor
+  fi
+  local tries
+  for tries in {1..50}; do
+    switch_runs && return
+    sleep 0.2
+  done
+  echo "Open vSwitch does not answer after $tries tries"
+  return 1
+}
+
+# --- 4 compiled functions -----------------------------------------------------------------------------------------
+
+choose_cache() {  # .venv/compiled; a folder of the user's own where root made .venv
+  COMPILED=.venv/compiled
+  if [[ -e .venv && ! -w .venv ]]; then
+    COMPILED=${XDG_CACHE_HOME:-${HOME:-/tmp/nearstate-$EUID}/.cache}/nearstate
+    export NUMBA_CACHE_DIR=$COMPILED/$(sources_identity)
+  fi
+}
+
+sources_identity() {  # a superset of the compiled sources
+  { find datastore nfs topologies experiments -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 cat; } | sha256sum | cut -c 1-12
+}
+
+functions_are_compiled() {
+  [[ $(cat "$COMPILED/warmed" 2>/dev/null) == "$(sources_identity) $(cat .venv/complete)" ]]
+}
+
+compile_functions() {
+  mkdir -p "$COMPILED"
+  env -u NUMBA_DISABLE_JIT -u NUMBA_BOUNDSCHECK .venv/bin/python -m experiments.harness.warm
+  # each change of the sources leaves a folder: the newest 8 stay
+  find "$COMPILED" -mindepth 1 -maxdepth 1 -type d -printf '%T@ %p\0' | sort -zrn | tail -zn +9 | cut -zd ' ' -f 2- |
+    xargs -0r rm -rf --
+  echo "$(sources_identity) $(cat .venv/complete)" >"$COMPILED/warmed"
+}
+
+# --- steps, their progress and their failures ---------------------------------------------------------------------
+
+open_log() {
+  LOG=results/setup.log
+  { mkdir -p results && : >"$LOG"; } 2>/dev/null || LOG=$(mktemp --tmpdir nearstate-setup.XXXXXX.log) ||
+    fail "no log can be written to results/ or ${TMPDIR:-/tmp}: free some space (df -h) or make one of them writable"
+}
+
+step() {  # step NUMBER NAME NEEDED FUNCTION: run FUNCTION under `set -e` into the log; show its name and seconds
+  local name=$2 label="[$1/$STEPS] $2 ..." start=$SECONDS child status=0 written
+  [[ -n $3 ]] || { echo "$label there"; return; }
+  echo "=== $label" >>"$LOG"
+  written=$(wc -c <"$LOG")
+  printf '%s ' "$label"
+  set -m  # a process group of its own, so that an interrupt reaches pip's and apt's children
+  (set -e; "$4") >>"$LOG" 2>&1 </dev/null &
+  child=$!
+  set +m
+  trap 'kill -TERM -- -$child 2>/dev/null; echo; fail "interrupted at \"$name\"; call again to go on" 130' INT TERM HUP
+  while [[ -t 1 ]] && kill -0 "$child" 2>/dev/null; do
+    show_progress "$label" $((SECONDS - start))
+    sleep 0.2
+  done
+  wait "$child" || status=$?
+  trap - INT TERM HUP
+  [[ ! -t 1 ]] || printf '\r\e[K%s ' "$label"
+  if ((status)); then
+    echo "failed after $((SECONDS - start)) s; the end of $LOG:"
+    tail -c "+$((written + 1))" "$LOG" | tail -n 15 | sed 's/^/    /'
+    fail "$name: $(reason "$(tail -c "+$((written + 1))" "$LOG" | tail -n 200)")"
+  fi
+  echo "$((SECONDS - start)) s"
+}
+
+show_progress() {  # the step's seconds and what it says last, on one line of the terminal
+  local last width
+  last=$(tail -n 1 "$LOG" | tr -dc '[:print:]')
+  width=$(($(tput cols 2>/dev/null || echo 80) - ${#1} - 12))
+  printf '\r\e[K%s %s s  %s' "$1" "$2" "${last:0:$((width > 0 ? width : 0))}"
+}
+
+reason() {  # reason OUTPUT: the cause as one line with its fix
+  local free_mbytes
+  free_mbytes=$(df -Pm . /var /tmp 2>/dev/null | awk 'NR > 1 && (!least || $4 < least) { least = $4 } END { print least }')
+  case $1 in
+    *"No space left on device"* | *"enough free space"* | *"Disk quota exceeded"*)
+      echo "the disk is full (${free_mbytes:-?} MB free): free $VENV_MBYTES MB here, under /var and under /tmp, then call again" ;;
+    *"unsupported Python"*)
+      echo "$PYTHON is none of Python 3.10 to 3.13: use Debian 12, or Ubuntu 22.04 or 24.04" ;;
+    *"Temporary failure"* | *"Could not resolve"* | *"Failed to establish a new connection"* | *"Could not connect"* | \
+      *"Network is unreachable"* | *"Name or service not known"* | *"Connection timed out"* | *"Read timed out"*)
+      echo "the package servers cannot be reached: check the network and http_proxy, https_proxy, then call again" ;;
+    *"CERTIFICATE_VERIFY_FAILED"*)
+      echo "the package server's certificate is not accepted: check the clock (date) and the proxy's certificate" ;;
+    *"Unable to locate package"* | *"no installation candidate"*)
+      echo "apt does not know a package; on Ubuntu: add-apt-repository universe, then call again" ;;
+    *"Could not get lock"* | *"Unable to acquire the dpkg"*)
+      echo "another package manager holds apt's lock: wait for it to end, then call again" ;;
+    *"ensurepip is not available"*)
+      echo "$PYTHON cannot make virtual environments: apt-get install --reinstall python3-venv, then call again" ;;
+    *"No matching distribution found"*)
+      echo "the package index lacks a version that requirements.txt names: check pip's settings (pip config list)" ;;
+    *"Open vSwitch does not answer"*)
+      echo "it does not start: see /var/log/openvswitch/ovs-vswitchd.log and \`ovs-vsctl show\`" ;;
+    *) echo "see $LOG for the cause, mend it and call again" ;;
+  esac
+}

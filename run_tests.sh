@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Every check of the repository: set up what is missing, then lint, types and tests.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+USAGE='usage: ./run_tests.sh [all|unit|emulation] [PYTEST ARGUMENT ...]
+
+  all          lint, types, unit tests and emulation tests (the default; needs root)
+  unit         lint, types and the tests that need no root and no network
+  emulation    the tests that build emulated networks (needs root)
+
+Without one of these words, the arguments alone choose the tests, and lint and types are left out. Unit tests marked
+python_mode also run uncompiled (NUMBA_DISABLE_JIT=1), those marked bounds also with bounds checks (NUMBA_BOUNDSCHECK=1).
+
+examples: sudo ./run_tests.sh
+          ./run_tests.sh unit -k steering
+          ./run_tests.sh tests/unit/test_setup.py -x'
+
+part=all
+case ${1:-} in
+  -h | --help) echo "$USAGE"; exit ;;
+  all | unit | emulation) part=$1; shift ;;
+  ?*) part=arguments ;;
+esac
+
+source experiments/harness/setup.sh
+scope=emulation
+[[ $part != unit && ($part != arguments || $EUID == 0) ]] || scope=unit  # arguments may name any test: root gets all
+set_up "$scope"
+
+failed=()
+check() {  # check NAME COMMAND...: run it, remember whether it failed
+  local name=$1 status=0
+  shift
+  printf '\n--- %s\n' "$name"
+  "$@" || status=$?
+  ((status == 0)) || failed+=("$name")
+}
+
+tests() {  # tests NAME PYTEST-ARGUMENT...
+  check "$1" .venv/bin/python -m pytest "${@:2}"
+}
+
+case $part in
+  all | unit)
+    check "lint" .venv/bin/python -m ruff check .
+    check "format (mend: .venv/bin/python -m ruff format .)" .venv/bin/python -m ruff format --check --quiet .
+    check "types" .venv/bin/python -m mypy
+    NUMBA_DISABLE_JIT=1 tests "unit tests, uncompiled" tests/unit -m python_mode "$@"
+    NUMBA_BOUNDSCHECK=1 tests "unit tests, bounds checked" tests/unit -m bounds "$@"
+    ;;
+esac
+case $part in
+  all) tests "all tests" tests "$@" ;;
+  unit) tests "unit tests" tests/unit "$@" ;;
+  emulation) tests "emulation tests" tests/emulation "$@" ;;
+  arguments) tests "tests" "$@" ;;
+esac
+if ((${#failed[@]})); then
+  printf 'run_tests.sh: failed:'; printf ' %s;' "${failed[@]}" | sed 's/;$/\n/'
+  exit 1
+fi
