@@ -49,9 +49,7 @@ def _load_acquire(typingctx, array, index):  # type: ignore[no-untyped-def]
 def _store_release(typingctx, array, index, value):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         bits = _bits(signature.args[0])
-        builder.store_atomic(
-            arguments[2], _pointer(context, builder, signature, arguments, bits), "release", bits // 8
-        )
+        builder.store_atomic(arguments[2], _pointer(context, builder, signature, arguments, bits), "release", bits // 8)
         return context.get_dummy_value()
 
     return types.void(array, index, array.dtype), generate
@@ -113,7 +111,9 @@ def _byte_swap(bits: int, kind: Any) -> Any:
     return swap
 
 
-_load16, _load32, _load64 = (_unaligned_load(n, k) for n, k in ((16, types.uint16), (32, types.uint32), (64, types.uint64)))
+_load16, _load32, _load64 = (
+    _unaligned_load(n, k) for n, k in ((16, types.uint16), (32, types.uint32), (64, types.uint64))
+)
 _store16, _store32, _store64 = (
     _unaligned_store(n, k) for n, k in ((16, types.uint16), (32, types.uint32), (64, types.uint64))
 )
@@ -166,6 +166,23 @@ def _trailing_zeros(typingctx, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def _leading_zeros(typingctx, value):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def _fence(typingctx):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        builder.fence("acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def _pause(typingctx):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if _X86:
@@ -214,6 +231,16 @@ def fetch_add(array: np.ndarray, index: int, delta: int) -> Any:
     """Add `delta` to element `index` atomically; return the value before."""
     _check(array, index, 1)
     return _fetch_add(array, index, array.dtype.type(delta))
+
+
+@inline
+def fence() -> None:
+    """Keep earlier accesses before and later ones behind this point, except a store before a later load.
+
+    It orders plain accesses, which the compiler may otherwise move past a release store: a process killed at any
+    instruction leaves a prefix of the stores. No instruction on x86.
+    """
+    _fence()
 
 
 @inline
@@ -304,6 +331,12 @@ def prefetch(array: np.ndarray, index: int) -> None:
 def trailing_zeros(value: int) -> Any:
     """Return the number of zero bits below the lowest set bit of a uint64; 64 for zero."""
     return _trailing_zeros(U64(value))
+
+
+@inline
+def leading_zeros(value: int) -> Any:
+    """Return the number of zero bits above the highest set bit of a uint64; 64 for zero."""
+    return _leading_zeros(U64(value))
 
 
 @inline

@@ -1,0 +1,147 @@
+"""What an experiment is: data. A file of `experiments/` declares one; this module checks it completely before anything starts."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datastore import placements
+from datastore.native.errors import NearstateError, unknown
+from experiments.workloads.traffic import Traffic
+from nfs.dataplane import declaration
+
+PROFILES = ("smoke", "quick", "paper")
+FOLDER = Path(__file__).resolve().parents[1]
+GRID_KEYS = ("topology", "nf", "placement", "replicas")
+"""Sweep keys with a meaning of their own; every other key is passed to the procedure as a setting."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question and how it is answered.
+
+    procedure: file of `experiments/harness/procedures/` that measures one trial. sweeps: grids, each {parameter: values};
+    trials are the union of the grids' products. settings: the procedure's parameters. traffic: the workload's.
+    network: the topology's parameters. profiles: for each profile what differs ("sweeps", "settings", "traffic",
+    "repeats"). seed: of shuffling and workload.
+    """
+
+    question: str
+    procedure: str
+    sweeps: tuple[Mapping[str, tuple[Any, ...]], ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    traffic: Mapping[str, Any] = field(default_factory=dict)
+    network: Mapping[str, Any] = field(default_factory=dict)
+    profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    repeats: int = 1
+    seed: int = 1
+
+    def for_profile(self, profile: str) -> Experiment:
+        """Return the experiment as `profile` runs it. Raises NearstateError for a profile or an override that does not exist."""
+        if profile not in PROFILES:
+            raise unknown("profile", profile, PROFILES)
+        changes: dict[str, Any] = {}
+        for name, value in self.profiles.get(profile, {}).items():
+            if name in ("settings", "traffic", "network"):
+                changes[name] = {**getattr(self, name), **value}
+            elif name in ("sweeps", "repeats"):
+                changes[name] = value
+            else:
+                raise unknown(
+                    f"key of profile {profile!r}", name, ("settings", "traffic", "network", "sweeps", "repeats")
+                )
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of one combination: what `trials.jsonl` has a line for."""
+
+    experiment: str
+    topology: str
+    nf: str
+    placement: str
+    replicas: int
+    sweep: Mapping[str, Any]
+    repeat: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Unique within a run, and the same whenever the run is resumed."""
+        rest = ",".join(f"{key}={value}" for key, value in sorted(self.sweep.items()))
+        parts = [self.experiment, self.topology, self.placement, self.nf, f"r{self.replicas}", rest, str(self.repeat)]
+        return "/".join(part for part in parts if part)
+
+
+def experiment_names() -> list[str]:
+    """Return the names of all experiments: the files of `experiments/`."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+
+
+def procedure_names() -> list[str]:
+    return _stems(FOLDER / "harness" / "procedures")
+
+
+def peer_names() -> list[str]:
+    """Return the systems that can stand in a placement's place: the files of `experiments/peers/`."""
+    return _stems(FOLDER / "peers")
+
+
+def _stems(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load(name: str) -> Experiment:
+    """Return the experiment of file `experiments/<name>.py`, checked. Raises NearstateError."""
+    if name not in experiment_names():
+        raise unknown("experiment", name, experiment_names())
+    found = getattr(importlib.import_module(f"experiments.{name}"), "EXPERIMENT", None)
+    if not isinstance(found, Experiment):
+        raise NearstateError(f"experiments/{name}.py declares no EXPERIMENT = Experiment(...)")
+    for profile in PROFILES:
+        check(name, found.for_profile(profile))
+    return found
+
+
+def check(name: str, experiment: Experiment) -> None:
+    """Check everything that can be checked without starting anything. Raises NearstateError naming the wrong value."""
+    from topologies.emulation.topology import names as topology_names
+
+    if experiment.procedure not in procedure_names():
+        raise unknown(f"procedure of experiment {name!r}", experiment.procedure, procedure_names())
+    if experiment.repeats < 1:
+        raise NearstateError(f"experiment {name!r}: repeats={experiment.repeats}; at least 1 is needed")
+    Traffic.of(**{**experiment.traffic, "seed": experiment.seed})
+    procedure = importlib.import_module(f"experiments.harness.procedures.{experiment.procedure}")
+    for key in experiment.settings:
+        if key not in procedure.SETTINGS:
+            raise unknown(f"setting of experiment {name!r}", key, procedure.SETTINGS)
+    known = {
+        "topology": topology_names(),
+        "nf": ["", *declaration.names()],
+        "placement": placements.names() + peer_names(),
+    }
+    for grid in experiment.sweeps:
+        for key in grid:
+            if key not in GRID_KEYS and key not in procedure.SETTINGS:
+                raise unknown(f"sweep parameter of experiment {name!r}", key, (*GRID_KEYS, *procedure.SETTINGS))
+        for key, names in known.items():
+            for value in grid.get(key, ()):
+                if value not in names:
+                    raise unknown(key if key != "nf" else "network function", value, names)
+
+
+def trials(name: str, experiment: Experiment) -> Iterator[Trial]:
+    """Yield every trial of an experiment, in the order of its grids."""
+    for grid in experiment.sweeps:
+        for values in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, values, strict=True))
+            fixed = {key: chosen.pop(key) for key in GRID_KEYS if key in chosen}
+            for repeat in range(experiment.repeats):
+                yield Trial(name, fixed.get("topology", "rack"), fixed.get("nf", ""), fixed.get("placement", ""),
+                            fixed.get("replicas", 1), chosen, repeat, experiment.seed + repeat)  # fmt: skip

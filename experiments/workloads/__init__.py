@@ -1,0 +1,1 @@
+"""What load the network functions see: the open-loop generator, the sink, and the probes of the store."""

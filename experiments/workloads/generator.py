@@ -1,0 +1,183 @@
+"""The open-loop generator: sends each packet at its intended time, or late and says how late; nothing slows its clock.
+
+Every packet carries, in its payload: a 16-bit step number and its 48-bit sequence number, its intended send time, and its
+flow's slot. The sink measures latency from the *intended* time, so a stalled system cannot hide behind its own stall.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from datastore.native import jit
+from datastore.native.histogram import encode, make_counts, record_ns, summary_us
+from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
+from datastore.native.memory import copy, put_network16, put_network32, store16, store64
+from experiments.workloads.traffic import (
+    CHOICES,
+    CLIENT_NETWORK,
+    PORTS_PER_SERVER_PORT,
+    Tables,
+    Traffic,
+    make_tables,
+    packets_in,
+    template,
+)
+from nfs.dataplane.frames import Frames, give_frame, make_frames, take_frame
+from nfs.dataplane.port import BURST, Port, open_port, reclaim, tx_flush, tx_push
+
+STAMP_AT = 42
+STAMP_BYTES = 18
+# words of Source.control
+STEP, SENT, BLOCKED, CURSOR, NEXT_FLOW, YIELDS = range(6)
+SLEEP_MARGIN_NS = 60_000
+"""A sleep ends up to this late on a busy virtual machine (measured); closer sends are waited for awake."""
+
+
+class Source(NamedTuple):
+    """State of one generator: the workload's tables, the flow number of each slot, the frame template, counters."""
+
+    tables: Tables
+    flows: np.ndarray
+    template: np.ndarray
+    control: np.ndarray
+    lateness: np.ndarray
+    scratch: np.ndarray
+    pollfds: np.ndarray
+
+
+def make_source(traffic: Traffic, source_mac: str, next_hop_mac: str, server: str) -> Source:
+    """Return a generator's state at the start of the workload."""
+    control = np.zeros(8, np.int64)
+    control[NEXT_FLOW] = traffic.flows
+    return Source(make_tables(traffic), np.arange(traffic.flows, dtype=np.int64), template(source_mac, next_hop_mac, server),
+                  control, make_counts(), np.zeros(8, np.int64), np.zeros(2, np.int64))  # fmt: skip
+
+
+@jit
+def write_frame(
+    source: Source, memory: np.ndarray, at: int, length: int, slot: int, sequence: int, intended_ns: int
+) -> None:
+    """Write the packet of flow slot `slot` at byte `at`: headers, IP checksum (RFC 1071), stamp; the rest stays as it is."""
+    flow = source.flows[slot]
+    client = np.int64(CLIENT_NETWORK) + (np.int64(np.uint64(flow) * np.uint64(2_654_435_761) >> np.uint64(24)) & 0xFF)
+    copy(memory, at, source.template, 0, STAMP_AT)
+    total = length - 14
+    put_network16(memory, at + 16, total)
+    put_network32(memory, at + 26, client)
+    put_network16(memory, at + 34, 1024 + 2 * (flow % PORTS_PER_SERVER_PORT))
+    put_network16(memory, at + 36, 2000 + flow // PORTS_PER_SERVER_PORT % 60_000)
+    put_network16(memory, at + 38, total - 20)
+    check = np.int64(0)
+    for i in range(10):
+        check += (np.int64(memory[at + 14 + 2 * i]) << 8) + np.int64(memory[at + 15 + 2 * i])
+    check = (check & 0xFFFF) + (check >> 16)
+    check = (check & 0xFFFF) + (check >> 16)
+    put_network16(memory, at + 24, ~check & 0xFFFF)
+    store64(memory, at + STAMP_AT, np.uint64(source.control[STEP]) << np.uint64(48) | np.uint64(sequence))
+    store64(memory, at + STAMP_AT + 8, np.uint64(intended_ns))
+    store16(memory, at + STAMP_AT + 16, slot & 0xFFFF)
+
+
+@jit
+def generate(source: Source, port: Port, frames: Frames, start_ns: int, first_intended: float, total: int, gap_ns: float,
+             until_ns: int) -> float:  # fmt: skip
+    """Send packets until `total` have gone or the clock passes `until_ns`; returns the next intended time, in ns.
+
+    The first one is intended for `first_intended` ns after `start_ns`; the mean gap is `gap_ns`.
+    """
+    control, tables = source.control, source.tables
+    intended = first_intended
+    now = now_ns(source.scratch)
+    while control[SENT] < total and now < until_ns:
+        reclaim(port, frames)
+        now = now_ns(source.scratch)
+        burst = 0
+        while burst < BURST and control[SENT] < total and start_ns + intended <= now:
+            frame = take_frame(frames)
+            if frame < 0:
+                control[BLOCKED] += 1
+                break
+            at = control[CURSOR] & (CHOICES - 1)
+            slot = tables.slots[at]
+            if tables.new[at]:
+                source.flows[slot] = control[NEXT_FLOW]
+                control[NEXT_FLOW] += 1
+            due = start_ns + np.int64(intended)
+            write_frame(source, frames.memory, frame, tables.lengths[at], slot, control[SENT], due)
+            if not tx_push(port, frames, frame, tables.lengths[at]):
+                give_frame(frames, frame)
+                control[BLOCKED] += 1
+                break
+            record_ns(source.lateness, now - due)
+            intended += gap_ns * tables.gaps[at]
+            control[CURSOR] += 1
+            control[SENT] += 1
+            burst += 1
+        tx_flush(port, frames)
+        if burst == 0:
+            rest = start_ns + np.int64(intended) - now
+            if rest > SLEEP_MARGIN_NS:
+                source.pollfds[0] = pollfd(-1, POLLIN)
+                poll(source.pollfds, 1, min(rest - SLEEP_MARGIN_NS, 10_000_000), source.scratch)
+            else:
+                sched_yield()
+    return intended
+
+
+def main(config: dict[str, Any], control: Any) -> None:
+    """Process target: {"interface", "next_hop_mac", "source_mac", "server", "traffic": {...}, "port_kind"}.
+
+    Answers {"step": n, "offered_kpps": x, "seconds": s} with what was sent and how late; ends at {"stop": true}.
+    """
+    import ctypes
+
+    ctypes.CDLL(None).prctl(29, 1, 0, 0, 0)  # PR_SET_TIMERSLACK: 1 ns, so that sleeps end when they should
+    frames = make_frames(4096)
+    opened = open_port(config["interface"], frames, config.get("port_kind", "auto"))
+    source = make_source(
+        Traffic.of(**config["traffic"]), config["source_mac"], config["next_hop_mac"], config["server"]
+    )
+    generate(source, opened.port, frames, 0, 0.0, 0, 1.0, 0)
+    control.send({"ready": True, "port_kind": opened.kind})
+    while (message := control.receive(None)) is not None and not message.get("stop"):
+        control.send(_run_step(source, opened.port, frames, message, control))
+
+
+def _run_step(source: Source, port: Port, frames: Frames, message: dict[str, Any], control: Any) -> dict[str, Any]:
+    """Send one step; a load of 0 kpps means as fast as the path takes it."""
+    gap_ns = 1e6 / message["offered_kpps"] if message["offered_kpps"] else 0.0
+    total = packets_in(message["offered_kpps"], message["seconds"]) if gap_ns else 1 << 40
+    source.control[STEP], source.control[SENT], source.control[BLOCKED] = message["step"], 0, 0
+    source.lateness[:] = 0
+    start_ns = int(now_ns_python()) + 1_000_000
+    limit_ns = start_ns + int(message["seconds"] * 1e9 * (1.5 if gap_ns else 1.0))
+    cpu = os.times()
+    intended = 0.0
+    if not gap_ns:  # saturate: every packet is intended for the moment it leaves
+        _saturate(source, port, frames, limit_ns)
+    else:
+        generate(source, port, frames, start_ns, intended, total, gap_ns, limit_ns)
+    elapsed_s = (int(now_ns_python()) - start_ns) / 1e9
+    used = os.times()
+    return {"step": message["step"], "sent": int(source.control[SENT]), "planned": total if gap_ns else None,
+            "elapsed_s": elapsed_s, "blocked": int(source.control[BLOCKED]), "refused": int(port.control[5]),
+            "lateness": summary_us(source.lateness), "lateness_histogram": encode(source.lateness),
+            "cpu_s": used.user + used.system - cpu.user - cpu.system,
+            "rss_kbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # fmt: skip
+
+
+def _saturate(source: Source, port: Port, frames: Frames, limit_ns: int) -> None:
+    """Send as fast as the path takes it: bursts whose intended time is now."""
+    while (now := int(now_ns_python())) < limit_ns:
+        generate(source, port, frames, now, 0.0, int(source.control[SENT]) + 4096, 0.0, limit_ns)
+
+
+def now_ns_python() -> int:
+    """Return the clock that compiled code reads: CLOCK_MONOTONIC in nanoseconds."""
+    import time
+
+    return time.monotonic_ns()

@@ -1,0 +1,119 @@
+"""What traffic looks like: which flows, which sizes, when; checked completely, then frozen, then turned into tables.
+
+The generator walks three tables made here from the seed, so the same seed sends the same packets at the same intended times.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import struct
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from datastore.native.errors import NearstateError, unknown
+
+CLIENT_NETWORK = int(ipaddress.IPv4Address("10.0.1.0"))
+"""Emulated clients are 10.0.1.0 to 10.0.1.255, all behind the one client host."""
+PORTS_PER_SERVER_PORT = 30_720
+"""Flow n has client port 1024 + 2 (n mod 30,720): even, as Linux hands them out, so all 256 partitions are used alike."""
+CHOICES = 1 << 16
+IMIX = ((64, 7), (594, 4), (1518, 1))
+"""Simple IMIX: frame bytes (with frame check sequence) and their share (RFC 6985, section 3 allows naming the mix so)."""
+ARRIVALS = ("constant", "poisson")
+FLOW_CHOICES = ("uniform", "zipf")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A workload.
+
+    frame_bytes: 64 to 1518 with the frame check sequence, or 0 for IMIX. flows: concurrent flows. flow_choice: "uniform" or
+    "zipf" (exponent `zipf_exponent`). new_flow_share: share of packets that start a new flow in place of an old one.
+    """
+
+    frame_bytes: int = 64
+    flows: int = 1000
+    flow_choice: str = "uniform"
+    zipf_exponent: float = 1.1
+    arrivals: str = "constant"
+    new_flow_share: float = 0.0
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.arrivals not in ARRIVALS:
+            raise unknown("arrival process", self.arrivals, ARRIVALS)
+        if self.flow_choice not in FLOW_CHOICES:
+            raise unknown("flow choice", self.flow_choice, FLOW_CHOICES)
+        self._check("frame_bytes", self.frame_bytes == 0 or 64 <= self.frame_bytes <= 1518, "64 to 1518, or 0 for IMIX")
+        self._check("flows", 1 <= self.flows <= 10_000_000, "1 to 10,000,000")
+        self._check("new_flow_share", 0.0 <= self.new_flow_share <= 1.0, "0 to 1")
+        self._check("zipf_exponent", 0.0 < self.zipf_exponent <= 4.0, "above 0, at most 4")
+
+    def _check(self, name: str, right: bool, valid: str) -> None:
+        if not right:
+            raise NearstateError(f"traffic {name}={getattr(self, name)!r}: {valid} is possible")
+
+    @classmethod
+    def of(cls, **values: Any) -> Traffic:
+        """Return the workload with these values. Raises NearstateError for a name that is no parameter."""
+        names = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise unknown("traffic parameter", name, names)
+        return cls(**values)
+
+
+class Tables(NamedTuple):
+    """What the generator walks, CHOICES elements each: flow slots int64, frame lengths int64 (without frame check
+    sequence), gaps float64 in units of the mean gap, new uint8 (1: start a new flow)."""
+
+    slots: np.ndarray
+    lengths: np.ndarray
+    gaps: np.ndarray
+    new: np.ndarray
+
+
+def make_tables(traffic: Traffic) -> Tables:
+    """Return the tables of a workload, determined by its seed."""
+    random = np.random.default_rng(traffic.seed)
+    if traffic.flow_choice == "zipf":
+        weights = np.arange(1, traffic.flows + 1, dtype=np.float64) ** -traffic.zipf_exponent
+        slots = random.choice(traffic.flows, CHOICES, p=weights / weights.sum())
+    elif traffic.flows <= CHOICES:  # every flow equally often, up to the remainder
+        slots = random.permutation(np.resize(np.arange(traffic.flows), CHOICES))
+    else:
+        slots = random.integers(0, traffic.flows, CHOICES)
+    if traffic.frame_bytes:
+        lengths = np.full(CHOICES, traffic.frame_bytes - 4)
+    else:
+        sizes, shares = zip(*IMIX, strict=True)
+        lengths = random.choice(np.array(sizes) - 4, CHOICES, p=np.array(shares) / sum(shares))
+    gaps = random.exponential(1.0, CHOICES) if traffic.arrivals == "poisson" else np.ones(CHOICES)
+    new = (random.random(CHOICES) < traffic.new_flow_share).astype(np.uint8)
+    return Tables(slots.astype(np.int64), lengths.astype(np.int64), gaps / gaps.mean(), new)
+
+
+def template(source_mac: str, next_hop_mac: str, server: str) -> np.ndarray:
+    """Return the first 42 bytes of every frame, uint8: Ethernet, IPv4 and UDP with the varying fields zero.
+
+    The UDP checksum is 0, which RFC 768 reserves for "none": stamps are written without touching it.
+    """
+    ethernet = bytes.fromhex(next_hop_mac.replace(":", "") + source_mac.replace(":", "")) + b"\x08\x00"
+    address = ipaddress.IPv4Address(server).packed
+    ip = struct.pack(">BBHHHBBHI4s", 0x45, 0, 0, 0, 0x4000, 64, 17, 0, 0, address)
+    return np.frombuffer(ethernet + ip + bytes(8), dtype=np.uint8).copy()
+
+
+def flow_tuple(flow: int) -> tuple[str, int, int]:
+    """Return client address, client port and server port of flow number `flow`; no two flows share all three."""
+    address = CLIENT_NETWORK + (flow * 2_654_435_761 >> 24 & 0xFF)
+    return (str(ipaddress.IPv4Address(address)), 1024 + 2 * (flow % PORTS_PER_SERVER_PORT),
+            2000 + flow // PORTS_PER_SERVER_PORT % 60_000)  # fmt: skip
+
+
+def packets_in(offered_kpps: float, seconds: float) -> int:
+    """Return how many packets a step of that load and length has."""
+    return max(1, math.ceil(offered_kpps * 1000 * seconds))

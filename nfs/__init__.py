@@ -1,0 +1,1 @@
+"""What happens to packets: the network functions, one file each, and the dataplane that runs them."""

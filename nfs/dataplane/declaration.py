@@ -1,0 +1,157 @@
+"""How a network function is declared: one Python function, the record it keeps, and the key it keeps it under.
+
+The decorated function gets `(packet, record, env)` and returns DROP or FORWARD. It sees one packet and its record at a
+time and cannot know where the record lives. Compiled, it is a C function that the engine calls by address (3 ns, so one
+engine serves all); with NUMBA_DISABLE_JIT=1 the same function runs as ordinary Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from datastore.native import INTERPRETED
+from datastore.native.errors import NearstateError, unknown
+from nfs.dataplane import ledger
+from nfs.dataplane.headers import PACKET
+from nfs.dataplane.keys import NONE
+
+DROP, FORWARD = 0, 1
+MAX_RECORD_BYTES = 64
+EXCEPTIONS = {"truncated": ledger.TRUNCATED, "oversized": ledger.OVERSIZED, "malformed": ledger.MALFORMED,
+              "not_ip": ledger.NOT_IP, "fragment": ledger.FRAGMENT}  # fmt: skip
+
+ENV = np.dtype(
+    [
+        ("now_ns", "i8"),  # CLOCK_MONOTONIC, read once per burst
+        (
+            "idle_timeout_s",
+            "i8",
+        ),  # set by the function: forget the record after this many idle seconds; 0: keep as it is
+    ],
+    align=True,
+)
+"""What a network function knows and may ask for beyond its packet and its record."""
+
+
+def record(**fields: str) -> np.dtype:
+    """Return the layout of a record: field names with NumPy kinds ("u1", "u4", "f8", ...), all zero for a key never seen.
+
+    Fields are aligned as in C and the whole is padded to 8 bytes. Raises NearstateError over 64 bytes or for a wrong kind.
+    """
+    try:
+        layout = np.dtype(list(fields.items()), align=True)
+    except TypeError as error:
+        raise NearstateError(f"record({fields}): {error}; kinds are u1 u2 u4 u8 i1 i2 i4 i8 f4 f8") from error
+    if not fields or layout.itemsize > MAX_RECORD_BYTES:
+        raise NearstateError(f"record({fields}) has {layout.itemsize} bytes; 1 to {MAX_RECORD_BYTES} are possible")
+    size = -(-layout.itemsize // 8) * 8
+    offsets = [layout.fields[name][1] for name in fields] if layout.fields else []
+    kinds = [layout.fields[name][0] for name in fields] if layout.fields else []
+    return np.dtype({"names": list(fields), "formats": kinds, "offsets": offsets, "itemsize": size})
+
+
+NO_STATE = record(unused="u8")
+
+
+@dataclass(frozen=True)
+class NetworkFunction:
+    """A declared function: `name`, the Python `function`, `key` (of `keys`), `state` layout, and the frames it passes unseen."""
+
+    name: str
+    function: Callable[[Any, Any, Any], int]
+    key: int
+    state: np.dtype
+    passes: frozenset[int]
+    question: str
+
+    @property
+    def kind(self) -> int:
+        """Number of the record type, 1 to 255: keeps the records of different functions apart in one store."""
+        return zlib.crc32(self.name.encode()) % 255 + 1
+
+    @property
+    def stateless(self) -> bool:
+        """True when the function keeps no record."""
+        return self.key == NONE
+
+    @property
+    def passes_mask(self) -> int:
+        """Bit n set: a frame whose parser status is n is forwarded without asking the function."""
+        return sum(1 << status for status in self.passes)
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The C function `int32 f(packet *, record *, env *)`. Raises NearstateError naming the file and line that does not compile."""
+        signature = numba.types.int32(*(numba.from_dtype(layout) for layout in (PACKET, self.state, ENV)))
+        try:
+            return numba.cfunc(signature, cache=True, nopython=True)(self.function)
+        except numba.core.errors.NumbaError as error:
+            code = self.function.__code__
+            reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+            where = getattr(error, "loc", None)
+            line = where.line if where is not None else code.co_firstlineno
+            raise NearstateError(
+                f"{code.co_filename}:{line}: network function {self.name!r} does not compile: {reason}"
+            ) from error
+
+    def process(self, packets: np.ndarray, index: int, state: np.ndarray, env: np.ndarray) -> int:
+        """Run the function on `packets[index]` and the one-element arrays `state` and `env`; returns the verdict.
+
+        For tests and debugging; the engine calls the compiled function itself.
+        """
+        if INTERPRETED:
+            views = (packets.view(np.recarray)[index], state.view(np.recarray)[0], env.view(np.recarray)[0])
+            return int(self.function(*views))
+        call = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3)(self.compiled.address)
+        return int(call(packets.ctypes.data + index * PACKET.itemsize, state.ctypes.data, env.ctypes.data))
+
+
+def network_function(
+    key: int, state: np.dtype | None = None, passes: Iterable[str] = ()
+) -> Callable[[Callable[[Any, Any, Any], int]], NetworkFunction]:
+    """Declare the decorated function a network function.
+
+    key: FLOW, TUPLE, SOURCE or NONE. state: its record's layout, made by `record`. passes: what it lets through although
+    it is no packet of a flow ("not_ip", "fragment", "malformed", ...); everything else of that kind is dropped and counted.
+    """
+    wrong = [name for name in passes if name not in EXCEPTIONS]
+    if wrong:
+        raise unknown("exception that a network function passes", wrong[0], EXCEPTIONS)
+    if (state is None) != (key == NONE):
+        raise NearstateError("a network function with a key needs state=record(...), one with key=NONE must have none")
+
+    def declare(function: Callable[[Any, Any, Any], int]) -> NetworkFunction:
+        text = importlib.import_module(function.__module__).__doc__ or ""
+        return NetworkFunction(function.__name__, function, key, NO_STATE if state is None else state,
+                               frozenset(EXCEPTIONS[name] for name in passes), text.strip().split("\n")[0])  # fmt: skip
+
+    return declare
+
+
+def names() -> list[str]:
+    """Return the names of all network functions: the files of `nfs/`."""
+    return sorted(
+        path.stem for path in Path(__file__).resolve().parents[1].glob("*.py") if not path.stem.startswith("_")
+    )
+
+
+def load(name: str) -> NetworkFunction:
+    """Return the network function of file `nfs/<name>.py`. Raises NearstateError for unknown names."""
+    if name not in names():
+        raise unknown("network function", name, names())
+    found = getattr(importlib.import_module(f"nfs.{name}"), name, None)
+    if not isinstance(found, NetworkFunction):
+        raise NearstateError(
+            f"nfs/{name}.py declares no network function named {name}: decorate it with @network_function"
+        )
+    return found

@@ -1,0 +1,193 @@
+"""What a frame says of itself: the parser from bytes to the fields network functions see.
+
+Reads Ethernet II with up to two VLAN tags (IEEE 802.1Q), IPv4 (RFC 791), TCP (RFC 9293), UDP (RFC 768) and ICMP (RFC 792,
+where an error is followed to the flow it speaks of). Nothing is read beyond the frame's length, whatever its headers claim.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from datastore.native import inline, jit
+from datastore.native.memory import network16, network32
+from nfs.dataplane.ledger import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED
+
+INSIDE, OUTSIDE = 0, 1
+ICMP, TCP, UDP = 1, 6, 17
+FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
+MAX_FRAME_BYTES = 1522
+"""Ethernet header, one VLAN tag and 1,500 bytes, with 4 bytes to spare for a second tag."""
+
+_FIELDS = (
+    ("frame", "i8"),  # byte offset of the packet in the frames
+    ("key_high", "u8"),
+    ("key_low", "u8"),
+    ("length", "u4"),  # bytes of the whole frame, without the frame check sequence
+    ("source_address", "u4"),
+    ("destination_address", "u4"),
+    ("tcp_sequence", "u4"),
+    ("tcp_acknowledgment", "u4"),
+    ("source_port", "u2"),  # TCP and UDP; for ICMP echo the identifier stands in both
+    ("destination_port", "u2"),
+    ("tcp_window", "u2"),
+    ("partition", "u2"),
+    ("network_offset", "u2"),  # bytes from the frame's start to the IP header
+    ("transport_offset", "u2"),
+    ("payload_bytes", "u2"),  # bytes behind the transport header
+    ("fragment_offset", "u2"),  # in bytes; 0 for whole packets and first fragments
+    ("arrived_from", "u1"),  # INSIDE or OUTSIDE
+    ("protocol", "u1"),
+    ("tcp_flags", "u1"),
+    ("icmp_type", "u1"),
+    ("icmp_code", "u1"),
+    ("icmp_error", "u1"),  # 1: addresses and ports are those of the flow the error speaks of, seen from this side
+    ("time_to_live", "u1"),
+    ("status", "u1"),  # 0: parsed; else the ledger cause that says why not
+    ("has_ports", "u1"),
+    ("verdict", "u1"),  # the engine's: what the NF said, while the packet waits for its state to be committed
+)
+PACKET = np.dtype([(name, kind) for name, kind in _FIELDS], align=True)
+"""One packet's fields, in host byte order; what a network function gets as `packet`."""
+
+
+@inline
+def _is_icmp_error(kind: int) -> bool:
+    """RFC 792: destination unreachable, source quench, redirect, time exceeded, parameter problem."""
+    return kind == 3 or kind == 4 or kind == 5 or kind == 11 or kind == 12
+
+
+@jit
+def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: np.ndarray, index: int) -> int:
+    """Fill `packets[index]` from the `length` bytes at byte `at` of `memory` (uint8); return its status.
+
+    Status 0: an IPv4 packet whose flow is known. Else the ledger's cause: NOT_IP, FRAGMENT (a later one: addresses are
+    set, ports are not), TRUNCATED, OVERSIZED or MALFORMED.
+    """
+    packet = packets[index]
+    packet.frame = at
+    packet.length = length
+    packet.arrived_from = arrived_from
+    packet.source_address = packet.destination_address = 0
+    packet.source_port = packet.destination_port = 0
+    packet.tcp_flags = packet.icmp_type = packet.icmp_code = packet.icmp_error = packet.has_ports = 0
+    packet.protocol = packet.fragment_offset = packet.payload_bytes = packet.time_to_live = 0
+    packet.network_offset = packet.transport_offset = 0
+    status = _parse_ethernet(memory, at, length, packets, index)
+    packet.status = status
+    return status
+
+
+@jit
+def _parse_ethernet(memory: np.ndarray, at: int, length: int, packets: np.ndarray, index: int) -> int:
+    if length < 14:
+        return TRUNCATED
+    if length > MAX_FRAME_BYTES:
+        return OVERSIZED
+    offset = np.int64(14)
+    kind = np.int64(network16(memory, at + 12))
+    for _ in range(2):
+        if kind != 0x8100 and kind != 0x88A8:
+            break
+        if length < offset + 4:
+            return TRUNCATED
+        kind = np.int64(network16(memory, at + offset + 2))
+        offset += 4
+    if kind != 0x0800:
+        return NOT_IP
+    return _parse_ipv4(memory, at, length, offset, packets, index)
+
+
+@jit
+def _parse_ipv4(memory: np.ndarray, at: int, length: int, offset: int, packets: np.ndarray, index: int) -> int:
+    if length < offset + 20:
+        return TRUNCATED
+    ip = at + offset
+    header_bytes = np.int64(memory[ip] & np.uint8(15)) * 4
+    total_bytes = np.int64(network16(memory, ip + 2))
+    if memory[ip] >> np.uint8(4) != 4 or header_bytes < 20 or total_bytes < header_bytes:
+        return MALFORMED
+    if length < offset + total_bytes:
+        return TRUNCATED
+    packet = packets[index]
+    packet.network_offset = offset
+    packet.transport_offset = offset + header_bytes
+    packet.time_to_live = memory[ip + 8]
+    packet.protocol = memory[ip + 9]
+    packet.source_address = network32(memory, ip + 12)
+    packet.destination_address = network32(memory, ip + 16)
+    fragment = np.int64(network16(memory, ip + 6))
+    packet.fragment_offset = (fragment & 0x1FFF) * 8
+    if fragment & 0x1FFF:
+        return FRAGMENT
+    more_fragments = fragment & 0x2000 != 0
+    return _parse_transport(memory, ip + header_bytes, total_bytes - header_bytes, more_fragments, packets, index)
+
+
+@jit
+def _parse_transport(memory: np.ndarray, at: int, size: int, more: bool, packets: np.ndarray, index: int) -> int:
+    """Parse `size` bytes of transport header and payload at byte `at`; `more`: a first fragment, so lengths may not match."""
+    packet = packets[index]
+    if packet.protocol == TCP:
+        if size < 20:
+            return TRUNCATED
+        header_bytes = np.int64(memory[at + 12] >> np.uint8(4)) * 4
+        if header_bytes < 20:
+            return MALFORMED
+        if size < header_bytes:
+            return TRUNCATED
+        packet.tcp_sequence = network32(memory, at + 4)
+        packet.tcp_acknowledgment = network32(memory, at + 8)
+        packet.tcp_flags = memory[at + 13] & np.uint8(0x3F)
+        packet.tcp_window = network16(memory, at + 14)
+        packet.payload_bytes = size - header_bytes
+    elif packet.protocol == UDP:
+        if size < 8:
+            return TRUNCATED
+        datagram = np.int64(network16(memory, at + 4))
+        if datagram < 8 or (datagram > size and not more):
+            return MALFORMED
+        packet.payload_bytes = size - 8
+    elif packet.protocol == ICMP:
+        return _parse_icmp(memory, at, size, packets, index)
+    else:
+        packet.payload_bytes = size
+        return 0
+    packet.source_port = network16(memory, at)
+    packet.destination_port = network16(memory, at + 2)
+    packet.has_ports = 1
+    return 0
+
+
+@jit
+def _parse_icmp(memory: np.ndarray, at: int, size: int, packets: np.ndarray, index: int) -> int:
+    """Echo and its reply: the identifier is the client's port. An error: the flow of the packet it quotes (RFC 792)."""
+    if size < 8:
+        return TRUNCATED
+    packet = packets[index]
+    packet.icmp_type = memory[at]
+    packet.icmp_code = memory[at + 1]
+    packet.payload_bytes = size - 8
+    if not _is_icmp_error(np.int64(memory[at])):
+        packet.source_port = packet.destination_port = network16(memory, at + 4)
+        return 0
+    quoted = at + 8
+    if size < 8 + 20 or memory[quoted] >> np.uint8(4) != 4:
+        return MALFORMED
+    header_bytes = np.int64(memory[quoted] & np.uint8(15)) * 4
+    if header_bytes < 20:
+        return MALFORMED
+    if size < 8 + header_bytes + 8:
+        return TRUNCATED
+    # The quoted packet went the other way, so its source is this side's destination.
+    packet.icmp_error = 1
+    packet.protocol = memory[quoted + 9]
+    packet.source_address = network32(memory, quoted + 16)
+    packet.destination_address = network32(memory, quoted + 12)
+    ports = quoted + header_bytes
+    if packet.protocol == TCP or packet.protocol == UDP:
+        packet.source_port = network16(memory, ports + 2)
+        packet.destination_port = network16(memory, ports)
+        packet.has_ports = 1
+    elif packet.protocol == ICMP:
+        packet.source_port = packet.destination_port = network16(memory, ports + 4)
+    return 0

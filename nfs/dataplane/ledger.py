@@ -1,0 +1,43 @@
+"""Where every packet went: the causes, and the rule that they add up.
+
+received = forwarded + dropped by the verdict + dropped by each other cause + still inside. An entry is one word of an
+int64 array that the packet loop increments; a trial whose ledger does not balance cannot be believed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+CAUSES = (
+    "received",
+    "forwarded",
+    "dropped_by_verdict",
+    "truncated",  # shorter than its own headers say
+    "oversized",  # longer than a frame of the network
+    "malformed",  # header fields that contradict each other
+    "not_ip",  # ARP, LLDP, IPv6 ...: no flow that the NF tracks
+    "fragment",  # a later fragment: no ports, so no flow
+    "table_full",
+    "state_unreachable",  # the host with the packet's state does not answer
+    "waiting_room_full",  # too many packets already wait for remote state
+    "state_refused",  # the store answered with an error: see its statistics
+    "transmit_ring_full",
+    "waiting",  # still inside when the count was taken; not a drop
+)
+RECEIVED, FORWARDED, BY_VERDICT, TRUNCATED, OVERSIZED, MALFORMED, NOT_IP, FRAGMENT = range(8)
+TABLE_FULL, STATE_UNREACHABLE, WAITING_ROOM_FULL, STATE_REFUSED, TRANSMIT_RING_FULL, WAITING = range(8, 14)
+
+
+def make_ledger() -> np.ndarray:
+    """Return an empty ledger: int64[len(CAUSES)]."""
+    return np.zeros(len(CAUSES), np.int64)
+
+
+def to_counts(ledger: np.ndarray) -> dict[str, int]:
+    """Return the ledger by name, zero entries too."""
+    return {cause: int(count) for cause, count in zip(CAUSES, ledger, strict=True)}
+
+
+def imbalance(counts: dict[str, int]) -> int:
+    """Return how many received packets no cause accounts for; zero when the ledger balances."""
+    return counts["received"] - sum(count for cause, count in counts.items() if cause != "received")

@@ -1,0 +1,257 @@
+"""How packets enter and leave a process: bursts of frames on one network interface, by AF_XDP or by AF_PACKET.
+
+    rx_burst   frames that arrived                    kernel -> frames
+    tx_push    queue a frame to leave      tx_flush   tell the kernel; few system calls per burst
+    reclaim    frames that have left       refill     empty frames for the kernel to receive into
+
+A port takes every frame of its interface. With AF_XDP none of them reaches the kernel's own stack.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from datastore.native import inline, jit
+from datastore.native.errors import NearstateError
+from datastore.native.libc import EAGAIN, EBUSY, EINTR, ENOBUFS, MSG_DONTWAIT, address, errno, sendto
+from datastore.native.memory import load_acquire, store_release
+from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame, take_frame
+
+AFXDP, AFPACKET = 0, 1
+KINDS = {"afxdp": AFXDP, "afpacket": AFPACKET}
+BURST = 64
+"""Frames handled together: state accesses, wake-ups and system calls are paid once per burst."""
+
+# control words of a port
+KIND, FD, IN_FLIGHT, TX_PRODUCER, PENDING, TX_REFUSED, RESERVE = range(7)
+
+
+class Port(NamedTuple):
+    """One interface's rings. `*_producer`, `*_consumer`, `*_flags`: uint32[1] shared with the kernel; rings: uint64."""
+
+    control: np.ndarray
+    rx_producer: np.ndarray
+    rx_consumer: np.ndarray
+    rx_ring: np.ndarray
+    tx_producer: np.ndarray
+    tx_consumer: np.ndarray
+    tx_ring: np.ndarray
+    tx_flags: np.ndarray
+    fill_producer: np.ndarray
+    fill_consumer: np.ndarray
+    fill_ring: np.ndarray
+    done_producer: np.ndarray
+    done_consumer: np.ndarray
+    done_ring: np.ndarray
+    messages: np.ndarray
+
+
+class OpenPort(NamedTuple):
+    """An open interface: its compiled side, the socket's descriptor, and the objects that keep its memory alive."""
+
+    port: Port
+    fd: int
+    kind: str
+    keep: tuple[Any, ...]
+
+    def statistics(self) -> dict[str, int]:
+        """Return the frames the kernel dropped before this process could see them, by reason."""
+        from nfs.dataplane import afpacket, afxdp
+
+        return afxdp.statistics(self.fd) if self.kind == "afxdp" else afpacket.statistics(self.fd)
+
+
+def open_port(interface: str, frames: Frames, kind: str = "auto", umem: Any = None) -> OpenPort:
+    """Open `interface` of the current network namespace; `kind` is afxdp, afpacket or auto (AF_XDP where it works).
+
+    Raises NearstateError naming the interface, the kind tried and the reason.
+    """
+    from nfs.dataplane import afpacket, afxdp
+
+    if kind == "afpacket":
+        return afpacket.open_port(interface, frames)
+    try:
+        return afxdp.open_port(interface, frames, umem or afxdp.Umem(frames))
+    except NearstateError:
+        if kind == "afxdp":
+            raise
+        return afpacket.open_port(interface, frames)
+
+
+def open_ports(interfaces: list[str], frames: Frames, kind: str = "auto") -> list[OpenPort]:
+    """Open several interfaces over one area of frames, all by the same kind, so that a frame can enter here and leave there."""
+    from nfs.dataplane import afpacket, afxdp
+
+    if kind != "afpacket":
+        try:
+            umem = afxdp.Umem(frames)
+            return [afxdp.open_port(interface, frames, umem) for interface in interfaces]
+        except NearstateError:
+            if kind == "afxdp":
+                raise
+    return [afpacket.open_port(interface, frames) for interface in interfaces]
+
+
+@jit
+def rx_burst(port: Port, frames: Frames, addresses: np.ndarray, lengths: np.ndarray, limit: int) -> int:
+    """Take up to `limit` arrived frames: byte offset of each packet's start and its length; returns how many.
+
+    addresses, lengths: int64 arrays of at least `limit` elements.
+    """
+    if port.control[KIND] == AFPACKET:
+        return receive_messages(port, frames, addresses, lengths, limit)
+    consumer = port.rx_consumer[0]
+    ready = np.int64(np.uint32(load_acquire(port.rx_producer, 0) - consumer))
+    count = min(limit, ready)
+    mask = np.int64(port.rx_ring.size // 2 - 1)
+    for i in range(count):
+        slot = (np.int64(consumer) + i) & mask
+        addresses[i] = np.int64(port.rx_ring[2 * slot])
+        lengths[i] = np.int64(port.rx_ring[2 * slot + 1] & np.uint64(0xFFFFFFFF))
+    if count > 0:
+        store_release(port.rx_consumer, 0, np.uint32(np.int64(consumer) + count))
+    return count
+
+
+@jit
+def refill(port: Port, frames: Frames) -> None:
+    """Hand the kernel free frames to receive into, keeping `control[RESERVE]` frames for the process itself."""
+    if port.control[KIND] == AFPACKET:
+        return
+    producer = np.int64(port.fill_producer[0])
+    used = np.int64(np.uint32(producer - np.int64(load_acquire(port.fill_consumer, 0))))
+    slots = port.fill_ring.size
+    count = min(slots - used, free_frames(frames) - port.control[RESERVE])
+    if count < 32 and used > slots // 2:
+        return
+    for i in range(count):
+        port.fill_ring[(producer + i) & (slots - 1)] = np.uint64(take_frame(frames))
+    if count > 0:
+        store_release(port.fill_producer, 0, np.uint32(producer + count))
+
+
+@jit
+def tx_push(port: Port, frames: Frames, at: int, length: int) -> bool:
+    """Queue the packet of `length` bytes at byte `at` to leave; False when the ring is full (the caller keeps the frame)."""
+    slots = port.tx_ring.size // 2
+    if port.control[IN_FLIGHT] >= slots:
+        return False
+    slot = port.control[TX_PRODUCER] & (slots - 1)
+    port.tx_ring[2 * slot] = np.uint64(at)
+    port.tx_ring[2 * slot + 1] = np.uint64(length)
+    port.control[TX_PRODUCER] += 1
+    port.control[IN_FLIGHT] += 1
+    port.control[PENDING] += 1
+    return True
+
+
+@jit
+def tx_flush(port: Port, frames: Frames) -> None:
+    """Give everything queued to the kernel. AF_XDP in copy mode sends 32 frames per system call."""
+    pending = port.control[PENDING]
+    if pending == 0:
+        return
+    if port.control[KIND] == AFPACKET:
+        send_messages(port, frames)
+        return
+    store_release(port.tx_producer, 0, np.uint32(port.control[TX_PRODUCER]))
+    port.control[PENDING] = 0
+    for _ in range(pending // 16 + 2):
+        if load_acquire(port.tx_consumer, 0) == np.uint32(port.control[TX_PRODUCER]):
+            break
+        code = sendto(
+            np.int32(port.control[FD]), np.uintp(0), np.uintp(0), np.int32(MSG_DONTWAIT), np.uintp(0), np.int32(0)
+        )
+        if code < 0:
+            reason = errno()
+            if reason != EAGAIN and reason != EBUSY and reason != ENOBUFS and reason != EINTR:
+                port.control[TX_REFUSED] += 1
+                break
+
+
+@jit
+def reclaim(port: Port, frames: Frames) -> None:
+    """Take back the frames that have left; if some have not been sent yet, kick the kernel again."""
+    if port.control[KIND] == AFPACKET:
+        return
+    consumer = np.int64(port.done_consumer[0])
+    count = np.int64(np.uint32(np.int64(load_acquire(port.done_producer, 0)) - consumer))
+    mask = port.done_ring.size - 1
+    for i in range(count):
+        give_frame(frames, np.int64(port.done_ring[(consumer + i) & mask]))
+    if count > 0:
+        store_release(port.done_consumer, 0, np.uint32(consumer + count))
+        port.control[IN_FLIGHT] -= count
+    if load_acquire(port.tx_consumer, 0) != load_acquire(port.tx_producer, 0):
+        sendto(np.int32(port.control[FD]), np.uintp(0), np.uintp(0), np.int32(MSG_DONTWAIT), np.uintp(0), np.int32(0))
+
+
+@inline
+def unsent(port: Port) -> Any:
+    """Return how many frames have been queued and not yet taken back."""
+    return port.control[IN_FLIGHT]
+
+
+# AF_PACKET: recvmmsg and sendmmsg over an array of `struct mmsghdr`, one for each frame of a burst
+MESSAGE_WORDS = 8  # struct mmsghdr: 56 bytes of msghdr, int msg_len, padding
+_recvmmsg = types.ExternalFunction(
+    "recvmmsg", types.int32(types.int32, types.uintp, types.uint32, types.int32, types.uintp)
+)
+_sendmmsg = types.ExternalFunction("sendmmsg", types.int32(types.int32, types.uintp, types.uint32, types.int32))
+
+
+@inline
+def _point_message(port: Port, frames: Frames, i: int, at: int, length: int) -> None:
+    """Let message `i` describe `length` bytes at byte `at` of the frames."""
+    iovec = BURST * MESSAGE_WORDS + 2 * i
+    port.messages[iovec] = np.uint64(address(frames.memory, at))
+    port.messages[iovec + 1] = np.uint64(length)
+    header = MESSAGE_WORDS * i
+    port.messages[header + 2] = np.uint64(address(port.messages, iovec))
+    port.messages[header + 3] = np.uint64(1)
+
+
+@jit
+def receive_messages(port: Port, frames: Frames, addresses: np.ndarray, lengths: np.ndarray, limit: int) -> int:
+    """`rx_burst` by recvmmsg: one system call a burst, one copy a frame."""
+    wanted = min(limit, BURST, free_frames(frames) - port.control[RESERVE])
+    if wanted <= 0:
+        return 0
+    for i in range(wanted):
+        addresses[i] = take_frame(frames)
+        _point_message(port, frames, i, addresses[i], FRAME_BYTES)
+    got = _recvmmsg(
+        np.int32(port.control[FD]), address(port.messages, 0), np.uint32(wanted), np.int32(MSG_DONTWAIT), np.uintp(0)
+    )
+    count = max(0, np.int64(got))
+    for i in range(count):
+        lengths[i] = np.int64(port.messages[MESSAGE_WORDS * i + 7] & np.uint64(0xFFFFFFFF))
+    for i in range(count, wanted):
+        give_frame(frames, addresses[i])
+    return count
+
+
+@jit
+def send_messages(port: Port, frames: Frames) -> None:
+    """`tx_flush` by sendmmsg; a frame that the kernel refuses (its queue is full) is dropped and counted as refused."""
+    slots = port.tx_ring.size // 2
+    first = port.control[TX_PRODUCER] - port.control[PENDING]
+    while port.control[PENDING] > 0:
+        count = min(BURST, port.control[PENDING])
+        for i in range(count):
+            slot = (first + i) & (slots - 1)
+            _point_message(port, frames, i, np.int64(port.tx_ring[2 * slot]), np.int64(port.tx_ring[2 * slot + 1]))
+        sent = _sendmmsg(
+            np.int32(port.control[FD]), address(port.messages, 0), np.uint32(count), np.int32(MSG_DONTWAIT)
+        )
+        if sent <= 0:
+            sent = 1
+            port.control[TX_REFUSED] += 1
+        for i in range(sent):
+            give_frame(frames, np.int64(port.tx_ring[2 * ((first + i) & (slots - 1))]))
+        first += sent
+        port.control[PENDING] -= sent
+        port.control[IN_FLIGHT] -= sent

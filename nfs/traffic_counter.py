@@ -1,0 +1,18 @@
+"""Traffic counter: packets and bytes of every connection, both ways; a write on every packet, the worst case for its state."""
+
+from nfs.dataplane import FLOW, FORWARD, INSIDE, network_function, record
+
+COUNTERS = record(packets_out="u8", bytes_out="u8", packets_in="u8", bytes_in="u8")
+IDLE_TIMEOUT_S = 600
+
+
+@network_function(key=FLOW, state=COUNTERS, passes=("not_ip", "fragment"))
+def traffic_counter(packet, counters, env):
+    if packet.arrived_from == INSIDE:
+        counters.packets_out += 1
+        counters.bytes_out += packet.length
+    else:
+        counters.packets_in += 1
+        counters.bytes_in += packet.length
+    env.idle_timeout_s = IDLE_TIMEOUT_S
+    return FORWARD
