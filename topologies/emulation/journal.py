@@ -232,7 +232,8 @@ def _remove(run_id: str, entries: Iterable[dict[str, Any]]) -> list[str]:
 
 def _kill(run_id: str) -> list[str]:
     """SIGKILL the run's processes until none is left: one that was forking may leave a child behind the first pass."""
-    spared, killed = ancestors(os.getpid()), {}
+    spared = ancestors(os.getpid())
+    killed: dict[int, str] = {}
     deadline = time.monotonic() + REMOVAL_S
     while found := [pid for pid in processes_of(run_id) if pid not in spared and start_ticks(pid) is not None]:
         for pid in found:

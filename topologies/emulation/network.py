@@ -92,6 +92,7 @@ class Network:
         self.hosts: dict[str, EmulatedHost] = {}
         self.switch: ScopedSwitch | None = None
         self.delay_mechanism = "none"
+        self.base_us: float | None = None  # what a round trip costs before delays are put in; None: there are none
         self.seconds: dict[str, float] = {}
         self._limits = CpuLimits(journal)
         self._mininet: Mininet | None = None

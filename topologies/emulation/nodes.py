@@ -139,7 +139,7 @@ class ScopedSwitch(QuietShell, OVSSwitch):
 
     def startShell(self, mnopts: str | None = None) -> None:
         """No shell before the first command: a switch rarely gets one."""
-        self.shell = self.stdin = self.stdout = None
+        self.shell: Any = None
         self.waiting, self.pid = False, os.getpid()
 
     def sendCmd(self, *args: Any, **kwargs: Any) -> None:
