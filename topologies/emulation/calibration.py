@@ -33,7 +33,7 @@ from topologies.emulation import system
 if TYPE_CHECKING:
     from topologies.emulation.network import Network
 
-BUDGET_S = 0.5
+BUDGET_S = 0.45
 TRAIN_FRAMES, SPACING_NS = 24, 20_000
 TURNS, LEAST_TURNS = 12, 2
 MOST_STORAGE_PATHS = 12

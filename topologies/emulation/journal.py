@@ -123,8 +123,8 @@ class Journal:
             self._write({"kind": "removed", "of": kind, "name": str(name)})
 
     def close(self) -> list[str]:
-        """Remove what is still there, then the journal itself; return what was removed."""
-        removed = _remove(self.run_id, self._entries.values()) if self._entries else []
+        """Remove what is still there, processes first, then the journal itself; return what was removed."""
+        removed = _remove(self.run_id, self._entries.values())
         self._entries.clear()
         if self._file >= 0:
             os.close(self._file)

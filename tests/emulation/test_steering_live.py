@@ -1,0 +1,184 @@
+"""On the live switch: does every partition's forward and return traffic reach the same instance, before and after a move?"""
+
+import contextlib
+import json
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from datastore.native.errors import NearstateError
+from topologies.controller.steering import PARTITIONS, TCP, UDP
+from topologies.emulation import system
+from topologies.emulation.journal import Journal
+from topologies.emulation.network import Network
+from topologies.emulation.processes import Launcher
+
+ICMP = 1
+CLIENT_NET, SERVER = 0x0A010200, 0x0A800007
+KINDS = {"tcp": (TCP, False), "udp": (UDP, False), "icmp": (ICMP, False), "later tcp fragment": (TCP, True),
+         "later udp fragment": (UDP, True)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    logs = tmp_path_factory.mktemp("logs")
+    with Journal("test-steering-live") as journal, Launcher(journal, logs) as launcher:
+        with Network("rack", {"nf_hosts": 3}, journal.run_id, launcher, journal) as network:
+            yield network
+
+
+def packet(kind: str, partition: int, from_client: bool, macs: tuple[str, str]) -> bytes:
+    """Return a frame of the partition: by its client port, or where it has no ports by its client address."""
+    protocol, later = KINDS[kind]
+    has_ports = protocol != ICMP and not later
+    client = CLIENT_NET | (0x55 if has_ports else partition)  # what must not matter is set to something else
+    port = 0xC000 | partition << 1 | 1
+    ends = ((client, port), (SERVER, 80)) if from_client else ((SERVER, 80), (client, port))
+    tag = struct.pack(">4sBBH", b"nstt", list(KINDS).index(kind), from_client, partition)
+    if protocol == TCP and not later:
+        payload = struct.pack(">HHIIBBHHH", ends[0][1], ends[1][1], 0, 0, 0x50, 0x10, 1024, 0, 0) + tag
+    elif protocol == UDP and not later:
+        payload = struct.pack(">HHHH", ends[0][1], ends[1][1], 8 + len(tag), 0) + tag
+    elif protocol == ICMP:
+        payload = struct.pack(">BBHHH", 8, 0, 0, 1, 1) + tag
+    else:  # where ports would be, a later fragment has data: it must not be taken for ports
+        payload = b"\xff\x5a" * 10 + tag
+    fragment = 185 if later else 0
+    header = struct.pack(">BBHHHBBHII", 0x45, 0, 20 + len(payload), 1, fragment, 64, protocol, 0, ends[0][0], ends[1][0])
+    total = sum(struct.unpack(">10H", header))
+    total = (total & 0xFFFF) + (total >> 16)
+    header = header[:10] + struct.pack(">H", ~total & 0xFFFF) + header[12:]
+    frame = bytes.fromhex("".join(macs).replace(":", "")) + b"\x08\x00" + header + payload
+    return frame.ljust(60, b"\0")
+
+
+class Taps:
+    """Packet sockets on interfaces of hosts: who sees which test frame."""
+
+    def __init__(self, network: Network, ends: list[tuple[str, str]]) -> None:
+        self.sockets: dict[tuple[str, str], socket.socket] = {}
+        for host, interface in ends:
+            with system.network_namespace(network.hosts[host].pid):
+                tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
+            tap.bind((interface, 0x0003))
+            tap.setblocking(False)
+            self.sockets[host, interface] = tap
+
+    def collect(self, expected: int) -> dict[bytes, list[tuple[str, str]]]:
+        """Return, by tag, where test frames came in; waits until `expected` have, or nothing has for half a second."""
+        seen: dict[bytes, list[tuple[str, str]]] = {}
+        quiet_since = time.monotonic()
+        while time.monotonic() < quiet_since + 0.5 and sum(map(len, seen.values())) < expected:
+            for end, tap in self.sockets.items():
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        frame, (_, _, kind, *_rest) = tap.recvfrom(2048)
+                        if (at := frame.find(b"nstt")) >= 0 and kind != socket.PACKET_OUTGOING:
+                            seen.setdefault(frame[at : at + 8], []).append(end)
+                            quiet_since = time.monotonic()
+        return seen
+
+
+def assert_steered(network: Network, partitions: list[int]) -> None:
+    """Send a packet of every kind and direction for each partition; each must come out once, at its instance's right side."""
+    instances = network.steering()
+    nfs = [host.name for host in network.hosts.values() if host.role == "nf"]
+    taps = Taps(network, [(nf, side) for nf in nfs for side in ("inside", "outside")] + [("client", "net"), ("server", "net")])
+    client, server = taps.sockets["client", "net"], taps.sockets["server", "net"]
+    mac = {name: network.hosts[name].interfaces["net"].mac for name in ("client", "server")}
+    for start in range(0, len(partitions), 16):
+        expected = {}
+        for partition in partitions[start : start + 16]:
+            for number, kind in enumerate(KINDS):
+                client.send(packet(kind, partition, True, (mac["server"], mac["client"])))
+                server.send(packet(kind, partition, False, (mac["client"], mac["server"])))
+                for from_client, side in ((1, "inside"), (0, "outside")):
+                    tag = struct.pack(">4sBBH", b"nstt", number, from_client, partition)
+                    expected[tag] = [(instances[partition], side)]
+        assert taps.collect(len(expected)) == expected
+    for tap in taps.sockets.values():
+        tap.close()
+
+
+def test_every_partition_meets_its_instance_both_ways(rack: Network) -> None:
+    assert_steered(rack, list(range(PARTITIONS)))
+
+
+def test_moved_partitions_follow_and_the_others_stay(rack: Network) -> None:
+    before = rack.steering()
+    moved = [partition for partition in range(PARTITIONS) if partition % 5 == 0]
+    rack.steer(moved, "nf3")
+    after = rack.steering()
+    assert [p for p in range(PARTITIONS) if after[p] != before[p]] == [p for p in moved if before[p] != "nf3"]
+    assert_steered(rack, [*range(0, 40), *range(216, 256)])
+
+
+def test_what_leaves_an_instance_reaches_the_other_party(rack: Network) -> None:
+    ends = [("nf2", "inside"), ("nf2", "outside"), ("client", "net"), ("server", "net")]
+    taps = Taps(rack, ends)
+    mac = {name: rack.hosts[name].interfaces["net"].mac for name in ("client", "server")}
+    taps.sockets["nf2", "outside"].send(packet("udp", 9, True, (mac["server"], mac["client"])))
+    taps.sockets["nf2", "inside"].send(packet("udp", 9, False, (mac["client"], mac["server"])))
+    seen = taps.collect(2)
+    assert seen == {
+        struct.pack(">4sBBH", b"nstt", 1, 1, 9): [("server", "net")],
+        struct.pack(">4sBBH", b"nstt", 1, 0, 9): [("client", "net")],
+    }
+
+
+def test_wrong_commands_are_answered_and_change_nothing(rack: Network) -> None:
+    before = rack.steering()
+    with pytest.raises(NearstateError, match="unknown instance 'nf33': did you mean nf3"):
+        rack.steer([1], "nf33")
+    with pytest.raises(NearstateError, match="partition 256 is not one of 0 to 255"):
+        rack.steer([1, 256], "nf1")
+    for line, reason in (
+        (b"not json", "Expecting value"), (b"[]", "unknown command"), (b'{"command": "steal"}', "unknown command"),
+        (b'{"command": "steer"}', "unknown instance None"), (b'{"command": "steer", "instance": "nf1"}', "must be a list"),
+        (b'{"command": "steer", "instance": ["nf1"], "partitions": [1]}', "unknown instance"),
+    ):  # fmt: skip
+        with socket.socket(socket.AF_UNIX) as commands:
+            commands.settimeout(5)
+            commands.connect(str(rack.commands_path()))
+            commands.sendall(line + b"\n")
+            assert reason in json.loads(commands.recv(65536))["error"]
+    assert rack.steering() == before
+
+
+def test_frames_nobody_may_have_are_dropped_and_counted(rack: Network) -> None:
+    before = rack.show()["refused_packets"]
+    taps = Taps(rack, [(host.name, name) for host in rack.hosts.values() for name in host.interfaces])
+    ipv6 = bytes.fromhex("333300000002" "020000000001" "86dd") + b"nstt ipv6".ljust(60, b"\0")
+    lldp = bytes.fromhex("0180c200000e" "020000000001" "88cc") + b"nstt lldp".ljust(60, b"\0")
+    for frame in (ipv6, lldp):
+        taps.sockets["client", "net"].send(frame)
+    assert taps.collect(1) == {}
+    deadline = time.monotonic() + 3  # the switch moves its datapath's counters to the rules about once a second
+    while (counted := rack.show()["refused_packets"] - before) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert counted == 2
+
+
+def test_a_restarted_connection_keeps_the_steering(rack: Network, tmp_path: Path) -> None:
+    """The switch drops its controller connection and comes back: all rules are installed again, moves included."""
+    assert rack.switch is not None
+    before = rack.show()
+    environment = rack.journal.environment()
+    system.run(["ovs-ofctl", "-O", "OpenFlow13", "del-flows", rack.switch.bridge], environment)
+    uuid = system.run(["ovs-vsctl", "get", "bridge", rack.switch.bridge, "controller"], environment).strip("[]\n ")
+    target = system.run(["ovs-vsctl", "get", "controller", uuid, "target"], environment).strip('"\n')
+    system.run(["ovs-vsctl", "set-controller", rack.switch.bridge, "tcp:127.0.0.1:1"], environment)
+    system.run(["ovs-vsctl", "set-controller", rack.switch.bridge, target], environment)
+    deadline = time.monotonic() + 10
+    flows = 0
+    while flows != before["rules"] and time.monotonic() < deadline:
+        listed = system.run(["ovs-ofctl", "-O", "OpenFlow13", "dump-flows", rack.switch.bridge], environment)
+        flows = listed.count("priority=")
+        time.sleep(0.1)
+    assert flows == before["rules"]
+    assert rack.steering() == before["instances"]
+    assert_steered(rack, [0, 1, 2, 3, 4, 5])
