@@ -1,0 +1,621 @@
+"""How does a process of this host read and write records in place?
+
+A record access is `open_record`, work on the words of its value, `commit_record` (or `abort_record`):
+
+    slot = open_record(words, owner, low, high, epoch, now_s)     lock the partition; find the record or reserve a slot;
+                                                                  save stamp and value; set the undo word
+    words[slot + VALUE] += 1                                      the value starts at slot + VALUE, the stamp is before it
+    commit_record(words, owner, slot, expires_s)                  changed? version + 1; clear the undo word; unlock
+
+A version never goes back for a key, not even when its record is deleted or expires and a new one is made: the new one starts
+above the highest version that was ever removed from its partition (the partition's floor).
+
+An expired record counts as absent: opened, it is new (all zero) and becomes a record only by a commit that changes it.
+"""
+
+from __future__ import annotations
+
+import errno as error_numbers
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datastore.native import inline, jit
+from datastore.native.errors import NearstateError
+from datastore.native.memory import fence, fetch_add, load_acquire, trailing_zeros
+from datastore.store import locking
+from datastore.store.layout import (
+    ADDRESS, BUCKET_WORDS, BUCKETS, BUCKETS_OFFSET, CAPACITY, CHANGE, CLIENT_HEADER_WORDS, CLIENT_STRIDE, CLIENTS,
+    CLIENTS_AT, CLUSTER, COMPLETION, COUNT, COUNTERS, CURSOR, DONE_VALUE, EPOCH, EXPIRED, EXPIRY_BITS, EXPIRY_MASK, FIRST,
+    FLOOR, FULL_SWEEP, HEADER_WORDS, INSERT, LAYOUT, LAYOUT_VERSION, LOCK, LONGEST_LIFE_S, MAGIC, MAGIC_NUMBER,
+    ONE_VERSION, OVERFLOW_SHIFT, PARTITION_COUNT, PORT, REMOVE, RENEW, ROLE, SECRETS, SERVER_PID, SLOT_WORDS, SLOTS, STAMP,
+    STATUS_COUNTS, STRIDE, TAG_TOPS, TOTAL_WORDS, U0, U1, UNDO, UNDO_COPY, VALUE, VALUE_WORDS, WINDOW, count_overflow,
+    expired, expiry_field, find_free, find_place, hash32, home_bucket, partition_at, place_of, prefetch_record, set_tag,
+    slot_of, tag_of, word,
+)  # fmt: skip
+from datastore.store.locking import OWNER_MASK, lock, recover, refuse, release, role_word, wrong_role
+from datastore.store.partitions import PARTITION_BITS, PARTITIONS, FlowKey
+from datastore.store.statuses import NAMES, OK, STATUSES, TABLE_FULL, UNKNOWN_PARTITION, status_message
+__all__ = ["VALUE", "STAMP", "Record", "Table", "abort_record", "commit_record", "is_new", "open_record", "prefetch_record"]
+
+LARGEST_VALUE_BYTES = 1024
+SHARED_MEMORY = Path("/dev/shm")
+
+
+# ---- one record, in place ---------------------------------------------------------------------------------------------
+
+
+@inline
+def base_of(words: np.ndarray, slot: int) -> Any:
+    """Return the word index of the partition that an open record belongs to; its key says which."""
+    return partition_at(words, np.int64(words[slot] & PARTITION_BITS))
+
+
+@inline
+def begin(words: np.ndarray, base: int, undo: int) -> None:
+    """Set the undo word: from here on a kill is rolled back. The undo copy is complete."""
+    words[base + COMPLETION] = U0
+    fence()
+    words[base + UNDO] = np.uint64(undo)
+    fence()
+
+
+@jit
+def open_record(words: np.ndarray, owner: int, key_low: int, key_high: int, epoch: int, now_s: int) -> int:
+    """Lock the key's partition and return the word index of its slot, or minus a status; then the lock is not held.
+
+    words: uint64[n], the table. owner: from `Table.register_owner`. key_low, key_high: uint64. epoch: of the caller's
+    partition map. now_s: seconds of CLOCK_MONOTONIC. A record that does not exist, or has expired, reads all zero.
+    Statuses: TABLE_FULL, UNKNOWN_PARTITION, NOT_PRIMARY, STALE_EPOCH, BUSY, ALREADY_OPEN.
+    """
+    low, high = np.uint64(key_low), np.uint64(key_high)
+    partition = np.int64(low & PARTITION_BITS)
+    if partition >= word(words, PARTITION_COUNT):
+        return -refuse(words, UNKNOWN_PARTITION)
+    base = partition_at(words, partition)
+    status = lock(words, owner, base)
+    if status != OK:
+        return -refuse(words, status)
+    if words[base + ROLE] != role_word(epoch, 1):
+        status = wrong_role(words, base, epoch)
+        release(words, base)
+        return -refuse(words, status)
+    place = find_place(words, base, low, high, hash32(words, low, high))
+    if place == 0:
+        return reserve(words, base, low, high, now_s)
+    slot = slot_of(place)
+    for n in range(word(words, VALUE_WORDS) + 1):
+        words[base + UNDO_COPY + n] = words[slot + STAMP + n]
+    if expired(words[slot + STAMP], now_s):
+        begin(words, base, place | RENEW)
+        clear_value(words, slot)
+    else:
+        begin(words, base, place | CHANGE)
+    return slot
+
+
+@jit
+def clear_value(words: np.ndarray, slot: int) -> None:
+    for n in range(word(words, VALUE_WORDS)):
+        words[slot + VALUE + n] = U0
+
+
+@jit
+def reserve(words: np.ndarray, base: int, low: int, high: int, now_s: int) -> int:
+    """Write a key into a free slot, still without a tag, so nobody finds it before the commit; return the slot."""
+    hashed = hash32(words, low, high)
+    place = find_free(words, base, hashed)
+    if place == 0 and word(words, base + FULL_SWEEP) != now_s:  # at most once a second: a full table stays cheap
+        words[base + FULL_SWEEP] = np.uint64(now_s)
+        for bucket in range(word(words, BUCKETS)):
+            remove_expired(words, base, bucket, now_s)
+        place = find_free(words, base, hashed)
+    if place == 0:
+        release(words, base)
+        return -refuse(words, TABLE_FULL)
+    slot = slot_of(place)
+    begin(words, base, place | INSERT)
+    words[slot], words[slot + 1] = low, high
+    words[slot + STAMP] = words[base + FLOOR] << np.uint64(EXPIRY_BITS)
+    clear_value(words, slot)
+    return slot
+
+
+@inline
+def is_new(words: np.ndarray, slot: int) -> Any:
+    """Tell whether an open record did not exist, or had expired, when it was opened."""
+    kind = word(words, base_of(words, slot) + UNDO) & 0xFF
+    return kind == INSERT or kind == RENEW
+
+
+@inline
+def changed(words: np.ndarray, base: int, slot: int, new: bool) -> Any:
+    """Tell whether an open record's value differs from the one it was opened with."""
+    difference = U0
+    if new:
+        for n in range(word(words, VALUE_WORDS)):
+            difference |= words[slot + VALUE + n]
+    else:
+        for n in range(word(words, VALUE_WORDS)):
+            difference |= words[slot + VALUE + n] ^ words[base + UNDO_COPY + 1 + n]
+    return difference != U0
+
+
+@inline
+def seal(words: np.ndarray, base: int, slot: int, field: int) -> None:
+    """Give an open record its next version and the expiry `field`; a new one becomes findable. The lock stays held."""
+    words[slot + STAMP] = (words[slot + STAMP] & ~EXPIRY_MASK) + ONE_VERSION | field
+    undo = word(words, base + UNDO)
+    if undo & 0xFF == INSERT:
+        publish(words, base, undo)
+
+
+@jit
+def publish(words: np.ndarray, base: int, place: int) -> None:
+    """Make a reserved slot a record: overflow counts, tag, record count; a kill in between is recounted."""
+    slot = slot_of(place)
+    hashed = hash32(words, words[slot], words[slot + 1])
+    count_overflow(words, base, place, hashed, True)
+    set_tag(words, place, tag_of(hashed))
+    words[base + COUNT] += U1
+
+
+@jit
+def commit_record(words: np.ndarray, owner: int, slot: int, expires_s: int) -> int:
+    """End the work on an open record and unlock; return 1 when its value had changed and was written, else 0.
+
+    expires_s: the absolute second of CLOCK_MONOTONIC at which the record expires; 0 leaves its expiry alone (a new record
+    then never expires). Unchanged, an old record keeps its version and takes the expiry; a new one is taken back.
+    """
+    fence()
+    base = base_of(words, slot)
+    kind = word(words, base + UNDO) & 0xFF
+    new = kind != CHANGE
+    field = U0 if new else words[slot + STAMP] & EXPIRY_MASK
+    if expires_s != 0:
+        field = expiry_field(expires_s)
+    written = 0
+    if changed(words, base, slot, new):
+        seal(words, base, slot, field)
+        written = 1
+    elif kind == CHANGE:
+        words[slot + STAMP] = words[slot + STAMP] & ~EXPIRY_MASK | field
+    elif kind == RENEW:
+        restore(words, base, slot)
+    release(words, base)
+    return written
+
+
+@jit
+def restore(words: np.ndarray, base: int, slot: int) -> None:
+    """Put the undo copy back."""
+    for n in range(word(words, VALUE_WORDS) + 1):
+        words[slot + STAMP + n] = words[base + UNDO_COPY + n]
+
+
+@jit
+def abort_record(words: np.ndarray, owner: int, slot: int) -> None:
+    """Put an open record back as it was and unlock. (A reserved slot was never visible: nothing to put back.)"""
+    fence()
+    base = base_of(words, slot)
+    if word(words, base + UNDO) & 0xFF != INSERT:
+        restore(words, base, slot)
+    release(words, base)
+
+
+# ---- taking records out -----------------------------------------------------------------------------------------------
+
+
+@jit
+def take_out(words: np.ndarray, base: int, place: int) -> None:
+    """Free a place; its undo word is REMOVE and the lock is held. The key stays in the slot, so a tag brings it back."""
+    slot = slot_of(place)
+    words[base + FLOOR] = max(words[base + FLOOR], words[slot + STAMP] >> np.uint64(EXPIRY_BITS))
+    fence()
+    set_tag(words, place, U0)
+    count_overflow(words, base, place, hash32(words, words[slot], words[slot + 1]), False)
+    words[base + COUNT] -= U1
+
+
+@jit
+def remove_expired(words: np.ndarray, base: int, bucket: int, now_s: int) -> int:
+    """Take the expired records out of a bucket; the lock is held; return how many."""
+    slot_words = word(words, SLOT_WORDS)
+    at = base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)
+    freed = 0
+    for position in range(SLOTS):
+        slot = at + 1 + position * slot_words
+        used = words[at] >> np.uint64(8 * position + 7) & U1 != U0
+        if used and expired(words[slot + STAMP], now_s):
+            place = place_of(slot, position)
+            begin(words, base, place | REMOVE)
+            take_out(words, base, place)
+            fence()
+            words[base + UNDO] = U0
+            freed += 1
+    if freed > 0:
+        fetch_add(words, EXPIRED, freed)
+    return freed
+
+
+@jit
+def any_expired(words: np.ndarray, base: int, bucket: int, now_s: int) -> bool:
+    """Look, without the lock, whether a bucket seems to hold an expired record."""
+    at = base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)
+    used = words[at] & TAG_TOPS
+    while used != U0:
+        slot = at + 1 + (np.int64(trailing_zeros(used)) >> 3) * word(words, SLOT_WORDS)
+        if expired(words[slot + STAMP], now_s):
+            return True
+        used &= used - U1
+    return False
+
+
+@jit
+def sweep(words: np.ndarray, owner: int, partition: int, now_s: int, buckets: int) -> int:
+    """Free the expired records of the partition's next `buckets` buckets; return how many.
+
+    Each call goes on where the last one stopped. The lock is taken only for a bucket that has something to free.
+    """
+    base = partition_at(words, partition)
+    if words[base + COUNT] == U0:
+        return 0
+    total = word(words, BUCKETS)
+    bucket = word(words, base + CURSOR) % total
+    freed = 0
+    for _ in range(min(buckets, total)):
+        if any_expired(words, base, bucket, now_s) and lock(words, owner, base) == OK:
+            freed += remove_expired(words, base, bucket, now_s)
+            release(words, base)
+        bucket = bucket + 1 if bucket + 1 < total else 0
+    words[base + CURSOR] = np.uint64(bucket)
+    return freed
+
+
+# ---- looking without disturbing ---------------------------------------------------------------------------------------
+
+
+@jit
+def copy_bucket(words: np.ndarray, base: int, bucket: int, records: np.ndarray, held: bool) -> int:
+    """Copy a bucket's records to the front of `records`; return how many, or -1 when someone was at work meanwhile.
+
+    records: uint64[SLOTS, slot words]. held: the caller has the lock; without it the lock word's count of turns tells
+    whether the copy is whole.
+    """
+    seen = load_acquire(words, base + LOCK)
+    if seen & OWNER_MASK != U0 and not held:
+        return -1
+    slot_words = word(words, SLOT_WORDS)
+    at = base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)
+    used = words[at] & TAG_TOPS
+    count = 0
+    while used != U0:
+        slot = at + 1 + (np.int64(trailing_zeros(used)) >> 3) * slot_words
+        for n in range(slot_words):
+            records[count, n] = words[slot + n]
+        count += 1
+        used &= used - U1
+    fence()
+    return count if load_acquire(words, base + LOCK) == seen else -1
+
+
+@jit
+def check_partition(words: np.ndarray, partition: int) -> int:
+    """Return 0 when a partition at rest is consistent, else which check failed (see `Table.verify`)."""
+    base = partition_at(words, partition)
+    buckets, bucket_words, slot_words = word(words, BUCKETS), word(words, BUCKET_WORDS), word(words, SLOT_WORDS)
+    first = base + word(words, BUCKETS_OFFSET)
+    if words[base + LOCK] & OWNER_MASK != U0:
+        return 1
+    if words[base + UNDO] != U0:
+        return 2
+    probed = np.zeros(buckets, np.int64)
+    count = 0
+    for bucket in range(buckets):
+        for position in range(SLOTS):
+            at = first + bucket * bucket_words
+            tag = words[at] >> np.uint64(8 * position) & np.uint64(0xFF)
+            if tag == U0:
+                continue
+            slot = at + 1 + position * slot_words
+            hashed = hash32(words, words[slot], words[slot + 1])
+            count += 1
+            if tag != tag_of(hashed):
+                return 3
+            if np.int64(words[slot] & PARTITION_BITS) != partition:
+                return 4
+            if find_place(words, base, words[slot], words[slot + 1], hashed) != place_of(slot, position):
+                return 5
+            past = home_bucket(words, hashed)
+            while past != bucket:
+                probed[past] += 1
+                past = past + 1 if past + 1 < buckets else 0
+    if count != word(words, base + COUNT):
+        return 6
+    for bucket in range(buckets):
+        overflow = np.int64(words[first + bucket * bucket_words] >> OVERFLOW_SHIFT)
+        if overflow != probed[bucket] and overflow != 255:
+            return 7
+    return 0
+
+
+_FAULTS = (
+    "", "its lock is held", "its undo word is set", "a tag does not belong to its key", "a key belongs to another partition",
+    "a record is not found by its key, or a key is there twice", "its record count is wrong", "an overflow count is wrong",
+)  # fmt: skip
+
+
+# ---- the whole table --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record as a tool shows it. expires_in_s: None when it never expires, negative when it has."""
+
+    low: int
+    high: int
+    version: int
+    expires_in_s: int | None
+    value: bytes
+
+    @property
+    def key(self) -> FlowKey:
+        return FlowKey.of_words(self.low, self.high)
+
+
+class Table:
+    """A hash table in shared memory: made by `create` or `private`, joined by `attach`.
+
+    words: uint64[n], what the compiled functions take. It stays valid after `close` for whoever still holds it.
+    """
+
+    def __init__(self, name: str, descriptor: int, size_bytes: int) -> None:
+        self.name = name
+        self._descriptor = descriptor
+        self._owners: list[int] = []
+        self._memory = mmap.mmap(descriptor, size_bytes)
+        self.words: np.ndarray = np.frombuffer(self._memory, np.uint64)
+
+    @classmethod
+    def create(
+        cls, name: str, capacity: int, value_bytes: int, partitions: int = PARTITIONS, epoch: int = 1, cluster: int = 0,
+        clients: int = 64, window: int = 1024,
+    ) -> Table:  # fmt: skip
+        """Make /dev/shm/`name` for `capacity` records, this host being primary of nothing yet (`set_role`).
+
+        The memory is reserved at once, so a full /dev/shm is an error here and never a crash later. clients, window: how
+        many remote clients the completion records serve, and how many operations of each.
+        """
+        path = _path(name)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            raise NearstateError(f"table {name!r} exists already: attach to it, or remove {path}") from None
+        try:
+            return cls._fill(name, descriptor, capacity, value_bytes, partitions, epoch, cluster, clients, window)
+        except BaseException:
+            os.close(descriptor)
+            path.unlink()
+            raise
+
+    @classmethod
+    def private(cls, capacity: int, value_bytes: int, partitions: int = PARTITIONS, epoch: int = 1) -> Table:
+        """Make a table that ends with this process, which is primary of every partition (placement `local`)."""
+        descriptor = os.memfd_create("nearstate-private")
+        table = cls._fill("(private)", descriptor, capacity, value_bytes, partitions, epoch, 0, 0, 1)
+        for partition in range(partitions):
+            table.set_role(partition, True, epoch)
+        return table
+
+    @classmethod
+    def attach(cls, name: str) -> Table:
+        """Join the table that another process made; raises NearstateError when there is none or it is none."""
+        path = _path(name)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NearstateError(f"no table {name!r} here: `python -m datastore list` shows those that are") from None
+        size_bytes = os.fstat(descriptor).st_size
+        if size_bytes >= HEADER_WORDS * 8:
+            table = cls(name, descriptor, size_bytes)
+            header = [int(table.words[at]) for at in (MAGIC, LAYOUT, TOTAL_WORDS)]
+            if header == [MAGIC_NUMBER, LAYOUT_VERSION, size_bytes // 8]:
+                return table
+        os.close(descriptor)
+        raise NearstateError(f"{path} is no table of layout {LAYOUT_VERSION}: it was made by another version, or by others")
+
+    @classmethod
+    def _fill(
+        cls, name: str, descriptor: int, capacity: int, value_bytes: int, partitions: int, epoch: int, cluster: int,
+        clients: int, window: int,
+    ) -> Table:  # fmt: skip
+        layout = _layout(capacity, value_bytes, partitions, clients, window)
+        size_bytes = layout[TOTAL_WORDS] * 8
+        try:
+            os.posix_fallocate(descriptor, 0, size_bytes)
+        except OSError as error:
+            if error.errno not in (error_numbers.ENOSPC, error_numbers.ENOMEM):
+                raise
+            raise NearstateError(
+                f"table {name!r} of {capacity} records needs {size_bytes / 1e6:.0f} MB of shared memory, which is not free: "
+                "lower the capacity or enlarge /dev/shm"
+            ) from None
+        table = cls(name, descriptor, size_bytes)
+        words = table.words
+        for at, content in layout.items():
+            words[at] = content
+        for n in range(5):
+            words[SECRETS + n] = secrets.randbits(64)
+        words[EPOCH], words[CLUSTER], words[LAYOUT] = epoch, cluster, LAYOUT_VERSION
+        for partition in range(partitions):
+            words[_base(words, partition) + ROLE] = epoch << 1
+        words[MAGIC] = MAGIC_NUMBER  # last: whoever attaches earlier is told that this is no table
+        return table
+
+    def register_owner(self) -> int:
+        """Make this process one that may lock partitions; returns the `owner` that compiled functions take.
+
+        Once per process (or thread) that works on records. Number and locks are given back by `close`, or by the kernel when
+        the process ends in whatever way. Raises NearstateError when all numbers are taken.
+        """
+        owner = locking.register(self.words, f"/proc/self/fd/{self._descriptor}")
+        self._owners.append(owner)
+        return owner
+
+    def set_role(self, partition: int, primary: bool, epoch: int) -> None:
+        """Say whether this host is the partition's primary in `epoch`; an open record of it is finished first."""
+        owner = self._owner()
+        base = _base(self.words, partition)
+        status = locking.lock_now(self.words, owner, base)
+        if status != OK:
+            raise NearstateError(f"partition {partition} of table {self.name!r}: {NAMES[status]}, its role is unchanged")
+        self.words[base + ROLE] = epoch << 1 | int(primary)
+        self.words[EPOCH] = max(int(self.words[EPOCH]), epoch)
+        locking.release_now(self.words, base)
+
+    def _owner(self) -> int:
+        return self._owners[0] if self._owners else self.register_owner()
+
+    @property
+    def value_bytes(self) -> int:
+        return int(self.words[VALUE_WORDS]) * 8
+
+    @property
+    def partitions(self) -> int:
+        return int(self.words[PARTITION_COUNT])
+
+    def count(self) -> int:
+        """Return the number of records, expired ones that are not swept yet included."""
+        first, stride = int(self.words[FIRST]), int(self.words[STRIDE])
+        return int(self.words[first + COUNT : first + self.partitions * stride : stride].sum())
+
+    def statistics(self) -> dict[str, Any]:
+        """Return sizes, fill, counters and living owners as a JSON object; reads only."""
+        words = self.words
+        records, slots = self.count(), self.partitions * int(words[BUCKETS]) * SLOTS
+        primary = [p for p in range(self.partitions) if int(words[_base(words, p) + ROLE]) & 1]
+        return {
+            "name": self.name,
+            "records": records,
+            "capacity": int(words[CAPACITY]),
+            "fill_ratio": records / slots,
+            "value_bytes": self.value_bytes,
+            "table_bytes": int(words[CLIENTS_AT]) * 8,
+            "completion_bytes": (int(words[TOTAL_WORDS]) - int(words[CLIENTS_AT])) * 8,
+            "partitions": self.partitions,
+            "primary_partitions": len(primary),
+            "epoch": int(words[EPOCH]),
+            "cluster": int(words[CLUSTER]),
+            "server_pid": int(words[SERVER_PID]),
+            "address": ".".join(str(int(words[ADDRESS]) >> shift & 0xFF) for shift in (24, 16, 8, 0)),
+            "port": int(words[PORT]),
+            "owners": locking.living_owners(words, f"/proc/self/fd/{self._descriptor}"),
+            "statuses": {NAMES[n]: int(words[STATUS_COUNTS + n]) for n in range(1, STATUSES)},
+            "counters": {name: int(words[at]) for name, at in COUNTERS.items()},
+        }
+
+    def records(self, partition: int | None = None) -> Iterator[Record]:
+        """Yield the records of one partition, or of all, each whole; nobody who works on them waits for this.
+
+        Buckets are copied without the lock and again if someone was at work; only if that goes wrong for a while, or if a
+        dead owner left the lock, is the lock taken for one bucket.
+        """
+        if partition is not None and not 0 <= partition < self.partitions:
+            raise NearstateError(f"partition {partition} of table {self.name!r}: it has 0 to {self.partitions - 1}")
+        copies = np.zeros((SLOTS, int(self.words[SLOT_WORDS])), np.uint64)
+        for chosen in range(self.partitions) if partition is None else (partition,):
+            base = _base(self.words, chosen)
+            if self.words[base + COUNT] == 0:
+                continue
+            for bucket in range(int(self.words[BUCKETS])):
+                for n in range(self._copy(base, bucket, copies)):
+                    yield _record(copies[n])
+
+    def _copy(self, base: int, bucket: int, copies: np.ndarray) -> int:
+        for _ in range(100):
+            count = int(copy_bucket(self.words, base, bucket, copies, False))
+            if count >= 0:
+                return count
+            time.sleep(0.0001)
+        status = locking.lock_now(self.words, self._owner(), base)
+        if status != OK:
+            raise NearstateError(f"records of table {self.name!r}: {status_message(status)}")
+        count = int(copy_bucket(self.words, base, bucket, copies, True))
+        locking.release_now(self.words, base)
+        return count
+
+    def verify(self) -> None:
+        """Check a table at rest completely; raises NearstateError with the first fault and its partition."""
+        for partition in range(self.partitions):
+            fault = check_partition(self.words, partition)
+            if fault:
+                raise NearstateError(f"table {self.name!r}, partition {partition}: {_FAULTS[fault]}")
+
+    def close(self) -> None:
+        """Give back owner numbers and descriptor; the memory is unmapped when its last array is gone."""
+        for owner in self._owners:
+            os.close(owner >> 16)
+        self._owners.clear()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def unlink(self) -> None:
+        """Remove the table's name; processes that have it go on until they end."""
+        _path(self.name).unlink(missing_ok=True)
+
+
+def _path(name: str) -> Path:
+    if not name or "/" in name or name.startswith("."):
+        raise NearstateError(f"table name {name!r}: use letters, digits, '-' and '_' (it becomes a file in {SHARED_MEMORY})")
+    return SHARED_MEMORY / name
+
+
+def _base(words: np.ndarray, partition: int) -> int:
+    return int(words[FIRST]) + partition * int(words[STRIDE])
+
+
+def _record(slot: np.ndarray) -> Record:
+    stamp, now_s = int(slot[STAMP]), int(time.monotonic())
+    field = stamp & int(EXPIRY_MASK)
+    ahead = (field - now_s) % (1 << EXPIRY_BITS)
+    left = None if field == 0 else ahead if ahead <= LONGEST_LIFE_S else ahead - (1 << EXPIRY_BITS)
+    return Record(int(slot[0]), int(slot[1]), stamp >> EXPIRY_BITS, left, slot[VALUE:].tobytes())
+
+
+def _layout(capacity: int, value_bytes: int, partitions: int, clients: int, window: int) -> dict[int, int]:
+    """Return the header words that say where everything is."""
+    if capacity < 1:
+        raise NearstateError(f"table for {capacity} records: the capacity must be at least 1")
+    if value_bytes % 8 or not 8 <= value_bytes <= LARGEST_VALUE_BYTES:
+        raise NearstateError(f"values of {value_bytes} bytes: use a multiple of 8 from 8 to {LARGEST_VALUE_BYTES}")
+    if not 1 <= partitions <= 1 << 16:
+        raise NearstateError(f"table of {partitions} partitions: use 1 to 65536")
+    if not 0 <= clients <= 1024 or not 1 <= window <= 65536:
+        raise NearstateError(f"{clients} clients with a window of {window}: use up to 1024 clients and 1 to 65536 operations")
+    value_words = value_bytes // 8
+    slot_words = VALUE + value_words
+    bucket_words = 1 + SLOTS * slot_words
+    buckets = -(-capacity // (partitions * SLOTS))
+    header_words = _lines(UNDO_COPY + 1 + value_words)
+    stride = _lines(header_words + buckets * bucket_words)
+    clients_at = HEADER_WORDS + partitions * stride
+    client_stride = _lines(CLIENT_HEADER_WORDS + window * (DONE_VALUE + value_words))
+    return {
+        VALUE_WORDS: value_words, BUCKETS: buckets, PARTITION_COUNT: partitions, FIRST: HEADER_WORDS, STRIDE: stride,
+        BUCKETS_OFFSET: header_words, SLOT_WORDS: slot_words, BUCKET_WORDS: bucket_words, CLIENTS: clients, WINDOW: window,
+        CLIENTS_AT: clients_at, CLIENT_STRIDE: client_stride, TOTAL_WORDS: clients_at + clients * client_stride,
+        CAPACITY: capacity,
+    }  # fmt: skip
+
+
+def _lines(words: int) -> int:
+    """Return `words` rounded up to whole cache lines."""
+    return (words + 7) // 8 * 8
