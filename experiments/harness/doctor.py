@@ -1,9 +1,9 @@
 """What has this box, what does it lack, and how is each lack mended?
 
 `examine` looks at everything and changes nothing (the kernel may load a module it is asked about). What can only be
-known by trying (AF_XDP on veth, netem, connection tracking) is tried in a network namespace of a process of its own, with
-which it disappears. `host_facts` is the same knowledge as data, written beside every run's results. `require` refuses to
-start what could not end well.
+known by trying (AF_XDP on veth, netem, connection tracking) is tried in a network namespace of a process of its own,
+with which it disappears. `host_facts` is the same knowledge as data, written beside every run's results. `require`
+refuses to start what could not end well.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from datastore.native.errors import NearstateError
 from topologies.emulation import cgroup, journal, system
 
 RESULTS = ROOT / "results"
+JOURNALS = Path("/run/nearstate")
 RESULTS_MBYTES = 500
 """Free space asked for before a run: a `paper` run's histograms and logs take less."""
 SHARED_MEMORY_MBYTES = 256
@@ -468,7 +469,7 @@ def check_results(box: Box) -> Fact:
 
 
 def check_leftovers(box: Box) -> Fact:
-    dead = [path.stem for path in sorted(Path("/run/nearstate").glob("*.jsonl")) if not _runner_lives(path)]
+    dead = [path.stem for path in sorted(JOURNALS.glob("*.jsonl")) if not _runner_lives(path)]
     if not dead:
         return Fact("leftovers", "none")
     return Fact(

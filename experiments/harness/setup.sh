@@ -15,6 +15,7 @@
 
 # The interpreter of the distribution, whatever `python3` on the PATH may be: Mininet is installed for that one.
 PYTHON=/usr/bin/python3
+OVS_CTL=/usr/share/openvswitch/scripts/ovs-ctl
 UNIT_PACKAGES=(python3 python3-venv mininet libxdp1)
 EMULATION_PACKAGES=("${UNIT_PACKAGES[@]}"
   openvswitch-switch nftables redis-server ethtool iproute2 iputils-ping procps kmod util-linux)
@@ -94,8 +95,8 @@ install_packages() {
   if [[ -e $REDIS_MARK ]]; then
     if [[ -d /run/systemd/system ]]; then
       systemctl disable --now redis-server
-    elif [[ -x /etc/init.d/redis-server ]]; then
-      /etc/init.d/redis-server stop
+    else
+      service redis-server stop
       update-rc.d redis-server disable
     fi
     rm "$REDIS_MARK"
@@ -138,14 +139,13 @@ switch_runs() {
 start_switch() {
   exec {lock}<&-  # the daemons must not keep the lock
   if [[ -d /run/systemd/system ]]; then
-    systemctl start openvswitch-switch || systemctl status --no-pager --lines 20 openvswitch-switch
+    systemctl start openvswitch-switch || systemctl status --no-pager --lines 20 openvswitch-switch || true
   else
-    local control=/usr/share/openvswitch/scripts/ovs-ctl
     # ovs-ctl gives up on kernels that load modules but lack openvswitch's; the userspace datapath needs none
-    "$control" start --system-id=random || "$control" start --system-id=random --no-ovs-vswitchd &&
+    "$OVS_CTL" start --system-id=random || "$OVS_CTL" start --system-id=random --no-ovs-vswitchd &&
       pgrep -x ovs-vswitchd >/dev/null ||
       ovs-vswitchd unix:/var/run/openvswitch/db.sock -vconsole:emer -vsyslog:err -vfile:info --mlockall --no-chdir \
-        --log-file --pidfile --detach --monitor
+        --log-file --pidfile --detach --monitor || true
   fi
   local tries
   for tries in {1..50}; do
