@@ -28,6 +28,9 @@ scope=emulation
 [[ $part != unit && ($part != arguments || $EUID == 0) ]] || scope=unit  # arguments may name any test: root gets all
 set_up "$scope"
 
+if [[ ! -w . ]]; then  # the tools' caches lie here
+  export RUFF_NO_CACHE=true MYPY_CACHE_DIR=/dev/null PYTEST_ADDOPTS="${PYTEST_ADDOPTS:-} -p no:cacheprovider"
+fi
 failed=()
 check() {  # check NAME COMMAND...: run it, remember whether it failed
   local name=$1 status=0

@@ -160,14 +160,20 @@ start_switch() {
 
 choose_cache() {  # .venv/compiled; a folder of the user's own where root made .venv
   COMPILED=.venv/compiled
-  if [[ -e .venv && ! -w .venv ]]; then
-    COMPILED=${XDG_CACHE_HOME:-${HOME:-/tmp/nearstate-$EUID}/.cache}/nearstate
-    export NUMBA_CACHE_DIR=$COMPILED/$(sources_identity)
+  [[ -e .venv && ! -w .venv ]] || return 0
+  COMPILED=${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/nearstate
+  if ! mkdir -p "$COMPILED" 2>/dev/null; then
+    COMPILED=/tmp/nearstate-compiled-$EUID
+    mkdir -m 700 -p "$COMPILED"
   fi
+  [[ -O $COMPILED && ! -L $COMPILED ]] ||  # code is loaded from it
+    fail "compiled functions would lie in $COMPILED, which is another user's: remove it or set XDG_CACHE_HOME"
+  NUMBA_CACHE_DIR=$COMPILED/$(sources_identity)
+  export NUMBA_CACHE_DIR
 }
 
 sources_identity() {  # a superset of the compiled sources
-  { find datastore nfs topologies experiments -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 cat; } | sha256sum | cut -c 1-12
+  find datastore nfs topologies experiments -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -c 1-12
 }
 
 functions_are_compiled() {
@@ -177,9 +183,6 @@ functions_are_compiled() {
 compile_functions() {
   mkdir -p "$COMPILED"
   env -u NUMBA_DISABLE_JIT -u NUMBA_BOUNDSCHECK .venv/bin/python -m experiments.harness.warm
-  # each change of the sources leaves a folder: the newest 8 stay
-  find "$COMPILED" -mindepth 1 -maxdepth 1 -type d -printf '%T@ %p\0' | sort -zrn | tail -zn +9 | cut -zd ' ' -f 2- |
-    xargs -0r rm -rf --
   echo "$(sources_identity) $(cat .venv/complete)" >"$COMPILED/warmed"
 }
 
