@@ -19,12 +19,13 @@ above BASE_LIMIT_US makes the trial invalid: the machine is too busy to emulate 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from topologies.emulation import system
 if TYPE_CHECKING:
     from topologies.emulation.network import Network
 
-BUDGET_S = 0.45
+BUDGET_S, BASE_BUDGET_S = 0.45, 0.25
 TRAIN_FRAMES, SPACING_NS = 24, 20_000
 TURNS, LEAST_TURNS = 12, 2
 MOST_STORAGE_PATHS = 12
@@ -41,6 +42,7 @@ BASE_LIMIT_US = 1000.0
 NOBODY_INSIDE, NOBODY_OUTSIDE = "10.127.255.254", "10.255.255.254"
 ETH_P_IP = 0x0800
 MAGIC = b"nearstate probe "
+TAG_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,27 @@ def calibrate(network: Network) -> Calibration:
     return result
 
 
+def base_us(network: Network) -> float:
+    """Return what a round trip costs without the delays: call it while the middles of the cables are not joined yet.
+
+    Through a switch: from middle to middle, on the same ports and rules. Without one: from a host to its cable's middle.
+    """
+    middles = {}
+    for number, (host, interface, _, _, _) in enumerate(network.cables()):
+        middles[host, interface] = (f"a{number}", f"b{number}")
+    paths = []
+    for path in network_paths(network):
+        a, b = path.a, path.b
+        if network.switch is None:
+            if (a.host, a.interface) not in middles:
+                a, b = b, a
+            b = replace(b, pid=network.middle_pid(), interface=middles[a.host, a.interface][0])
+        else:
+            a, b = (replace(end, pid=network.middle_pid(), interface=middles[end.host, end.interface][1]) for end in (a, b))
+        paths.append(replace(path, a=a, b=b, spec_us=0.0))
+    return min((measurement.rtt_us for measurement in measure(paths, BASE_BUDGET_S)), default=0.0)
+
+
 def judge(measurement: Measurement, base_us: float) -> list[str]:
     """Return the reasons, if any, for which a path is not what was asked for."""
     reasons = []
@@ -191,13 +214,14 @@ def measure(paths: Sequence[Path], budget_s: float) -> list[Measurement]:
     with contextlib.ExitStack() as stack:
         sockets = [[stack.enter_context(_packet_socket(end)) for end in (path.a, path.b)] for path in paths]
         frames = [[_frame(path, forward) for forward in (True, False)] for path in paths]
+        trains = itertools.count()
         for turn in range(TURNS):
             if turn >= LEAST_TURNS and time.monotonic() > deadline:
                 break
             for at, (path, result) in enumerate(zip(paths, results, strict=True)):
                 for way in (0, 1):
                     wait_s = 0.05 + 2e-6 * path.spec_us
-                    arrived = _train(sockets[at][way], sockets[at][1 - way], frames[at][way], turn, wait_s)
+                    arrived = _train(sockets[at][way], sockets[at][1 - way], frames[at][way], next(trains), wait_s)
                     latencies_us[at][way].extend(arrived)
                     result.sent += TRAIN_FRAMES
                     result.lost += TRAIN_FRAMES - len(arrived)
@@ -211,6 +235,7 @@ def measure(paths: Sequence[Path], budget_s: float) -> list[Measurement]:
 def _train(sender: socket.socket, receiver: socket.socket, frame: bytes, number: int, wait_s: float) -> list[float]:
     """Send one train and return the latencies, in microseconds, of the frames that arrived.
 
+    number: of no other train, since every socket on an interface also gets what is meant for the others there.
     Spins, since sleeping adds a wake-up, but yields, since switch and delay line may need this very core.
     """
     sent_ns: dict[bytes, int] = {}
@@ -219,7 +244,7 @@ def _train(sender: socket.socket, receiver: socket.socket, frame: bytes, number:
     deadline = next_ns + int(wait_s * 1e9)
     while len(latencies_us) < TRAIN_FRAMES and (now := time.perf_counter_ns()) < deadline:
         if len(sent_ns) < TRAIN_FRAMES and now >= next_ns:
-            tag = struct.pack(">HH", number, len(sent_ns))
+            tag = struct.pack(">IH", number, len(sent_ns))
             next_ns = sent_ns[tag] = time.perf_counter_ns()
             next_ns += SPACING_NS
             sender.send(frame + tag)
@@ -230,8 +255,8 @@ def _train(sender: socket.socket, receiver: socket.socket, frame: bytes, number:
             os.sched_yield()
             continue
         arrived_ns = time.perf_counter_ns()
-        tag = received[-4:]
-        if received[-4 - len(MAGIC) : -4] == MAGIC and tag in sent_ns:
+        tag = received[-TAG_BYTES:]
+        if received[-TAG_BYTES - len(MAGIC) : -TAG_BYTES] == MAGIC and tag in sent_ns:
             latencies_us.append((arrived_ns - sent_ns[tag]) / 1e3)
     return latencies_us
 
@@ -250,7 +275,7 @@ def _frame(path: Path, forward: bool) -> bytes:
     inside_sends = (path.a.host == "client") == forward
     addresses = (NOBODY_INSIDE, NOBODY_OUTSIDE) if inside_sends else (NOBODY_OUTSIDE, NOBODY_INSIDE)
     ports = (path.client_port, 7) if inside_sends else (7, path.client_port)
-    size = len(MAGIC) + 4
+    size = len(MAGIC) + TAG_BYTES
     header = struct.pack(
         ">BBHHHBBH4s4s", 0x45, 0, 28 + size, 0, 0, 64, 17, 0, *(socket.inet_aton(address) for address in addresses)
     )

@@ -37,7 +37,8 @@ from topologies.emulation.topology import Plan, plan
 
 CLIENT_ADDRESS, SERVER_ADDRESS = "10.0.0.1", "10.128.0.1"
 STORAGE_NETWORK = "192.168.77"
-CONTROLLER_S = 15.0
+CONTROLLER_S, WIRE_S = 15.0, 60.0
+MIDDLE = "wire"
 Mininet.inited = True  # its init() raises a dozen sysctls of the machine and does nothing else we need
 
 
@@ -59,6 +60,11 @@ class EmulatedHost:
     pid: int
     interfaces: Mapping[str, Interface]
     cgroup: Path | None
+
+
+def middle_names(number: int) -> tuple[str, str]:
+    """Return the interfaces in the middle of a delayed cable: a3 faces its first end, b3 the other."""
+    return f"a{number}", f"b{number}"
 
 
 def datapath() -> str:
@@ -96,6 +102,7 @@ class Network:
         self.seconds: dict[str, float] = {}
         self._limits = CpuLimits(journal)
         self._mininet: Mininet | None = None
+        self._middle: NamespaceHost | None = None  # the namespace in which cables have their delays
         self._controller: subprocess.Popen[bytes] | None = None
         self._commands: socket.socket | None = None
         self._files: list[Path] = []
@@ -129,6 +136,8 @@ class Network:
             host.await_namespace()
         clock.lap("namespaces")
         self._make_links()
+        if any(cable.delay_us for cable in self._mininet.links):
+            self._prepare_middles()
         clock.lap("links")
         starting = self.switch.starting(controller_port) if self.switch else None
         self._configure_hosts()
@@ -138,6 +147,10 @@ class Network:
             clock.lap("bridge")
             self._command({"command": "ready"})
             clock.lap("rules")
+        if self._middle:
+            self.base_us = calibration.base_us(self)
+            self._put_delays_in()
+            clock.lap("delays")
 
     def _build(self, kind: str) -> Mininet:
         setLogLevel("error")
@@ -155,6 +168,8 @@ class Network:
         mininet.topo = self.plan.graph
         mininet.build()
         self.switch = mininet.switches[0] if mininet.switches else None
+        if any(cable.delay_us for cable in mininet.links):
+            self._middle = mininet.addHost(MIDDLE, role=MIDDLE)
         return mininet
 
     # links and addresses
@@ -168,7 +183,12 @@ class Network:
             for side, interface in enumerate((cable.intf1, cable.intf2)):
                 interface.mac = f"02:00:00:00:{number:02x}:{side + 1:02x}"
                 ends.append(self._end(interface))
-            batch.append(f"link add {ends[0]} type veth peer {ends[1]}")
+            if cable.delay_us:
+                assert self._middle is not None
+                for end, middle in zip(ends, middle_names(number), strict=True):
+                    batch.append(f"link add {end} type veth peer name {middle} netns {self._middle.pid}")
+            else:
+                batch.append(f"link add {ends[0]} type veth peer {ends[1]}")
         if self.switch:
             names = [self.switch.port_name(interface) for interface in self.switch.ports_in_use()]
             for name in names:
@@ -192,10 +212,9 @@ class Network:
 
     def _configure_hosts(self) -> None:
         """Give interfaces their addresses and static neighbours; all hosts' `ip -batch` run side by side."""
-        assert self._mininet is not None
         addresses = self._addresses()
         running = []
-        for host in self._mininet.hosts:
+        for host in self._emulated():
             interfaces = {}
             for interface in host.intfs.values():
                 interfaces[interface.name] = Interface(interface.name, interface.mac, addresses.get((host.name, interface.name)))
@@ -212,11 +231,15 @@ class Network:
         for started in running:
             started.finish()
 
+    def _emulated(self) -> list[NamespaceHost]:
+        """Return Mininet's hosts without the middle of the cables."""
+        assert self._mininet is not None
+        return [host for host in self._mininet.hosts if host is not self._middle]
+
     def _addresses(self) -> dict[tuple[str, str], str]:
         """Return address/prefix by host and interface: the packet loop's ports have none, storage ones count up."""
-        assert self._mininet is not None
         addresses = {("client", "net"): f"{CLIENT_ADDRESS}/8", ("server", "net"): f"{SERVER_ADDRESS}/8"}
-        stored = [host.name for host in self._mininet.hosts if "storage" in host.nameToIntf]
+        stored = [host.name for host in self._emulated() if "storage" in host.nameToIntf]
         for number, name in enumerate(stored, 1):
             addresses[name, "storage"] = f"{STORAGE_NETWORK}.{number}/24"
         return addresses
@@ -247,6 +270,68 @@ class Network:
         if self.switch is None or self.switch.datapath != "kernel":
             for offload in ("tx_checksum", "tso", "gso", "gro"):
                 system.set_offload(interface, offload, False)
+
+    # delays
+
+    def _prepare_middles(self) -> None:
+        """Bring both interfaces in the middle of every delayed cable up; nothing passes yet."""
+        assert self._middle is not None
+        names = [name for _, (a, b), _ in self.middles() for name in (a, b)]
+        with system.network_namespace(self._middle.pid):
+            for name in names:
+                system.without_ipv6(name)
+                for offload in ("tx_checksum", "tso", "gso", "gro"):
+                    system.set_offload(name, offload, False)
+            system.run(["ip", "-batch", "-"], self.journal.environment(), "\n".join(f"link set {name} up" for name in names))
+
+    def middles(self) -> list[tuple[int, tuple[str, str], float]]:
+        """Return (number, interfaces in the middle, delay_us) of every delayed cable."""
+        assert self._mininet is not None
+        cables = enumerate(self._mininet.links)
+        return [(number, middle_names(number), cable.delay_us) for number, cable in cables if cable.delay_us]
+
+    def middle_pid(self) -> int:
+        """Return the process that owns the namespace of the middles."""
+        assert self._middle is not None
+        return int(self._middle.pid)
+
+    def _put_delays_in(self) -> None:
+        """Join the two halves of every delayed cable: bridges with netem where the kernel has it, else the wire process.
+
+        Not at the hosts' own interfaces: what an AF_XDP socket sends bypasses the queueing disciplines of its interface.
+        """
+        assert self._middle is not None
+        with system.network_namespace(self._middle.pid):
+            try:
+                first = self.middles()[0][1][0]
+                system.run(["tc", "qdisc", "add", "dev", first, "root", "netem", "delay", "1us"], self.journal.environment())
+                system.run(["tc", "qdisc", "del", "dev", first, "root"], self.journal.environment())
+                self.delay_mechanism = "netem"
+            except NearstateError:
+                self.delay_mechanism = "wire"
+            if self.delay_mechanism == "netem":
+                links, queues = self._netem_batches()
+                system.run(["ip", "-batch", "-"], self.journal.environment(), links)
+                system.run(["tc", "-batch", "-"], self.journal.environment(), queues)
+        if self.delay_mechanism == "wire":
+            cables = [
+                {"name": f"cable{number}", "interfaces": list(names), "delay_us": delay_us}
+                for number, names, delay_us in self.middles()
+            ]
+            host = EmulatedHost(MIDDLE, MIDDLE, self._middle.pid, {}, None)
+            wire = self.launcher.spawn(MIDDLE, host, "topologies.emulation.wire:run", {"cables": cables})
+            if wire.receive(WIRE_S) is None:
+                raise NearstateError(f"the delay line was not ready in {WIRE_S:g} s; its log is {wire.log}")
+
+    def _netem_batches(self) -> tuple[str, str]:
+        links, queues = [], []
+        for number, names, delay_us in self.middles():
+            links.append(f"link add w{number} type bridge stp_state 0 mcast_snooping 0")
+            for name in names:
+                links.append(f"link set {name} master w{number}")
+                queues.append(f"qdisc add dev {name} root netem limit 100000 delay {delay_us:g}us")
+            links.append(f"link set w{number} up")
+        return "\n".join(links), "\n".join(queues)
 
     # controller
 
@@ -375,7 +460,7 @@ class Network:
     def stop(self) -> None:
         """Take everything down again; whatever state `start` reached."""
         clock = _Stopwatch(self.seconds)
-        self.launcher.kill_on(list(self.hosts))
+        self.launcher.kill_on([*self.hosts, MIDDLE])
         if self._controller:
             self._controller.kill()
         if self._commands:
@@ -403,7 +488,8 @@ class Network:
             file.unlink(missing_ok=True)
             self.journal.forget("file", file)
         self._files.clear()
-        self.hosts, self.switch, self._mininet = {}, None, None
+        self.hosts, self.switch, self._mininet, self._middle = {}, None, None, None
+        self.base_us = None
 
     def _remove_links(self) -> None:
         assert self.switch is not None

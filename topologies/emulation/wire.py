@@ -1,0 +1,173 @@
+"""Where the kernel has no netem: how does a cable get a delay?
+
+A process in the middle of the cable, with an AF_XDP port on either side over one area of frames. A frame stays where the
+kernel put it, uncopied, until its time has come, and leaves on the other side:
+
+    host end ==veth== a3 [port] --held until arrival + delay--> [port] b3 ==veth== other end
+
+One thread for each cable, compiled and without the interpreter, asleep when nothing is on its way. A frame's arrival is when
+this process sees it. What is late (a wake-up of a virtual CPU took 50 us where this was measured) shows in the calibration,
+which decides whether the delay is what was asked for. The wire keeps the order; it holds HELD frames each way and drops, and
+counts, what exceeds them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from datastore.native import jit
+from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
+from datastore.native.memory import load_acquire
+from nfs.dataplane.frames import Frames, give_frame, make_frames
+from nfs.dataplane.port import BURST, FD, OpenPort, Port, open_ports, reclaim, refill, rx_burst, tx_flush, tx_push
+
+FRAMES = 16_384
+HELD = 4096
+"""Frames on their way in one direction: a million a second held for 4 ms."""
+SPIN_NS = 3_000
+"""Stay awake this long after and before work: sleeping and waking costs about as much, and would be added to the delay."""
+IDLE_NS = 50_000_000
+HEAD, TAIL, DROPPED, PASSED = range(4)
+PR_SET_TIMERSLACK = 29
+
+
+class Held(NamedTuple):
+    """Frames on their way in one direction, a ring: where they lie, their lengths, when they are due; int64[HELD] each.
+
+    control: HEAD and TAIL count frames for ever, DROPPED for want of room, PASSED.
+    """
+
+    addresses: np.ndarray
+    lengths: np.ndarray
+    due_ns: np.ndarray
+    control: np.ndarray
+
+
+class Scratch(NamedTuple):
+    """Working arrays of one thread."""
+
+    addresses: np.ndarray
+    lengths: np.ndarray
+    pollfds: np.ndarray
+    time: np.ndarray
+
+
+def held() -> Held:
+    """Return an empty ring."""
+    return Held(np.zeros(HELD, np.int64), np.zeros(HELD, np.int64), np.zeros(HELD, np.int64), np.zeros(4, np.int64))
+
+
+def scratch() -> Scratch:
+    """Return the working arrays of one thread."""
+    return Scratch(np.zeros(BURST, np.int64), np.zeros(BURST, np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64))
+
+
+@jit
+def hold(port: Port, frames: Frames, ring: Held, delay_ns: int, work: Scratch) -> int:
+    """Take what arrived at a port; it is due in `delay_ns`. Returns how many frames arrived."""
+    count = rx_burst(port, frames, work.addresses, work.lengths, BURST)
+    due_ns = now_ns(work.time) + delay_ns  # read after the frames: were it before, a pause in between would shorten the delay
+    for i in range(count):
+        if ring.control[TAIL] - ring.control[HEAD] >= HELD:
+            give_frame(frames, work.addresses[i])
+            ring.control[DROPPED] += 1
+            continue
+        slot = ring.control[TAIL] & (HELD - 1)
+        ring.addresses[slot], ring.lengths[slot], ring.due_ns[slot] = work.addresses[i], work.lengths[i], due_ns
+        ring.control[TAIL] += 1
+    return count
+
+
+@jit
+def release(ring: Held, port: Port, frames: Frames, now: int) -> int:
+    """Send the frames that are due out of a port; returns how many."""
+    count = 0
+    while ring.control[HEAD] < ring.control[TAIL]:
+        slot = ring.control[HEAD] & (HELD - 1)
+        if ring.due_ns[slot] > now or not tx_push(port, frames, ring.addresses[slot], ring.lengths[slot]):
+            break
+        ring.control[HEAD] += 1
+        count += 1
+    if count > 0:
+        tx_flush(port, frames)
+        ring.control[PASSED] += count
+    return count
+
+
+@jit
+def next_due_ns(ring: Held, otherwise: int) -> int:
+    """Return when the first frame of a ring is due."""
+    if ring.control[HEAD] == ring.control[TAIL]:
+        return otherwise
+    return min(otherwise, ring.due_ns[ring.control[HEAD] & (HELD - 1)])
+
+
+@jit
+def delay_line(a: Port, b: Port, frames: Frames, there: Held, back: Held, delay_ns: int, work: Scratch, stop: Any) -> None:
+    """Pass frames between two ports, each `delay_ns` after it arrived, until stop[0] is set (seen within IDLE_NS)."""
+    refill(a, frames)
+    refill(b, frames)
+    active = np.int64(0)
+    while load_acquire(stop, 0) == 0:
+        moved = hold(a, frames, there, delay_ns, work) + hold(b, frames, back, delay_ns, work)
+        now = now_ns(work.time)
+        moved += release(there, b, frames, now) + release(back, a, frames, now)
+        reclaim(a, frames)
+        reclaim(b, frames)
+        if moved > 0:
+            refill(a, frames)
+            refill(b, frames)
+            active = now
+            continue
+        due = next_due_ns(back, next_due_ns(there, now + IDLE_NS + SPIN_NS))
+        if due - now <= SPIN_NS or now - active <= SPIN_NS:
+            sched_yield()
+            continue
+        work.pollfds[0] = pollfd(a.control[FD], POLLIN)
+        work.pollfds[1] = pollfd(b.control[FD], POLLIN)
+        poll(work.pollfds, 2, due - now - SPIN_NS, work.time)
+
+
+class Wire:
+    """The middle of one cable: two interfaces of this namespace and the thread between them."""
+
+    def __init__(self, name: str, interfaces: tuple[str, str], delay_ns: int, stop: np.ndarray) -> None:
+        self.frames = make_frames(FRAMES)
+        self.ports: list[OpenPort] = open_ports(list(interfaces), self.frames)
+        self.there, self.back = held(), held()
+        a, b = (opened.port for opened in self.ports)
+        line = (a, b, self.frames, self.there, self.back, np.int64(delay_ns), scratch())
+        delay_line(*line, np.ones(1, np.uint32))  # compiled or loaded, and the ports given frames, before "ready" is said
+        self.thread = threading.Thread(target=delay_line, args=(*line, stop), name=name, daemon=True)
+
+    def counts(self) -> dict[str, int]:
+        """Return the frames passed each way and dropped: by this wire, and by the kernel before it saw them."""
+        before = sum(sum(opened.statistics().values()) for opened in self.ports)
+        return {"passed_there": int(self.there.control[PASSED]), "passed_back": int(self.back.control[PASSED]),
+                "dropped": int(self.there.control[DROPPED] + self.back.control[DROPPED]),
+                "dropped_before": before}  # fmt: skip
+
+
+def run(config: dict[str, Any], control: Any) -> None:
+    """The wire process. config: {"cables": [{"name", "interfaces": [a, b], "delay_us"}]}.
+
+    Answers {"ready": true} when all ports are open; any message after that with {"cables": {name: counts}}, until "stop".
+    """
+    ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)  # the default lets timers be 50 us late; threads inherit it
+    stop = np.zeros(1, np.uint32)
+    wires = {}
+    for cable in config["cables"]:
+        first, second = cable["interfaces"]
+        wires[cable["name"]] = Wire(cable["name"], (first, second), round(cable["delay_us"] * 1000), stop)
+    for wire in wires.values():
+        wire.thread.start()
+    control.send({"ready": True})
+    while (message := control.receive(None)) is not None and not message.get("stop"):
+        control.send({"cables": {name: wire.counts() for name, wire in wires.items()}})
+    stop[0] = 1
+    for wire in wires.values():
+        wire.thread.join(1)
