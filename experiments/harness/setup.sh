@@ -119,7 +119,8 @@ build_venv() {
     { echo "unsupported Python: $("$PYTHON" --version)"; return 1; }
   # From nothing, as pip trusts what a killed pip left half unpacked. Compiled functions name their versions themselves.
   find .venv -mindepth 1 -maxdepth 1 ! -name compiled -exec rm -rf {} + 2>/dev/null || true
-  (($(df -Pm . | awk 'NR == 2 { print $4 }') >= VENV_MBYTES)) || { echo "No space left on device"; return 1; }
+  (($(df -Pm . | awk 'NR == 2 { print $4 }') >= VENV_MBYTES)) ||
+    { echo "No space left on device: less than the $VENV_MBYTES MB that .venv takes while it is built"; return 1; }
   "$PYTHON" -m venv .venv
   .venv/bin/python -m pip install --progress-bar off -r requirements.txt
   local site
@@ -214,7 +215,7 @@ step() {  # step NUMBER NAME NEEDED FUNCTION: run FUNCTION under `set -e` into t
   [[ ! -t 1 ]] || printf '\r\e[K%s ' "$label"
   if ((status)); then
     echo "failed after $((SECONDS - start)) s; the end of $LOG:"
-    tail -c "+$((written + 1))" "$LOG" | tail -n 15 | sed 's/^/    /'
+    tail -c "+$((written + 1))" "$LOG" | tail -n 15 | cut -c 1-160 | sed 's/^/    /'
     fail "$name: $(reason "$(tail -c "+$((written + 1))" "$LOG" | tail -n 200)")"
   fi
   echo "$((SECONDS - start)) s"
