@@ -16,7 +16,7 @@ from datastore.native.memory import leading_zeros
 HIGHEST_NS = 60_000_000_000
 DIGITS = 3
 HALF = 1024
-"""Half the sub-buckets of a bucket: the smallest power of two not below 10 ** DIGITS (hdrhistogram.org, "sub bucket half count")."""
+"""Half the sub-buckets of a bucket: the smallest power of two not below 10 ** DIGITS (HdrHistogram's "sub bucket half count")."""
 COUNTERS = 27 * HALF
 
 

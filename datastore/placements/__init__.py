@@ -53,14 +53,11 @@ class Placement:
     def map(self, cluster: Cluster, epoch: int = 1) -> PartitionMap:
         """Return the partition map for `cluster`. Raises NearstateError when a partition gets no host or an unknown one."""
         groups = tuple(tuple(self.policy(partition, cluster)) for partition in range(PARTITIONS))
+        stores = self.store_hosts(cluster)
         for partition, group in enumerate(groups):
-            if (
-                self.store_role is not None
-                and not set(group) <= set(self.store_hosts(cluster))
-                or len(group) != len(set(group))
-            ):
+            if not group or not set(group) <= set(stores) or len(group) != len(set(group)):
                 raise NearstateError(f"placement {self.name!r} puts partition {partition} on {group or 'no host'}; "
-                                     f"hosts with a store are {', '.join(self.store_hosts(cluster)) or 'none'}")  # fmt: skip
+                                     f"hosts with a store are {', '.join(stores) or 'none'}")  # fmt: skip
         return PartitionMap(epoch, groups)
 
 

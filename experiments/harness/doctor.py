@@ -260,9 +260,7 @@ def check_kernel(box: Box) -> Fact:
     value = f"{platform.release()} {platform.machine()}, {box.distribution}, virtualisation: {box.virtualisation}"
     major, minor = (int(part) for part in platform.release().split(".")[:2])
     if (major, minor) < (5, 10):
-        return Fact(
-            "kernel", value, "older than 5.10: AF_XDP on veth is incomplete", "use Debian 12, Ubuntu 22.04 or newer"
-        )
+        return Fact("kernel", value, "older than 5.10: AF_XDP on veth is incomplete", "use Debian 12, Ubuntu 22.04 or newer")
     return Fact("kernel", value)
 
 
@@ -357,9 +355,7 @@ def check_datapath(box: Box) -> Fact:
         return Fact("datapath", "unknown without root, Open vSwitch and Mininet")
     value = DATAPATHS[box.datapath]
     if box.datapath == "userspace":
-        return Fact(
-            "datapath", value, "neither the kernel's module nor ports of type afxdp-nonpmd: several times slower", fix
-        )
+        return Fact("datapath", value, "neither the kernel's module nor ports of type afxdp-nonpmd: several times slower", fix)
     return Fact("datapath", value)
 
 
@@ -445,18 +441,14 @@ def check_locked_memory(box: Box) -> Fact:
         return Fact("locked memory", "unlimited for root" if box.root else "unlimited")
     value = f"{limit / 1e6:.0f} MB"
     if limit < LOCKED_MBYTES * 1e6:
-        return Fact(
-            "locked memory", value, "AF_XDP's frames are locked in memory", "ulimit -l unlimited, or run as root"
-        )
+        return Fact("locked memory", value, "AF_XDP's frames are locked in memory", "ulimit -l unlimited, or run as root")
     return Fact("locked memory", value)
 
 
 def check_disk(box: Box) -> Fact:
     free = shutil.disk_usage(ROOT).free / 1e6
     if free < RESULTS_MBYTES:
-        return Fact(
-            "disk", f"{free:.0f} MB free", f"a run asks for {RESULTS_MBYTES} MB", "free some, for instance old runs"
-        )
+        return Fact("disk", f"{free:.0f} MB free", f"a run asks for {RESULTS_MBYTES} MB", "free some, for instance old runs")
     return Fact("disk", f"{free / 1000:.1f} GB free")
 
 

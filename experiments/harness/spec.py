@@ -51,9 +51,7 @@ class Experiment:
             elif name in ("sweeps", "repeats"):
                 changes[name] = value
             else:
-                raise unknown(
-                    f"key of profile {profile!r}", name, ("settings", "traffic", "network", "sweeps", "repeats")
-                )
+                raise unknown(f"key of profile {profile!r}", name, ("settings", "traffic", "network", "sweeps", "repeats"))
         return replace(self, **changes)
 
 
@@ -121,11 +119,7 @@ def check(name: str, experiment: Experiment) -> None:
     for key in experiment.settings:
         if key not in procedure.SETTINGS:
             raise unknown(f"setting of experiment {name!r}", key, procedure.SETTINGS)
-    known = {
-        "topology": topology_names(),
-        "nf": ["", *declaration.names()],
-        "placement": placements.names() + peer_names(),
-    }
+    known = {"topology": topology_names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
     for grid in experiment.sweeps:
         for key in grid:
             if key not in GRID_KEYS and key not in procedure.SETTINGS:

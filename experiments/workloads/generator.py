@@ -58,9 +58,7 @@ def make_source(traffic: Traffic, source_mac: str, next_hop_mac: str, server: st
 
 
 @jit
-def write_frame(
-    source: Source, memory: np.ndarray, at: int, length: int, slot: int, sequence: int, intended_ns: int
-) -> None:
+def write_frame(source: Source, memory: np.ndarray, at: int, length: int, slot: int, sequence: int, intended_ns: int) -> None:
     """Write the packet of flow slot `slot` at byte `at`: headers, IP checksum (RFC 1071), stamp; the rest stays as it is."""
     flow = source.flows[slot]
     client = np.int64(CLIENT_NETWORK) + (np.int64(np.uint64(flow) * np.uint64(2_654_435_761) >> np.uint64(24)) & 0xFF)
@@ -138,9 +136,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     ctypes.CDLL(None).prctl(29, 1, 0, 0, 0)  # PR_SET_TIMERSLACK: 1 ns, so that sleeps end when they should
     frames = make_frames(4096)
     opened = open_port(config["interface"], frames, config.get("port_kind", "auto"))
-    source = make_source(
-        Traffic.of(**config["traffic"]), config["source_mac"], config["next_hop_mac"], config["server"]
-    )
+    source = make_source(Traffic.of(**config["traffic"]), config["source_mac"], config["next_hop_mac"], config["server"])
     generate(source, opened.port, frames, 0, 0.0, 0, 1.0, 0)
     control.send({"ready": True, "port_kind": opened.kind})
     while (message := control.receive(None)) is not None and not message.get("stop"):
@@ -181,3 +177,11 @@ def now_ns_python() -> int:
     import time
 
     return time.monotonic_ns()
+
+
+def warm() -> None:
+    """Compile the generator."""
+    from nfs.dataplane.port import closed_port
+
+    source = make_source(Traffic(flows=1), "02:00:00:00:00:01", "02:00:00:00:00:02", "10.128.0.1")
+    generate(source, closed_port(), make_frames(1), 0, 0.0, 0, 1.0, 0)

@@ -20,9 +20,7 @@ from nfs.dataplane.frames import Frames, give_frame, make_frames
 from nfs.dataplane.port import BURST, FD, Port, open_port, refill, rx_burst
 
 # words of Sink.control
-STEP, RECEIVED, DUPLICATED, REORDERED, FLOW_REORDERED, FOREIGN, HIGHEST, FIRST_NS, LAST_NS, BYTES, OUT_OF_RANGE = range(
-    11
-)
+STEP, RECEIVED, DUPLICATED, REORDERED, FLOW_REORDERED, FOREIGN, HIGHEST, FIRST_NS, LAST_NS, BYTES, OUT_OF_RANGE = range(11)
 
 
 class Sink(NamedTuple):
@@ -137,3 +135,10 @@ def _counts(sink: Sink) -> dict[str, Any]:
             "reordered": int(control[REORDERED]), "flow_reordered": int(control[FLOW_REORDERED]),
             "foreign": int(control[FOREIGN]), "out_of_range": int(control[OUT_OF_RANGE]), "bytes": int(control[BYTES]),
             "window_s": window_s, "latency": summary_us(sink.latency), "histogram": encode(sink.latency)}  # fmt: skip
+
+
+def warm() -> None:
+    """Compile the sink."""
+    from nfs.dataplane.port import closed_port
+
+    collect(make_sink(1, 0), closed_port(), make_frames(1), 0)

@@ -6,11 +6,12 @@ its buffers and our frames, but nothing else of its network stack runs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as C
 import os
 import socket
 import struct
-import threading
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,37 +49,22 @@ class SocketConfig(C.Structure):
                 ("xdp_flags", C.c_uint32), ("bind_flags", C.c_uint16)]  # fmt: skip
 
 
-_lock = threading.Lock()
-_library: Any = None
 _SILENT = C.CFUNCTYPE(C.c_int, C.c_int, C.c_char_p, C.c_void_p)(lambda level, text, arguments: 0)
 
 
+@cache
 def library() -> Any:
     """Return libxdp, loaded once, its chatter about missing optional sections silenced. Raises NearstateError without it."""
-    global _library
-    with _lock:
-        if _library is None:
-            try:
-                loaded = C.CDLL("libxdp.so.1", use_errno=True)
-            except OSError as error:
-                raise NearstateError(
-                    f"AF_XDP needs libxdp, which did not load ({error}): apt-get install libxdp1"
-                ) from error
-            for name in ("libxdp_set_print", "libbpf_set_print"):
-                if hasattr(loaded, name):
-                    getattr(loaded, name)(_SILENT)
-            _silence_libbpf()
-            _library = loaded
-    return _library
-
-
-def _silence_libbpf() -> None:
+    try:
+        loaded = C.CDLL("libxdp.so.1", use_errno=True)
+    except OSError as error:
+        raise NearstateError(f"AF_XDP needs libxdp, which did not load ({error}): apt-get install libxdp1") from error
+    loaded.libxdp_set_print(_SILENT)
     for name in ("libbpf.so.1", "libbpf.so.0"):
-        try:
+        with contextlib.suppress(OSError, AttributeError):
             C.CDLL(name).libbpf_set_print(_SILENT)
-            return
-        except (OSError, AttributeError):
-            continue
+            break
+    return loaded
 
 
 def _ring_pair() -> tuple[Ring, Ring]:

@@ -33,10 +33,7 @@ EXCEPTIONS = {"truncated": ledger.TRUNCATED, "oversized": ledger.OVERSIZED, "mal
 ENV = np.dtype(
     [
         ("now_ns", "i8"),  # CLOCK_MONOTONIC, read once per burst
-        (
-            "idle_timeout_s",
-            "i8",
-        ),  # set by the function: forget the record after this many idle seconds; 0: keep as it is
+        ("idle_timeout_s", "i8"),  # set by the function: forget the record after this many idle seconds; 0: keep as it is
     ],
     align=True,
 )
@@ -76,8 +73,8 @@ class NetworkFunction:
 
     @property
     def kind(self) -> int:
-        """Number of the record type, 1 to 255: keeps the records of different functions apart in one store."""
-        return zlib.crc32(self.name.encode()) % 255 + 1
+        """Number of the record type, 1 to 254: keeps the records of different functions apart in one store."""
+        return zlib.crc32(self.name.encode()) % 254 + 1
 
     @property
     def stateless(self) -> bool:
@@ -91,7 +88,7 @@ class NetworkFunction:
 
     @cached_property
     def compiled(self) -> Any:
-        """The C function `int32 f(packet *, record *, env *)`. Raises NearstateError naming the file and line that does not compile."""
+        """The C function `int32 f(packet *, record *, env *)`. Raises NearstateError with file and line that do not compile."""
         signature = numba.types.int32(*(numba.from_dtype(layout) for layout in (PACKET, self.state, ENV)))
         try:
             return numba.cfunc(signature, cache=True, nopython=True)(self.function)
@@ -140,9 +137,7 @@ def network_function(
 
 def names() -> list[str]:
     """Return the names of all network functions: the files of `nfs/`."""
-    return sorted(
-        path.stem for path in Path(__file__).resolve().parents[1].glob("*.py") if not path.stem.startswith("_")
-    )
+    return sorted(path.stem for path in Path(__file__).resolve().parents[1].glob("*.py") if not path.stem.startswith("_"))
 
 
 def load(name: str) -> NetworkFunction:
@@ -151,7 +146,5 @@ def load(name: str) -> NetworkFunction:
         raise unknown("network function", name, names())
     found = getattr(importlib.import_module(f"nfs.{name}"), name, None)
     if not isinstance(found, NetworkFunction):
-        raise NearstateError(
-            f"nfs/{name}.py declares no network function named {name}: decorate it with @network_function"
-        )
+        raise NearstateError(f"nfs/{name}.py declares no network function named {name}: decorate it with @network_function")
     return found

@@ -29,8 +29,10 @@ from numba.extending import intrinsic
 from datastore.native import inline, jit
 from datastore.native.libc import POLLIN, address, now_ns, poll, pollfd
 from datastore.store import client as store_client
-from datastore.store import protocol
+from datastore.store import operations, statuses
 from datastore.store.client import (
+    DESCRIPTOR,
+    ClientState,
     answer_stamp,
     answer_status,
     answer_tag,
@@ -40,7 +42,7 @@ from datastore.store.client import (
     request,
     room,
 )
-from datastore.store.table import commit_record, open_record, prefetch_record
+from datastore.store.table import VALUE, commit_record, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import DROP, ENV, NetworkFunction
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame
@@ -53,22 +55,9 @@ HERE = -1
 """In `primary`: the partition's primary is the store on this host, so access is in place."""
 
 # words of `Engine.control`
-(
-    NF,
-    KEY,
-    RECORD_KIND,
-    PASSES,
-    VALUE_WORDS,
-    OWNER,
-    EPOCH,
-    NOW_NS,
-    FLIGHTS_FREE,
-    WAITING,
-    WAITING_LIMIT,
-    HOSTS,
-    DOWN,
-    SPIN_NS,
-) = range(14)
+(NF, KEY, RECORD_KIND, PASSES, VALUE_WORDS, OWNER, EPOCH, NOW_NS, FLIGHTS_FREE, WAITING, WAITING_LIMIT, HOSTS, DOWN, SPIN_NS) = (
+    range(14)
+)
 CONFLICTS, FETCHES, WRITES, BURSTS = range(14, 18)
 # words of a flight
 PHASE, HOST, NEXT, WAITING_HEAD, WAITING_TAIL, BATCH_HEAD, BATCH_TAIL, ABSENT, SINCE_NS = range(9)
@@ -104,7 +93,7 @@ class Engine(NamedTuple):
 
 
 def make_engine(function: NetworkFunction, frames: Frames, primary: np.ndarray, owner: int, epoch: int,
-                value_words: int, hosts: int, flights: int = 1024, spin_us: float = 5.0) -> Engine:  # fmt: skip
+                value_words: int, hosts: int, flights: int = 1000, spin_us: float = 5.0) -> Engine:  # fmt: skip
     """Return an engine that runs `function`; `primary` says for each partition HERE or which of `hosts` stores has it."""
     count = frames.stack.size
     control = np.zeros(32, np.int64)
@@ -122,8 +111,8 @@ def make_engine(function: NetworkFunction, frames: Frames, primary: np.ndarray, 
 
 
 @intrinsic
-def _call(typingctx, function, packet, record, env):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _call(typingctx, function, packet, record, env):
+    def generate(context, builder, signature, arguments):
         word = arguments[1].type
         kind = ir.FunctionType(ir.IntType(32), [word, word, word])
         return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
@@ -134,9 +123,7 @@ def _call(typingctx, function, packet, record, env):  # type: ignore[no-untyped-
 @inline
 def call_nf(engine: Engine, index: int, words: np.ndarray, at: int) -> Any:
     """Run the NF on packet `index` and the record at word `at` of `words`; returns its verdict."""
-    return _call(
-        np.uintp(engine.control[NF]), address(engine.packets, index), address(words, at), address(engine.env, 0)
-    )
+    return _call(np.uintp(engine.control[NF]), address(engine.packets, index), address(words, at), address(engine.env, 0))
 
 
 @jit
@@ -168,14 +155,15 @@ def process_here(engine: Engine, inside: Port, outside: Port, frames: Frames, wo
     """Run the NF on the packet's record in the store's memory on this host."""
     packet = engine.packets[index]
     control = engine.control
-    slot = open_record(words, control[OWNER], packet.key_low, packet.key_high, control[EPOCH])
+    now_s = control[NOW_NS] // 1_000_000_000
+    slot = open_record(words, control[OWNER], packet.key_low, packet.key_high, control[EPOCH], now_s)
     if slot < 0:
-        drop(engine, frames, index, causes.TABLE_FULL if -slot == protocol.TABLE_FULL else causes.STATE_REFUSED)
+        drop(engine, frames, index, causes.TABLE_FULL if -slot == statuses.TABLE_FULL else causes.STATE_REFUSED)
         return
     engine.env[0].idle_timeout_s = 0
-    verdict = call_nf(engine, index, words, slot + 3)
+    verdict = call_nf(engine, index, words, slot + VALUE)
     timeout = engine.env[0].idle_timeout_s
-    expires = 0 if timeout == 0 else engine.control[NOW_NS] // 1_000_000_000 + timeout
+    expires = 0 if timeout == 0 else now_s + timeout
     commit_record(words, control[OWNER], slot, expires)
     leave(engine, inside, outside, frames, index, verdict)
 
@@ -198,7 +186,7 @@ def find_flight(engine: Engine, high: int, low: int) -> int:
 
 
 @jit
-def start_flight(engine: Engine, client: store_client.State, high: int, low: int, host: int) -> int:
+def start_flight(engine: Engine, client: ClientState, high: int, low: int, host: int) -> int:
     """Ask `host` for the record of this key; returns the new flight. The caller made sure that there is room."""
     engine.control[FLIGHTS_FREE] -= 1
     flight = engine.free_flights[engine.control[FLIGHTS_FREE]]
@@ -210,7 +198,7 @@ def start_flight(engine: Engine, client: store_client.State, high: int, low: int
     engine.flights[flight, SINCE_NS] = engine.control[NOW_NS]
     engine.heads[bucket] = flight
     engine.control[FETCHES] += 1
-    request(client, host, protocol.GET, low, high, np.uint64(0), engine.values[flight], 0, flight)
+    request(client, host, operations.GET, low, high, np.uint64(0), engine.values[flight], 0, flight)
     return flight
 
 
@@ -231,7 +219,7 @@ def end_flight(engine: Engine, flight: int) -> None:
 
 
 @jit
-def process_there(engine: Engine, frames: Frames, client: store_client.State, index: int) -> None:
+def process_there(engine: Engine, frames: Frames, client: ClientState, index: int) -> None:
     """Let the packet wait for its record from the partition's primary."""
     packet = engine.packets[index]
     control = engine.control
@@ -265,17 +253,12 @@ def _due(stamp: int, now_s: int, timeout: int) -> bool:
         return False
     left = (np.int64(stamp) - now_s) & STAMP_SECONDS
     return (
-        np.int64(stamp) & STAMP_SECONDS == 0
-        or left > STAMP_SECONDS // 2
-        or left < timeout - timeout // 8
-        or left > timeout + 1
+        np.int64(stamp) & STAMP_SECONDS == 0 or left > STAMP_SECONDS // 2 or left < timeout - timeout // 8 or left > timeout + 1
     )
 
 
 @jit
-def run_batch(
-    engine: Engine, inside: Port, outside: Port, frames: Frames, client: store_client.State, flight: int
-) -> None:
+def run_batch(engine: Engine, inside: Port, outside: Port, frames: Frames, client: ClientState, flight: int) -> None:
     """Run the NF on every packet that waits in `flight`, on the record just read; write it back if it changed."""
     flights, values, words = engine.flights, engine.values, engine.control[VALUE_WORDS]
     for i in range(words):
@@ -288,10 +271,7 @@ def run_batch(
         if engine.env[0].idle_timeout_s != 0:
             timeout = engine.env[0].idle_timeout_s
         index = engine.next_packet[index]
-    flights[flight, BATCH_HEAD], flights[flight, BATCH_TAIL] = (
-        flights[flight, WAITING_HEAD],
-        flights[flight, WAITING_TAIL],
-    )
+    flights[flight, BATCH_HEAD], flights[flight, BATCH_TAIL] = (flights[flight, WAITING_HEAD], flights[flight, WAITING_TAIL])
     flights[flight, WAITING_HEAD] = flights[flight, WAITING_TAIL] = -1
     changed = False
     for i in range(words):
@@ -308,7 +288,7 @@ def run_batch(
         expires = np.uint64(max(1, (now_s + timeout) & STAMP_SECONDS))
     flights[flight, PHASE] = COMMITTING
     engine.control[WRITES] += 1
-    request(client, flights[flight, HOST], protocol.INSERT if absent else protocol.PUT, engine.flight_keys[flight, 1],
+    request(client, flights[flight, HOST], operations.INSERT if absent else operations.PUT, engine.flight_keys[flight, 1],
             engine.flight_keys[flight, 0], stamp & ~np.uint64(STAMP_SECONDS) | expires, values[flight], 0, flight)  # fmt: skip
 
 
@@ -350,24 +330,24 @@ def abandon(engine: Engine, frames: Frames, flight: int, cause: int) -> None:
 
 
 @jit
-def take_record(engine: Engine, client: store_client.State, host: int, slot: int, flight: int) -> None:
+def take_record(engine: Engine, client: ClientState, host: int, slot: int, flight: int) -> None:
     """Copy an answer's record into the flight; a key without a record has all zeros."""
-    absent = answer_status(client, host, slot) == protocol.ABSENT
+    absent = answer_status(client, host, slot) == statuses.ABSENT
     at = answer_value_at(client, host, slot)
     for i in range(engine.control[VALUE_WORDS]):
-        engine.values[flight, i] = np.uint64(0) if absent else client.window[host, at + i]
+        engine.values[flight, i] = np.uint64(0) if absent else client.window[at + i]
     engine.flight_keys[flight, 2] = np.uint64(0) if absent else answer_stamp(client, host, slot)
     engine.flights[flight, ABSENT] = 1 if absent else 0
 
 
 @jit
-def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, client: store_client.State,
+def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, client: ClientState,
                 host: int, slot: int) -> None:  # fmt: skip
     """Go on with the flight that the answer in window slot `slot` of `host` belongs to."""
     flight = answer_tag(client, host, slot)
     status = answer_status(client, host, slot)
     flights = engine.flights
-    if flights[flight, PHASE] == COMMITTING and status == protocol.OK:
+    if flights[flight, PHASE] == COMMITTING and status == statuses.OK:
         engine.flight_keys[flight, 2] = answer_stamp(client, host, slot)
         flights[flight, ABSENT] = 0
         release(engine, inside, outside, frames, flight)
@@ -376,9 +356,9 @@ def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, cli
         else:
             run_batch(engine, inside, outside, frames, client, flight)
         return
-    conflict = status == protocol.VERSION_MISMATCH or status == protocol.EXISTS
-    if status != protocol.OK and status != protocol.ABSENT and not conflict:
-        abandon(engine, frames, flight, causes.TABLE_FULL if status == protocol.TABLE_FULL else causes.STATE_REFUSED)
+    conflict = status == statuses.VERSION_MISMATCH or status == statuses.EXISTS
+    if status != statuses.OK and status != statuses.ABSENT and not conflict:
+        abandon(engine, frames, flight, causes.TABLE_FULL if status == statuses.TABLE_FULL else causes.STATE_REFUSED)
         return
     take_record(engine, client, host, slot, flight)
     if flights[flight, PHASE] == COMMITTING:
@@ -388,7 +368,7 @@ def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, cli
 
 
 @jit
-def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, client: store_client.State) -> int:
+def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, client: ClientState) -> int:
     """Take every answer that has arrived; returns how many. A host that hung up gets its bit in `control[DOWN]`."""
     taken = 0
     for host in range(engine.control[HOSTS]):
@@ -406,7 +386,7 @@ def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, cl
 
 
 @jit
-def flush_requests(engine: Engine, client: store_client.State) -> None:
+def flush_requests(engine: Engine, client: ClientState) -> None:
     """Send each store host what this burst wants of it: one frame of operations."""
     for host in range(engine.control[HOSTS]):
         if not engine.control[DOWN] >> host & 1 and flush(client, host) < 0:
@@ -415,7 +395,7 @@ def flush_requests(engine: Engine, client: store_client.State) -> None:
 
 @jit
 def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray,
-            client: store_client.State, arrived_from: int) -> int:  # fmt: skip
+            client: ClientState, arrived_from: int) -> int:  # fmt: skip
     """Take one burst from one side through the NF; returns how many frames there were."""
     port = inside if arrived_from == INSIDE else outside
     count = rx_burst(port, frames, engine.addresses, engine.lengths, BURST)
@@ -447,14 +427,14 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
 
 
 @jit
-def wait(engine: Engine, inside: Port, outside: Port, client: store_client.State, limit_ns: int) -> None:
+def wait(engine: Engine, inside: Port, outside: Port, client: ClientState, limit_ns: int) -> None:
     """Sleep until a frame or an answer arrives, at most `limit_ns`; frames that the kernel has not taken yet cut it short."""
     engine.pollfds[0] = pollfd(inside.control[1], POLLIN)
     engine.pollfds[1] = pollfd(outside.control[1], POLLIN)
     count = 2
     for host in range(engine.control[HOSTS]):
         if not engine.control[DOWN] >> host & 1:
-            engine.pollfds[count] = pollfd(client.control[host, 0], POLLIN)
+            engine.pollfds[count] = pollfd(client.control[host, DESCRIPTOR], POLLIN)
             count += 1
     if unsent(inside) + unsent(outside) > 0:
         limit_ns = min(limit_ns, 1_000_000)
@@ -462,7 +442,7 @@ def wait(engine: Engine, inside: Port, outside: Port, client: store_client.State
 
 
 @jit
-def run(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: store_client.State,
+def run(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
         duration_ns: int) -> None:  # fmt: skip
     """Process packets for `duration_ns`, or until a store host hangs up; then return to Python for a moment.
 
@@ -504,11 +484,21 @@ def conserved(engine: Engine, frames: Frames, ports: list[Port]) -> int:
     """Return how many frames are missing: total - free - held by ports - waiting. Zero unless there is a bug."""
     held = sum(int(port.control[2]) for port in ports)
     filled = sum(
-        (int(port.fill_producer[0]) - int(port.rx_consumer[0])) & 0xFFFFFFFF
-        for port in ports
-        if port.fill_ring.size > 2
+        (int(port.fill_producer[0]) - int(port.rx_consumer[0])) & 0xFFFFFFFF for port in ports if port.fill_ring.size > 2
     )
     return int(frames.stack.size - free_frames(frames) - held - filled - waiting(engine))
 
 
 __all__ = ["HERE", "INSIDE", "OUTSIDE", "Engine", "conserved", "make_engine", "run", "waiting"]
+
+
+def warm() -> None:
+    """Compile the packet loop: run it for no time on ports that are open nowhere."""
+    from nfs.dataplane.declaration import load
+    from nfs.dataplane.frames import make_frames
+    from nfs.dataplane.port import closed_port
+
+    frames, port = make_frames(1), closed_port()
+    engine = make_engine(load("passthrough"), frames, np.full(1, HERE), 0, 1, 1, 0)
+    client = store_client.Client([], 1, 8, 1, 1)
+    run(engine, port, port, frames, np.zeros(1, np.uint64), client.state, 0)

@@ -95,6 +95,14 @@ def open_ports(interfaces: list[str], frames: Frames, kind: str = "auto") -> lis
     return [afpacket.open_port(interface, frames) for interface in interfaces]
 
 
+def closed_port() -> Port:
+    """Return a port that is open nowhere: nothing arrives and nothing leaves. For compiling and for tests."""
+    control = np.zeros(16, np.int64)
+    control[KIND], control[FD] = AFXDP, -1
+    word, ring = np.zeros(1, np.uint32), np.zeros(128, np.uint64)
+    return Port(control, word, word, ring, word, word, ring, word, word, word, ring, word, word, ring, ring)
+
+
 @jit
 def rx_burst(port: Port, frames: Frames, addresses: np.ndarray, lengths: np.ndarray, limit: int) -> int:
     """Take up to `limit` arrived frames: byte offset of each packet's start and its length; returns how many.
@@ -162,9 +170,7 @@ def tx_flush(port: Port, frames: Frames) -> None:
     for _ in range(pending // 16 + 2):
         if load_acquire(port.tx_consumer, 0) == np.uint32(port.control[TX_PRODUCER]):
             break
-        code = sendto(
-            np.int32(port.control[FD]), np.uintp(0), np.uintp(0), np.int32(MSG_DONTWAIT), np.uintp(0), np.int32(0)
-        )
+        code = sendto(np.int32(port.control[FD]), np.uintp(0), np.uintp(0), np.int32(MSG_DONTWAIT), np.uintp(0), np.int32(0))
         if code < 0:
             reason = errno()
             if reason != EAGAIN and reason != EBUSY and reason != ENOBUFS and reason != EINTR:
@@ -197,9 +203,7 @@ def unsent(port: Port) -> Any:
 
 # AF_PACKET: recvmmsg and sendmmsg over an array of `struct mmsghdr`, one for each frame of a burst
 MESSAGE_WORDS = 8  # struct mmsghdr: 56 bytes of msghdr, int msg_len, padding
-_recvmmsg = types.ExternalFunction(
-    "recvmmsg", types.int32(types.int32, types.uintp, types.uint32, types.int32, types.uintp)
-)
+_recvmmsg = types.ExternalFunction("recvmmsg", types.int32(types.int32, types.uintp, types.uint32, types.int32, types.uintp))
 _sendmmsg = types.ExternalFunction("sendmmsg", types.int32(types.int32, types.uintp, types.uint32, types.int32))
 
 
@@ -223,9 +227,7 @@ def receive_messages(port: Port, frames: Frames, addresses: np.ndarray, lengths:
     for i in range(wanted):
         addresses[i] = take_frame(frames)
         _point_message(port, frames, i, addresses[i], FRAME_BYTES)
-    got = _recvmmsg(
-        np.int32(port.control[FD]), address(port.messages, 0), np.uint32(wanted), np.int32(MSG_DONTWAIT), np.uintp(0)
-    )
+    got = _recvmmsg(np.int32(port.control[FD]), address(port.messages, 0), np.uint32(wanted), np.int32(MSG_DONTWAIT), np.uintp(0))
     count = max(0, np.int64(got))
     for i in range(count):
         lengths[i] = np.int64(port.messages[MESSAGE_WORDS * i + 7] & np.uint64(0xFFFFFFFF))
@@ -244,9 +246,7 @@ def send_messages(port: Port, frames: Frames) -> None:
         for i in range(count):
             slot = (first + i) & (slots - 1)
             _point_message(port, frames, i, np.int64(port.tx_ring[2 * slot]), np.int64(port.tx_ring[2 * slot + 1]))
-        sent = _sendmmsg(
-            np.int32(port.control[FD]), address(port.messages, 0), np.uint32(count), np.int32(MSG_DONTWAIT)
-        )
+        sent = _sendmmsg(np.int32(port.control[FD]), address(port.messages, 0), np.uint32(count), np.int32(MSG_DONTWAIT))
         if sent <= 0:
             sent = 1
             port.control[TX_REFUSED] += 1

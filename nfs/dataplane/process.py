@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datastore.store.client import Client
 
 from datastore.native.errors import NearstateError
-from datastore.store.client import Client
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.table import Table
 from nfs.dataplane import declaration
@@ -57,9 +57,7 @@ class Process:
             table = Table.private(config["capacity"], config["value_bytes"])
             return table, [], np.full(PARTITIONS, HERE), 1
         partition_map = PartitionMap.from_json(config["map"])
-        table = (
-            Table.attach(config["table"]) if config["table"] else Table.private(PARTITIONS * 8, config["value_bytes"])
-        )
+        table = Table.attach(config["table"]) if config["table"] else Table.private(PARTITIONS * 8, config["value_bytes"])
         stores = [store for store in config["stores"] if store["host"] != config["host"] or not config["table"]]
         numbers = {store["host"]: number for number, store in enumerate(stores)}
         primary = [numbers.get(group[0], HERE) for group in partition_map.replicas]

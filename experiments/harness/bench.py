@@ -1,0 +1,281 @@
+"""The system under test of one trial: an emulated network with stores, NF processes and the workload running on it.
+
+    bench = Bench(trial, experiment, network, launcher); bench.start(); bench.step(offered_kpps=50, seconds=1); bench.stop()
+
+A step offers one load for a while and tells where every packet went.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datastore import placements
+from datastore.native.errors import NearstateError
+from datastore.placements import Cluster
+from datastore.store.partitions import PARTITIONS
+from experiments.harness.spec import Experiment, Trial, peer_names
+from experiments.workloads.traffic import packets_in
+from nfs.dataplane.ledger import imbalance
+from topologies.emulation.network import EmulatedHost, Network
+from topologies.emulation.processes import Launcher, RunningProcess
+
+STORE_PORT = 7077
+READY_S = 60.0
+SATURATION_KPPS = 3000.0
+"""More than any path here carries: bounds the sink's bit map when the load is "as fast as possible"."""
+LATENESS_LIMIT_US = 500.0
+SENT_LEAST = 0.99
+
+
+class Bench:
+    """Everything that runs for one trial. Start it inside a started network, stop it before the network stops."""
+
+    def __init__(self, trial: Trial, experiment: Experiment, network: Network, launcher: Launcher) -> None:
+        self.trial, self.experiment, self.network, self.launcher = trial, experiment, network, launcher
+        self.is_peer = trial.placement in peer_names()
+        self.stores: dict[str, RunningProcess] = {}
+        self.functions: dict[str, RunningProcess] = {}
+        self.generator: RunningProcess | None = None
+        self.sink: RunningProcess | None = None
+        self.peer: Any = None
+        self.extra: list[RunningProcess] = []
+        self.map: dict[str, Any] | None = None
+        self.steps = 0
+        self.steering = [self.nf_hosts[partition % len(self.nf_hosts)].name for partition in range(PARTITIONS)]
+
+    def _hosts(self, role: str) -> list[EmulatedHost]:
+        return [host for host in self.network.hosts.values() if host.role == role]
+
+    @property
+    def nf_hosts(self) -> list[EmulatedHost]:
+        """The hosts that run an NF."""
+        return self._hosts("nf")
+
+    @property
+    def cluster(self) -> Cluster:
+        """What the placement may know."""
+        return Cluster(tuple(host.name for host in self.nf_hosts), tuple(host.name for host in self._hosts("store")),
+                       tuple(self.steering), self.trial.replicas)  # fmt: skip
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The procedure's parameters for this trial."""
+        procedure = importlib.import_module(f"experiments.harness.procedures.{self.experiment.procedure}")
+        return {**procedure.SETTINGS, **self.experiment.settings, **self.trial.sweep}
+
+    def start(self, workload: bool = True) -> None:
+        """Start stores, NFs (or the peer), steering and, if wanted, the workload; returns when all are ready."""
+        if self.is_peer:
+            self.peer = importlib.import_module(f"experiments.peers.{self.trial.placement}").start(self)
+        else:
+            self._start_stores()
+            if self.trial.nf:
+                self._start_functions()
+        if self.network.switch:
+            for host in self.nf_hosts:
+                self.network.steer([p for p in range(PARTITIONS) if self.steering[p] == host.name], host.name)
+        if workload:
+            self._start_workload()
+
+    def wait_ready(self, processes: list[RunningProcess]) -> None:
+        """Wait until each process says so. Raises NearstateError naming the first that does not."""
+        for process in processes:
+            if not (process.receive(READY_S) or {}).get("ready"):
+                raise NearstateError(f"{process.name} was not ready after {READY_S:g} s; its log is {process.log}")
+
+    def table_name(self, host: str) -> str:
+        """Return the shared memory name of a host's store."""
+        return f"nearstate-{self.network.run_id}-{host}"
+
+    @property
+    def cluster_id(self) -> int:
+        """A number that keeps stores and clients of different runs apart."""
+        return zlib.crc32(self.network.run_id.encode()) % (1 << 31) + 1
+
+    def _start_stores(self) -> None:
+        placement = placements.load(self.trial.placement)
+        hosts = placement.store_hosts(self.cluster)
+        if hosts:
+            self.map = placement.map(self.cluster).to_json()
+        for host in hosts:
+            self.launcher.journal.shared_memory(self.table_name(host))
+            config = {"host": host, "table": self.table_name(host), "capacity": self.settings["capacity"],
+                      "value_bytes": self.settings["value_bytes"], "address": self.storage_address(host), "port": STORE_PORT,
+                      "cluster": self.cluster_id, "epoch": 1, "map": self.map, "create": True}  # fmt: skip
+            self.stores[host] = self.launcher.spawn(
+                f"store-{host}", self.network.hosts[host], "datastore.store.server:main", config
+            )
+        self.wait_ready(list(self.stores.values()))
+
+    def storage_address(self, host: str) -> str:
+        """Return a host's address on the storage network."""
+        address = self.network.hosts[host].interfaces["storage"].ipv4
+        return str(address).partition("/")[0]
+
+    def _start_functions(self) -> None:
+        for number, host in enumerate(self.nf_hosts):
+            self.functions[host.name] = self.launcher.spawn(
+                f"nf-{host.name}", host, "nfs.dataplane.process:main", self.function_config(host.name, number)
+            )
+        self.wait_ready(list(self.functions.values()))
+
+    def function_config(self, host: str, number: int) -> dict[str, Any]:
+        """Return the configuration of the NF process on `host`."""
+        return {"nf": self.trial.nf, "host": host, "inside": "inside", "outside": "outside",
+                "port_kind": self.settings["port_kind"], "value_bytes": self.settings["value_bytes"],
+                "capacity": self.settings["capacity"], "map": self.map, "client_id": number + 1, "cluster": self.cluster_id,
+                "table": self.table_name(host) if host in self.stores else None,
+                "stores": [{"host": name, "address": self.storage_address(name), "port": STORE_PORT} for name in self.stores],
+                "spin_us": 5.0 if (os.cpu_count() or 1) < 8 else 50.0}  # fmt: skip
+
+    def _start_workload(self) -> None:
+        client, server = (self.network.hosts[name] for name in ("client", "server"))
+        kind = {"interface": "net", "port_kind": self.settings["port_kind"]}
+        next_hop = self.peer.next_hop_mac if self.peer else server.interfaces["net"].mac
+        traffic = {**self.experiment.traffic, "seed": self.trial.seed}
+        self.sink = self.launcher.spawn("sink", server, "experiments.workloads.sink:main", kind)
+        self.generator = self.launcher.spawn(
+            "generator", client, "experiments.workloads.generator:main",
+            kind | {"source_mac": client.interfaces["net"].mac, "next_hop_mac": next_hop,
+                    "server": str(server.interfaces["net"].ipv4).partition("/")[0], "traffic": traffic})  # fmt: skip
+        self.wait_ready([self.sink, self.generator])
+
+    def warm_up(self) -> None:
+        """Send every flow's first packet, at a load everything carries, so that records exist before anything is measured."""
+        flows = min(int(self.experiment.traffic.get("flows", 1000)), 1 << 16)
+        rate = self.settings["warmup_kpps"]
+        self.step(rate, max(0.1, flows / rate / 1000))
+
+    def step(self, offered_kpps: float, seconds: float) -> dict[str, Any]:
+        """Offer a load (0: as fast as the path takes it) and return one point's metrics, histogram, ledger and validity."""
+        assert self.generator
+        assert self.sink
+        self.steps += 1
+        before = self._counters()
+        self.sink.send({"step": self.steps, "packets": 2 * packets_in(offered_kpps or SATURATION_KPPS, seconds)})
+        self.sink.receive(READY_S)
+        self.generator.send({"step": self.steps, "offered_kpps": offered_kpps, "seconds": seconds})
+        sent = self.generator.receive(seconds * 2 + READY_S)
+        arrived = self._drain(sent)
+        return self._point(offered_kpps, seconds, sent or {}, arrived, before, self._counters())
+
+    def _drain(self, sent: dict[str, Any] | None) -> dict[str, Any]:
+        """Wait until nothing more arrives (at most half a second) and return the sink's counts."""
+        assert self.sink
+        last: dict[str, Any] = {}
+        for _ in range(10):
+            time.sleep(0.05)
+            self.sink.send({"collect": self.steps})
+            counts = self.sink.receive(READY_S) or {}
+            if counts.get("received") == last.get("received") or counts.get("received") == (sent or {}).get("sent"):
+                return counts
+            last = counts
+        return last
+
+    def function_statistics(self) -> dict[str, dict[str, Any]]:
+        """Return the counters of each NF process."""
+        for process in self.functions.values():
+            process.send({"statistics": True})
+        return {name: process.receive(READY_S) or {} for name, process in self.functions.items()}
+
+    def _counters(self) -> dict[str, Any]:
+        """Return what is compared before and after a step."""
+        assert self.generator
+        assert self.sink
+        return {"functions": self.function_statistics(),
+                "nf_cpu_s": sum(process.cpu_seconds() for process in self.functions.values()),
+                "store_cpu_s": sum(process.cpu_seconds() for process in self.stores.values()),
+                "switch_cpu_s": self.network.switch.cpu_seconds() if self.network.switch else 0.0,
+                "workload_cpu_s": self.generator.cpu_seconds() + self.sink.cpu_seconds(),
+                "busy_s": busy_seconds(), "now_s": time.monotonic(),
+                "switch_drops": self.network.switch.port_statistics() if self.network.switch else {}}  # fmt: skip
+
+    def _point(self, offered: float, seconds: float, sent: dict[str, Any], arrived: dict[str, Any],
+               before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+        packets, received = max(1, sent["sent"]), arrived["received"]
+        elapsed = max(sent["elapsed_s"], arrived["window_s"], 1e-9)
+        cpu = {key: (after[key] - before[key]) * 1e6 / packets for key in ("nf_cpu_s", "store_cpu_s", "switch_cpu_s")}
+        busy = after["busy_s"] - before["busy_s"]
+        if self.is_peer:  # the kernel works in whoever's time: all that was busy less what the workload's processes used
+            cpu["nf_cpu_s"] = max(0.0, busy - (after["workload_cpu_s"] - before["workload_cpu_s"])) * 1e6 / packets
+        metrics = {f"{name}": value for name, value in arrived["latency"].items()}
+        metrics |= {"sent_kpps": packets / sent["elapsed_s"] / 1e3, "delivered_kpps": received / elapsed / 1e3,
+                    "lost": sent["sent"] - received, "loss_ratio": max(0.0, 1 - received / packets),
+                    "duplicated": arrived["duplicated"], "reordered": arrived["reordered"],
+                    "flow_reordered": arrived["flow_reordered"], "nf_cpu_us": cpu["nf_cpu_s"],
+                    "store_cpu_us": cpu["store_cpu_s"], "switch_cpu_us": cpu["switch_cpu_s"]}  # fmt: skip
+        saturation = busy / max(1e-9, after["now_s"] - before["now_s"]) / (os.cpu_count() or 1)
+        reasons = self._doubts(offered, sent, after)
+        return {"sweep": {"offered_kpps": offered} if offered else {"load": "saturated"}, "metrics": metrics,
+                "histograms": {"latency_ns": arrived["histogram"]}, "valid": not reasons, "invalid_reasons": reasons,
+                "fidelity": {"generator_lateness_p99_us": sent["lateness"].get("p99_us"), "cpu_saturation": saturation,
+                             "generator_blocked": sent["blocked"]},
+                "ledger": self._ledger(sent, arrived, before, after)}  # fmt: skip
+
+    def _doubts(self, offered: float, sent: dict[str, Any], after: dict[str, Any]) -> list[str]:
+        """Return why this point cannot be believed."""
+        doubts = []
+        for name, statistics in after["functions"].items():
+            if imbalance(statistics["ledger"]) or statistics["missing_frames"]:
+                doubts.append(f"ledger of {name} does not balance: {imbalance(statistics['ledger'])} packets, "
+                              f"{statistics['missing_frames']} frames")  # fmt: skip
+        if offered and sent["sent"] < SENT_LEAST * sent["planned"]:
+            doubts.append(f"generator sent {sent['sent']} of {sent['planned']} planned packets")
+        lateness = sent["lateness"].get("p99_us", 0.0)
+        if offered and self.settings["lateness_limit_us"] and lateness > self.settings["lateness_limit_us"]:
+            doubts.append(f"generator was late: p99 {lateness:.0f} us, at most {self.settings['lateness_limit_us']:.0f} us")
+        return doubts
+
+    def _ledger(self, sent: dict[str, Any], arrived: dict[str, Any], before: dict[str, Any],
+                after: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+        """Return where the step's packets went: causes of all NFs together, and drops on the way there and back."""
+        causes: dict[str, int] = {}
+        kernel: dict[str, int] = {}
+        for name, now in after["functions"].items():
+            then = before["functions"][name]
+            for cause, count in now["ledger"].items():
+                causes[cause] = causes.get(cause, 0) + count - then["ledger"][cause]
+            for port, counts in now["kernel"].items():
+                for reason, count in counts.items():
+                    kernel[reason] = kernel.get(reason, 0) + count - then["kernel"][port].get(reason, 0)
+        switch = {key: count - before["switch_drops"].get(key, 0) for key, count in after["switch_drops"].items()}
+        lost = sent["sent"] - arrived["received"]
+        inside = sum(count for cause, count in causes.items() if cause not in ("received", "forwarded"))
+        sink = {reason: count for reason, count in arrived["kernel"].items() if count}
+        return {"sent": sent["sent"], "received": arrived["received"], "lost": lost, "nf": causes,
+                "nf_kernel": {k: v for k, v in kernel.items() if v}, "switch": {k: v for k, v in switch.items() if v},
+                "sink_kernel_since_start": sink, "foreign": arrived["foreign"], "lost_inside_nf": inside}  # fmt: skip
+
+    def memory(self) -> dict[str, float]:
+        """Return resident memory of the largest NF and the largest store process."""
+        found = {"nf_rss_mbytes": self.functions, "store_rss_mbytes": self.stores}
+        return {name: max(process.rss_bytes() for process in group.values()) / 1e6 for name, group in found.items() if group}
+
+    def stop(self) -> None:
+        """Stop the processes of this trial; what hangs is killed."""
+        workload = [process for process in (self.generator, self.sink) if process]
+        for process in [*workload, *self.extra, *self.functions.values(), *self.stores.values()]:
+            process.kill()
+        if self.peer:
+            self.peer.stop()
+        for host in self.stores:
+            Path("/dev/shm", self.table_name(host)).unlink(missing_ok=True)
+            self.launcher.journal.forget("shared_memory", self.table_name(host))
+
+
+def busy_seconds() -> float:
+    """Return the CPU seconds the whole machine has spent busy since it started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
+
+
+COMMON_SETTINGS: Mapping[str, Any] = {"capacity": 1 << 16, "value_bytes": 32, "port_kind": "auto", "warmup_kpps": 20.0,
+                                      "lateness_limit_us": LATENESS_LIMIT_US}  # fmt: skip
+"""Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness."""

@@ -1,0 +1,64 @@
+"""Delivered against offered load, and the highest load without loss by binary search (RFC 2544, section 26.1).
+
+RFC 2544 wants no loss at all in a trial of a minute; here a step lasts a fraction of a second and several processes share
+two cores, so a rate is held to fail only when it loses packets in `tries` steps running.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.harness.bench import COMMON_SETTINGS, Bench
+
+SETTINGS = {**COMMON_SETTINGS, "ladder_kpps": (20, 40, 80, 120, 160), "seconds": 0.5, "search_low_kpps": 2.0,
+            "search_high_kpps": 400.0, "search_steps": 6, "search_seconds": 0.4, "tries": 2, "saturate": False,
+            "lateness_limit_us": 0.0}  # fmt: skip
+
+
+def measure(bench: Bench) -> list[dict[str, Any]]:
+    """Return a point for each load of the ladder, one for the search, and one for "as fast as the path takes it"."""
+    bench.start()
+    bench.warm_up()
+    settings = bench.settings
+    points = []
+    if settings["saturate"]:
+        points.append(bench.step(0.0, settings["seconds"]))
+    for offered in settings["ladder_kpps"]:
+        points.append(bench.step(float(offered), settings["seconds"]))
+        if points[-1]["metrics"]["delivered_kpps"] < 0.4 * offered:
+            break
+    points.append(search(bench))
+    points[-1]["metrics"] |= bench.memory()
+    for point in points:
+        point["histograms"] = {}
+    return points
+
+
+def search(bench: Bench) -> dict[str, Any]:
+    """Return the point of the highest load without loss. Its resolution is the last step's width."""
+    settings = bench.settings
+    low, high = 0.0, settings["search_high_kpps"]
+    candidate, best = settings["search_high_kpps"] / 4, None
+    for _ in range(settings["search_steps"]):
+        point = lossless_step(bench, candidate)
+        if point is not None:
+            low, best = candidate, point
+        else:
+            high = candidate
+        candidate = (low + high) / 2 if low else max(settings["search_low_kpps"], high / 4)
+    found = best or {"metrics": {}, "fidelity": {}, "ledger": {}}
+    metrics = {"lossless_kpps": low, "resolution_kpps": high - low}
+    metrics |= {name: value for name, value in found["metrics"].items() if name.endswith("_cpu_us") or name == "p99_us"}
+    return {"sweep": {"search": "rfc2544"}, "metrics": metrics, "histograms": {}, "valid": True, "invalid_reasons": [],
+            "fidelity": found["fidelity"], "ledger": found["ledger"]}  # fmt: skip
+
+
+def lossless_step(bench: Bench, offered: float) -> dict[str, Any] | None:
+    """Return the first of a few steps at this load that lost nothing, or None."""
+    for _ in range(bench.settings["tries"]):
+        point = bench.step(offered, bench.settings["search_seconds"])
+        if point["valid"] and point["metrics"]["lost"] == 0:
+            return point
+        if point["metrics"]["loss_ratio"] > 0.05 or not point["valid"]:
+            return None
+    return None

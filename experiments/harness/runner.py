@@ -1,0 +1,142 @@
+"""How experiments become results: trials in shuffled order, each in a fresh emulation, each on disk as soon as it ends.
+
+A trial that fails is recorded as invalid with its reason, and the run goes on. An interrupted run is resumed by its id: what
+has a line in trials.jsonl is not repeated.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from datastore import placements
+from datastore.native.errors import NearstateError, unknown
+from experiments.harness import doctor, spec
+from experiments.harness.bench import Bench
+from experiments.harness.progress import Progress
+from experiments.harness.record import Record, commit
+from experiments.harness.spec import Experiment, Trial
+from topologies.emulation.journal import Journal
+from topologies.emulation.network import Network
+from topologies.emulation.processes import Launcher
+
+PRELOAD = ("nfs.dataplane.process", "datastore.store.server", "experiments.workloads.generator", "experiments.workloads.sink",
+           "experiments.workloads.state_probe")  # fmt: skip
+
+
+def select(names: Sequence[str], profile: str) -> dict[str, Experiment]:
+    """Return the experiments asked for (all for none), as the profile runs them; everything is checked here."""
+    if profile not in spec.PROFILES:
+        raise unknown("profile", profile, spec.PROFILES)
+    return {name: spec.load(name).for_profile(profile) for name in (names or spec.experiment_names())}
+
+
+def new_record(experiments: dict[str, Experiment], profile: str) -> Record:
+    """Make the folder of a new run, with what was asked and what this box is."""
+    asked = {name: asdict(experiment) for name, experiment in experiments.items()}
+    facts = doctor.host_facts()
+    return Record.create({"profile": profile, "experiments": asked, **commit()}, facts)
+
+
+def run(names: Sequence[str], profile: str = "quick", resume: str | None = None) -> Record:
+    """Run experiments, or go on with run `resume`; returns its record. Raises NearstateError before anything starts."""
+    doctor.require()
+    if resume:
+        record = Record.open(resume)
+        profile = record.spec["profile"]
+        names = sorted(record.spec["experiments"])
+    experiments = select(names, profile)
+    record = record if resume else new_record(experiments, profile)
+    trials = [trial for name, experiment in experiments.items() for trial in spec.trials(name, experiment)]
+    finished = record.finished()
+    open_trials = [trial for trial in trials if trial.name not in finished]
+    random.Random(min(trial.seed for trial in trials)).shuffle(open_trials)
+    with Progress(f"run {record.run_id}, profile {profile}", len(trials), len(trials) - len(open_trials)) as progress:
+        run_trials(record, experiments, open_trials, progress)
+    return record
+
+
+def run_trials(record: Record, experiments: dict[str, Experiment], trials: Sequence[Trial], progress: Progress) -> None:
+    """Run trials one after the other and record each."""
+    if not trials:
+        return
+    journal = Journal(record.run_id)
+    with Launcher(journal, record.folder / "logs", PRELOAD) as launcher:
+        launcher.wait_ready()
+        for trial in trials:
+            progress.start(trial.name)
+            result = run_trial(trial, experiments[trial.experiment], journal, launcher)
+            record.append(result)
+            progress.end(trial.name, result["seconds"], result["invalid_reasons"])
+    journal.close()
+
+
+def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: Launcher) -> dict[str, Any]:
+    """Run one trial in a fresh emulation and return its line for trials.jsonl; a failure is a line too, not an exception."""
+    procedure: Callable[[Bench], list[dict[str, Any]]] = importlib.import_module(
+        f"experiments.harness.procedures.{experiment.procedure}"
+    ).measure
+    started, clock = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
+    line: dict[str, Any] = {
+        "trial": trial.name, "experiment": trial.experiment, "topology": trial.topology, "placement": trial.placement,
+        "nf": trial.nf, "replicas": trial.replicas, "sweep": dict(trial.sweep), "repeat": trial.repeat, "seed": trial.seed,
+        "started": started.isoformat(timespec="milliseconds"), "points": [], "fidelity": {}, "calibration": {},
+        "ledger": {}, "network": {}, "invalid_reasons": []}  # fmt: skip
+    network = Network(trial.topology, network_parameters(trial, experiment), journal.run_id, launcher, journal)
+    bench = Bench(trial, experiment, network, launcher)
+    try:
+        network.start()
+        calibration = network.calibrate()
+        line["fidelity"]["up_s"] = time.monotonic() - clock
+        line["calibration"] = calibration.to_json()
+        line["invalid_reasons"] += list(calibration.reasons)
+        line["points"] = procedure(bench)
+        line["network"] = network.describe()
+    except NearstateError as error:
+        line["invalid_reasons"].append(str(error))
+    finally:
+        down = time.monotonic()
+        bench.stop()
+        network.stop()
+        line["fidelity"]["down_s"] = time.monotonic() - down
+    line["seconds"] = time.monotonic() - clock
+    summarise(line)
+    return line
+
+
+def network_parameters(trial: Trial, experiment: Experiment) -> dict[str, Any]:
+    """Return the topology's parameters: a store host only where the placement (or the peer) keeps state on one."""
+    if trial.placement in spec.peer_names():
+        role = getattr(importlib.import_module(f"experiments.peers.{trial.placement}"), "STORES", None)
+    else:
+        role = placements.load(trial.placement).store_role
+    return {"store_hosts": trial.replicas if role == "store" else 0, **experiment.network}
+
+
+def summarise(line: dict[str, Any]) -> None:
+    """Put the points' worst fidelity and their summed ledger on the trial's line, and decide whether it is valid."""
+    points = line["points"]
+    for key in ("generator_lateness_p99_us", "cpu_saturation"):
+        values = [point["fidelity"][key] for point in points if point.get("fidelity", {}).get(key) is not None]
+        if values:
+            line["fidelity"][key] = max(values)
+    totals: dict[str, Any] = {}
+    for point in points:
+        _add(totals, point.get("ledger", {}))
+    line["ledger"] = totals
+    if points and not any(point["valid"] for point in points):
+        line["invalid_reasons"] += [reason for point in points for reason in point["invalid_reasons"]][:3]
+    line["valid"] = not line["invalid_reasons"]
+
+
+def _add(totals: dict[str, Any], counts: dict[str, Any]) -> None:
+    for key, count in counts.items():
+        if isinstance(count, dict):
+            _add(totals.setdefault(key, {}), count)
+        else:
+            totals[key] = totals.get(key, 0) + count

@@ -1,0 +1,22 @@
+"""What does it cost a packet in latency to have its state elsewhere?"""
+
+from experiments.harness.spec import Experiment
+
+PLACEMENTS = ("local", "integrated", "integrated:hashed", "centralized")
+FUNCTIONS = ("passthrough", "firewall", "traffic_counter")
+
+EXPERIMENT = Experiment(
+    question="How long does a packet take through the rack when its state is local, beside the NF, or on a store host?",
+    procedure="packet_latency",
+    sweeps=({"topology": ("rack",), "nf": FUNCTIONS, "placement": PLACEMENTS},),
+    settings={"offered_kpps": 10.0, "seconds": 1.5},
+    traffic={"flows": 1000, "frame_bytes": 128, "arrivals": "poisson"},
+    seed=1,
+    profiles={
+        "smoke": {
+            "sweeps": ({"topology": ("rack",), "nf": ("traffic_counter",), "placement": ("integrated", "centralized")},),
+            "settings": {"seconds": 0.5},
+        },
+        "paper": {"repeats": 5, "settings": {"seconds": 10.0}, "traffic": {"flows": 10_000}},
+    },
+)
