@@ -178,24 +178,32 @@ def release_now(words: np.ndarray, base: int) -> None:
     release(words, base)
 
 
+def claim(path: str, candidate: int) -> int | None:
+    """Take the byte lock of owner number `candidate` in the file `path`; return the descriptor that holds it, or None.
+
+    Number 0, which locks nothing, stands for being the table's store process.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(descriptor, _F_OFD_SETLK, _FLOCK.pack(_F_WRLCK, _SEEK_SET, OWNER_LOCKS + candidate, 1, 0))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def register(words: np.ndarray, path: str) -> int:
     """Make this process an owner of the table in the file `path`; return the handle that compiled functions take.
 
     The handle is `descriptor << 16 | number`; closing the descriptor, or the process' end, gives the number back.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     for candidate in range(1, OWNERS + 1):
-        try:
-            fcntl.fcntl(
-                descriptor, _F_OFD_SETLK, _FLOCK.pack(_F_WRLCK, _SEEK_SET, OWNER_LOCKS + candidate, 1, 0)
-            )
-        except BlockingIOError:
-            continue
-        words[OWNER_PIDS + candidate] = os.getpid()
-        owner = descriptor << 16 | candidate
-        recover(words, owner)
-        return owner
-    os.close(descriptor)
+        descriptor = claim(path, candidate)
+        if descriptor is not None:
+            words[OWNER_PIDS + candidate] = os.getpid()
+            owner = descriptor << 16 | candidate
+            recover(words, owner)
+            return owner
     raise NearstateError(f"the table has {OWNERS} owners already: stop a process that works on it")
 
 

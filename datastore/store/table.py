@@ -469,6 +469,15 @@ class Table:
         self._owners.append(owner)
         return owner
 
+    def claim_server(self) -> None:
+        """Make this process the table's one store process; raises NearstateError when another one lives."""
+        descriptor = locking.claim(f"/proc/self/fd/{self._descriptor}", 0)
+        if descriptor is None:
+            raise NearstateError(
+                f"table {self.name!r} is served already by process {int(self.words[SERVER_PID])}: stop that one first"
+            )
+        self._owners.append(descriptor << 16)
+
     def set_role(self, partition: int, primary: bool, epoch: int) -> None:
         """Say whether this host is the partition's primary in `epoch`; an open record of it is finished first."""
         owner = self._owner()
@@ -481,7 +490,7 @@ class Table:
         locking.release_now(self.words, base)
 
     def _owner(self) -> int:
-        return self._owners[0] if self._owners else self.register_owner()
+        return next((owner for owner in self._owners if owner & 0xFFFF), 0) or self.register_owner()
 
     @property
     def value_bytes(self) -> int:

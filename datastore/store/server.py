@@ -1,0 +1,437 @@
+"""The store process: how are remote clients served from the table, without an interpreter in the way?
+
+One compiled loop around ppoll: whatever has arrived on a connection is read with one call, all operations of all whole frames
+in it are done, and all answers are sent with one call. A client that does not read its answers is not read from either, until
+its send buffer has room again. Between requests a bounded number of buckets is swept of expired records.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from datastore.native import jit
+from datastore.native.errors import NearstateError
+from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, address, libc_accept4, libc_close, now_ns, poll, pollfd, recv, send
+from datastore.native.memory import copy, fetch_add
+from datastore.store import locking
+from datastore.store.layout import (
+    ADDRESS,
+    BUCKETS,
+    CLIENT_USED_S,
+    CLIENTS,
+    CLUSTER,
+    CONNECTIONS,
+    EPOCH,
+    PARTITION_COUNT,
+    PORT,
+    SERVER_PID,
+    VALUE_WORDS,
+    word,
+)
+from datastore.store.operations import HELLO, OPERATION_VALUE
+from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.store.protocol import (
+    ANSWERS,
+    FRAME_HEADER_WORDS,
+    FRAME_OPERATIONS,
+    LARGEST_FRAME_BYTES,
+    answer_frame,
+    client_at,
+    find_client,
+    frame_operations,
+    frame_words,
+    hello,
+    refuse_frame,
+    write_frame_header,
+)
+from datastore.store.statuses import OK
+from datastore.store.table import Table, sweep
+
+CONNECTION_LIMIT = 64
+SWEEP_PASS_S = 8
+"""The whole table is swept once in this time, as far as the bounds of a step allow."""
+SWEEP_BUCKETS_BUSY, SWEEP_BUCKETS_IDLE = 32, 2048
+TURN_NS = 100_000_000
+"""How long the compiled loop runs before Python looks at signals and control messages."""
+
+_SOCK_NONBLOCK, _SOCK_CLOEXEC = 0o4000, 0o2000000
+
+# What a server's `control` holds.
+LISTENER, WAKER, SWEEP_PARTITION, SWEEP_DONE, SWEEP_NS = range(5)
+# What a connection holds. Received: bytes up to this one. Answered and sent: of the send buffer.
+DESCRIPTOR, RECEIVED, ANSWERED, SENT, CLIENT, CLOSING = range(6)
+CONNECTION_FIELDS = 8
+
+
+class ServerState(NamedTuple):
+    """Everything the compiled loop works on. Byte and word arrays of a buffer are two views of one memory."""
+
+    words: np.ndarray
+    """uint64[n]: the table"""
+    control: np.ndarray
+    """int64[8]"""
+    connections: np.ndarray
+    """int64[CONNECTION_LIMIT, CONNECTION_FIELDS]; DESCRIPTOR -1: none"""
+    connected: np.ndarray
+    """uint8[client slots]: 1 where a connection serves the client"""
+    receive_words: np.ndarray
+    receive_bytes: np.ndarray
+    """uint8[CONNECTION_LIMIT * largest frame]"""
+    send_words: np.ndarray
+    send_bytes: np.ndarray
+    polled: np.ndarray
+    """int64[CONNECTION_LIMIT + 2]: listener, waker, connections"""
+    scratch: np.ndarray
+    """int64[2]"""
+
+
+def new_state(words: np.ndarray, listener: int, waker: int = -1) -> ServerState:
+    """Return the state of a server on the table `words`. waker: a descriptor whose input ends `serve` early, or -1."""
+    answer_words = FRAME_HEADER_WORDS + FRAME_OPERATIONS * (OPERATION_VALUE + int(words[VALUE_WORDS]))
+    receive = np.zeros(CONNECTION_LIMIT * LARGEST_FRAME_BYTES // 8, np.uint64)
+    answers = np.zeros(CONNECTION_LIMIT * 4 * answer_words, np.uint64)
+    control = np.zeros(8, np.int64)
+    control[LISTENER], control[WAKER], control[SWEEP_NS] = listener, waker, time.monotonic_ns()
+    connections = np.full((CONNECTION_LIMIT, CONNECTION_FIELDS), -1, np.int64)
+    return ServerState(
+        words,
+        control,
+        connections,
+        np.zeros(max(int(words[CLIENTS]), 1), np.uint8),
+        receive,
+        receive.view(np.uint8),
+        answers,
+        answers.view(np.uint8),
+        np.zeros(CONNECTION_LIMIT + 2, np.int64),
+        np.zeros(2, np.int64),
+    )
+
+
+@jit
+def accept(server: ServerState) -> None:
+    """Take all waiting connections; the one too many is closed at once."""
+    while True:
+        flags = np.int32(_SOCK_NONBLOCK | _SOCK_CLOEXEC)
+        fd = libc_accept4(np.int32(server.control[LISTENER]), np.uintp(0), np.uintp(0), flags)
+        if fd < 0:
+            return
+        free = -1
+        for n in range(CONNECTION_LIMIT):
+            if server.connections[n, DESCRIPTOR] < 0:
+                free = n
+                break
+        if free < 0:
+            libc_close(fd)
+            continue
+        for field in range(CONNECTION_FIELDS):
+            server.connections[free, field] = 0
+        server.connections[free, DESCRIPTOR], server.connections[free, CLIENT] = fd, -1
+        fetch_add(server.words, CONNECTIONS, 1)
+
+
+@jit
+def disconnect(server: ServerState, n: int) -> None:
+    """Close a connection and free what it holds; the client's completion records stay."""
+    client = server.connections[n, CLIENT]
+    if client >= 0:
+        server.connected[client] = 0
+    libc_close(np.int32(server.connections[n, DESCRIPTOR]))
+    server.connections[n, DESCRIPTOR] = -1
+    server.connections[n, CLIENT] = -1
+
+
+@jit
+def greet(server: ServerState, n: int, now_s: int, at: int, answer_at: int) -> int:
+    """Answer a frame that holds a HELLO alone and bind the connection to its client; return the answer's words.
+
+    An older connection of the same client is closed: what it still has in flight comes again on this one.
+    """
+    words = server.words
+    client_id = server.receive_words[at + 2]
+    client = -1
+    if client_id != np.uint64(0) and server.receive_words[at + 3] == words[CLUSTER]:
+        client = find_client(words, client_id, now_s, server.connected)
+    status = hello(
+        words, client, server.receive_words, at + FRAME_HEADER_WORDS, server.send_words, answer_at + FRAME_HEADER_WORDS
+    )
+    if status == OK:
+        for other in range(CONNECTION_LIMIT):
+            if other != n and server.connections[other, DESCRIPTOR] >= 0 and server.connections[other, CLIENT] == client:
+                disconnect(server, other)
+        if server.connections[n, CLIENT] >= 0:
+            server.connected[server.connections[n, CLIENT]] = 0
+        server.connections[n, CLIENT] = client
+        server.connected[client] = 1
+    answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
+    write_frame_header(server.send_words, answer_at, 1, answer_words, ANSWERS, words[EPOCH], client_id, words[CLUSTER])
+    return FRAME_HEADER_WORDS + answer_words
+
+
+@jit
+def answer_all(server: ServerState, owner: int, n: int, now_s: int) -> None:
+    """Do the whole frames a connection has received, as long as their answers have room, and keep the rest."""
+    words, connection = server.words, server.connections[n]
+    receive_at = n * (server.receive_words.size // CONNECTION_LIMIT)
+    send_size = server.send_words.size // CONNECTION_LIMIT
+    send_at = n * send_size
+    end = receive_at + (connection[RECEIVED] >> 3)
+    answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
+    at = receive_at
+    while connection[CLOSING] == 0:
+        length = frame_words(server.receive_words, at, end, 0)
+        answered = connection[ANSWERED] >> 3
+        if length == 0:
+            break
+        if length < 0:
+            if send_size - answered < FRAME_HEADER_WORDS + answer_words:
+                break
+            connection[ANSWERED] += refuse_frame(words, server.send_words, send_at + answered) * 8
+            connection[CLOSING] = 1
+            break
+        count = frame_operations(server.receive_words, at)
+        if send_size - answered < FRAME_HEADER_WORDS + count * answer_words:
+            break
+        opcode = server.receive_words[at + FRAME_HEADER_WORDS] & np.uint64(0xFF)
+        if count == 1 and opcode == np.uint64(HELLO):
+            written = greet(server, n, now_s, at, send_at + answered)
+        else:
+            client = connection[CLIENT]
+            if client >= 0:
+                words[client_at(words, client) + CLIENT_USED_S] = np.uint64(now_s)
+            written = answer_frame(
+                words, owner, client, now_s, server.receive_words, at, length, server.send_words, send_at + answered
+            )
+        connection[ANSWERED] += written * 8
+        at += length
+    taken = (at - receive_at) * 8
+    if taken > 0:
+        rest = connection[RECEIVED] - taken
+        if rest > 0:
+            copy(server.receive_bytes, receive_at * 8, server.receive_bytes, at * 8, rest)
+        connection[RECEIVED] = rest
+
+
+@jit
+def send_answers(server: ServerState, n: int) -> None:
+    """Send what a connection has to send, as far as the peer takes it; a broken connection is closed."""
+    connection = server.connections[n]
+    start = n * (server.send_bytes.size // CONNECTION_LIMIT)
+    if connection[SENT] < connection[ANSWERED]:
+        fd = connection[DESCRIPTOR]
+        sent = send(fd, server.send_bytes, start + connection[SENT], start + connection[ANSWERED])
+        if sent < 0 and sent != -EAGAIN:
+            disconnect(server, n)
+            return
+        connection[SENT] += max(sent, 0)
+    if connection[SENT] == connection[ANSWERED]:
+        connection[SENT], connection[ANSWERED] = 0, 0
+        if connection[CLOSING] != 0:
+            disconnect(server, n)
+
+
+@jit
+def converse(server: ServerState, owner: int, n: int, now_s: int) -> None:
+    """Read, do and answer what a ready connection has."""
+    connection = server.connections[n]
+    size = server.receive_bytes.size // CONNECTION_LIMIT
+    start = n * size
+    if connection[ANSWERED] == 0 and connection[RECEIVED] < size:
+        got = recv(connection[DESCRIPTOR], server.receive_bytes, start + connection[RECEIVED], start + size)
+        if got == 0 or (got < 0 and got != -EAGAIN):
+            disconnect(server, n)
+            return
+        connection[RECEIVED] += max(got, 0)
+    while connection[DESCRIPTOR] >= 0:
+        before = connection[RECEIVED]
+        answer_all(server, owner, n, now_s)
+        send_answers(server, n)
+        if connection[RECEIVED] == before or connection[ANSWERED] != 0:
+            return
+
+
+@jit
+def sweep_step(server: ServerState, owner: int, now: int, most: int) -> None:
+    """Sweep as many buckets as are due since the last step, at most `most`, all of one partition."""
+    words, control = server.words, server.control
+    total = word(words, BUCKETS) * word(words, PARTITION_COUNT)
+    bucket_ns = max(SWEEP_PASS_S * 1_000_000_000 // total, 1)
+    due = (now - control[SWEEP_NS]) // bucket_ns
+    if due < SWEEP_BUCKETS_BUSY:
+        return
+    control[SWEEP_NS] = now
+    step = min(min(due, most), word(words, BUCKETS) - control[SWEEP_DONE])
+    sweep(words, owner, control[SWEEP_PARTITION], now // 1_000_000_000, step)
+    control[SWEEP_DONE] += step
+    if control[SWEEP_DONE] >= word(words, BUCKETS):
+        control[SWEEP_DONE] = 0
+        control[SWEEP_PARTITION] = (control[SWEEP_PARTITION] + 1) % word(words, PARTITION_COUNT)
+
+
+@jit
+def wait(server: ServerState, timeout_ns: int) -> int:
+    """Sleep until the listener, the waker or a connection is ready, or time is up; return how many are.
+
+    A connection waits for room to send while it has answers left, else for input.
+    """
+    polled, connections = server.polled, server.connections
+    polled[0], polled[1] = pollfd(server.control[LISTENER], POLLIN), pollfd(server.control[WAKER], POLLIN)
+    used = 0
+    for n in range(CONNECTION_LIMIT):
+        events = POLLOUT if connections[n, ANSWERED] > connections[n, SENT] else POLLIN
+        polled[n + 2] = pollfd(connections[n, DESCRIPTOR], events)
+        if connections[n, DESCRIPTOR] >= 0:
+            used = n + 1
+    return int(poll(polled, used + 2, timeout_ns, server.scratch))
+
+
+@jit
+def serve(server: ServerState, owner: int, until_ns: int) -> int:
+    """Serve clients until `until_ns` of CLOCK_MONOTONIC; return 1 earlier when the waker has input, else 0.
+
+    A signal also ends it early, so that Python can handle it. Sleeps in ppoll whenever there is nothing to do.
+    """
+    polled, connections = server.polled, server.connections
+    while True:
+        now = now_ns(server.scratch)
+        if now >= until_ns:
+            return 0
+        ready = wait(server, until_ns - now)
+        if ready < 0:
+            return 0
+        now = now_ns(server.scratch)
+        for n in range(CONNECTION_LIMIT):
+            if polled[n + 2] >> 48 != 0 and connections[n, DESCRIPTOR] >= 0:
+                if connections[n, ANSWERED] > 0:
+                    send_answers(server, n)
+                if connections[n, DESCRIPTOR] >= 0:
+                    converse(server, owner, n, now // 1_000_000_000)
+        if polled[0] >> 48 != 0:
+            accept(server)
+        sweep_step(server, owner, now, SWEEP_BUCKETS_BUSY if ready > 0 else SWEEP_BUCKETS_IDLE)
+        if polled[1] >> 48 != 0:
+            return 1
+
+
+def apply_map(table: Table, host: str, placement: PartitionMap) -> None:
+    """Make this host primary of what the map gives it, and of nothing else."""
+    for partition in range(PARTITIONS):
+        table.set_role(partition, placement.replicas[partition][0] == host, placement.epoch)
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """Return a listening socket; raises NearstateError when the address cannot be had. Port 0: any free one."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
+        listener.bind((address, port))
+        listener.listen(CONNECTION_LIMIT)
+    except OSError as error:
+        listener.close()
+        raise NearstateError(
+            f"store cannot listen on {address}:{port}: {error.strerror}; choose an address of this host and a free port"
+        ) from None
+    return listener
+
+
+class StoreProcess:
+    """A table and the server on it: made from a configuration, run until told to stop."""
+
+    def __init__(self, config: dict[str, Any], waker: int = -1) -> None:
+        """config: host, table, capacity, value_bytes, address, port, cluster, map (JSON), create; see `main`."""
+        self.host = config["host"]
+        placement = PartitionMap.from_json(config["map"])
+        self._created = bool(config["create"]) and not config.get("keep", False)
+        if config["create"]:
+            self.table = Table.create(
+                config["table"], config["capacity"], config["value_bytes"], epoch=placement.epoch, cluster=config["cluster"]
+            )
+        else:
+            self.table = Table.attach(config["table"])
+        try:
+            self.table.claim_server()
+            self.owner = self.table.register_owner()
+            apply_map(self.table, self.host, placement)
+            self._listener = listen(config["address"], config["port"])
+        except BaseException:
+            self.close()
+            raise
+        address, self.port = self._listener.getsockname()
+        words = self.table.words
+        words[SERVER_PID], words[PORT] = os.getpid(), self.port
+        words[ADDRESS] = int.from_bytes(socket.inet_aton(address), "big")
+        self.state = new_state(words, self._listener.fileno(), waker)
+        serve(self.state, self.owner, 0)  # compiled before anybody is told that the store is ready
+
+    def turn(self) -> bool:
+        """Serve for TURN_NS, or until a signal or the waker; tell whether the waker has input."""
+        return bool(serve(self.state, self.owner, time.monotonic_ns() + TURN_NS))
+
+    def close(self) -> None:
+        """Close connections and listener, and remove the table's name if this process made it."""
+        if hasattr(self, "state"):
+            for n in range(CONNECTION_LIMIT):
+                if self.state.connections[n, DESCRIPTOR] >= 0:
+                    disconnect(self.state, n)
+            self._listener.close()
+            self.table.words[SERVER_PID] = 0
+        self.table.close()
+        if self._created:
+            self.table.unlink()
+
+
+def main(config: dict[str, Any], control: Any) -> None:
+    """Run a store process under the launcher: target of `Launcher.spawn`.
+
+    config: {"host": name in the map, "table": name, "capacity": records, "value_bytes": n, "address": IPv4, "port": n,
+    "cluster": id, "map": PartitionMap as JSON, "create": bool, "keep": bool (optional: leave the table behind)}.
+    control: `send(dict)`, `receive(timeout_s)`, `fileno()`. Sends {"ready": true, "port": n} (or {"error": line}); answers
+    {"statistics": true} and {"map": ...}; ends at {"stop": true}, SIGTERM, or when the other side is gone.
+    """
+    stopping = stop_at_signals()
+    try:
+        store = StoreProcess(config, control.fileno())
+    except NearstateError as error:
+        control.send({"error": str(error)})
+        return
+    try:
+        control.send({"ready": True, "port": store.port})
+        while not stopping:
+            if store.turn() and not _obey(store, control):
+                break
+    finally:
+        store.close()
+
+
+def stop_at_signals() -> list[int]:
+    """Return a list that gets the number of the first SIGTERM or SIGINT."""
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: signals.append(received))
+    return signals
+
+
+def _obey(store: StoreProcess, control: Any) -> bool:
+    """Do what a control message asks; return False when it is to stop."""
+    try:
+        message = control.receive(0)
+    except (EOFError, OSError):
+        return False
+    if message is None:
+        return True
+    if "map" in message:
+        try:
+            placement = PartitionMap.from_json(message["map"])
+            apply_map(store.table, store.host, placement)
+            control.send({"epoch": placement.epoch})
+        except NearstateError as error:
+            control.send({"error": str(error)})
+    if "statistics" in message:
+        control.send({"statistics": store.table.statistics()})
+    return "stop" not in message
