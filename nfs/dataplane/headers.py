@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.native import INTERPRETED, inline, jit
 from datastore.native.memory import network16, network32
 from nfs.dataplane.ledger import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED
 
@@ -50,6 +50,12 @@ PACKET = np.dtype([(name, kind) for name, kind in _FIELDS], align=True)
 """One packet's fields, in host byte order; what a network function gets as `packet`."""
 
 
+def make_packets(count: int) -> np.ndarray:
+    """Return PACKET[count], all zero; a record array where the parser runs as plain Python, which asks for attributes."""
+    packets = np.zeros(count, PACKET)
+    return packets.view(np.recarray) if INTERPRETED else packets
+
+
 @inline
 def _is_icmp_error(kind: int) -> bool:
     """RFC 792: destination unreachable, source quench, redirect, time exceeded, parameter problem."""
@@ -72,6 +78,7 @@ def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: 
     packet.tcp_flags = packet.icmp_type = packet.icmp_code = packet.icmp_error = packet.has_ports = 0
     packet.protocol = packet.fragment_offset = packet.payload_bytes = packet.time_to_live = 0
     packet.network_offset = packet.transport_offset = 0
+    packet.tcp_sequence = packet.tcp_acknowledgment = packet.tcp_window = 0
     status = _parse_ethernet(memory, at, length, packets, index)
     packet.status = status
     return status
@@ -146,7 +153,7 @@ def _parse_transport(memory: np.ndarray, at: int, size: int, more: bool, packets
         datagram = np.int64(network16(memory, at + 4))
         if datagram < 8 or (datagram > size and not more):
             return MALFORMED
-        packet.payload_bytes = size - 8
+        packet.payload_bytes = min(datagram, size) - 8
     elif packet.protocol == ICMP:
         return _parse_icmp(memory, at, size, packets, index)
     else:
@@ -178,6 +185,8 @@ def _parse_icmp(memory: np.ndarray, at: int, size: int, packets: np.ndarray, ind
         return MALFORMED
     if size < 8 + header_bytes + 8:
         return TRUNCATED
+    if network16(memory, quoted + 6) & np.uint16(0x1FFF):  # of a later fragment: what stands there are no ports
+        return FRAGMENT
     # The quoted packet went the other way, so its source is this side's destination.
     packet.icmp_error = 1
     packet.protocol = memory[quoted + 9]
