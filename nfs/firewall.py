@@ -49,9 +49,9 @@ def firewall(packet, connection, env):
         env.idle_timeout_s = RESET_S
         return FORWARD
     if connection.state == SYN_SENT:
-        if not inside and flags & (SYN | ACK) == SYN | ACK:
+        if not inside and flags & (SYN | FIN) == SYN:  # the answer, or a simultaneous open (RFC 9293, figure 8)
             connection.state = SYN_RECEIVED
-        elif not opens:
+        elif not (inside and opens):
             return DROP
         env.idle_timeout_s = OPENING_S
         return FORWARD
