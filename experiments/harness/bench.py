@@ -47,7 +47,12 @@ class Bench:
         self.extra: list[RunningProcess] = []
         self.map: dict[str, Any] | None = None
         self.steps = 0
-        self.steering = [self.nf_hosts[partition % len(self.nf_hosts)].name for partition in range(PARTITIONS)]
+
+    @property
+    def steering(self) -> list[str]:
+        """The NF host each partition's packets are sent to: round robin."""
+        hosts = self.nf_hosts
+        return [hosts[partition % len(hosts)].name for partition in range(PARTITIONS)]
 
     def _hosts(self, role: str) -> list[EmulatedHost]:
         return [host for host in self.network.hosts.values() if host.role == role]
@@ -78,8 +83,9 @@ class Bench:
             if self.trial.nf:
                 self._start_functions()
         if self.network.switch:
+            steering = self.steering
             for host in self.nf_hosts:
-                self.network.steer([p for p in range(PARTITIONS) if self.steering[p] == host.name], host.name)
+                self.network.steer([p for p in range(PARTITIONS) if steering[p] == host.name], host.name)
         if workload:
             self._start_workload()
 
