@@ -1,9 +1,9 @@
 """Back to back: client, one NF host and server wired directly, no switch: what NF and store cost by themselves.
 
-    client net --- inside nf1 outside --- net server
-                      storage
-                         |
-                      storage store1 (with store_hosts=1)
+client net --- inside nf1 outside --- net server
+                  storage
+                     |
+                  storage store1 (with store_hosts=1)
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Rack: every host on one top-of-rack switch; an NF host has a port for each side of the packet path and one for storage.
 
-        client (inside)                 server (outside)
-             |                                |
-      =======+========== tor (switch) ========+=======
-        |         |            |         |        |         |
-    inside outside|storage  inside outside|storage |storage |storage
-      +---nf1-----+           +---nf2-----+      store1  control
+    client (inside)                 server (outside)
+         |                                |
+  =======+========== tor (switch) ========+=======
+    |         |            |         |        |         |
+inside outside|storage  inside outside|storage |storage |storage
+  +---nf1-----+           +---nf2-----+      store1  control
 """
 
 from __future__ import annotations

@@ -59,12 +59,21 @@ def machine() -> dict[str, object]:
     return {"sysctls": sysctls, "named namespaces": sorted(Path("/run/netns").glob("*"))}
 
 
+def run(command: list[str]) -> str:
+    """Run a program and return its output."""
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+
+
+def links() -> list[str]:
+    return [path.name for path in Path("/sys/class/net").iterdir()]
+
+
 def left_of_ours() -> list[str]:
     """Return everything that bears the run's name: processes, links, bridges, cgroups, files."""
     short = short_id(RUN)
-    bridges = subprocess.run(["ovs-vsctl", "--timeout=5", "list-br"], capture_output=True, text=True, check=True).stdout
+    bridges = run(["ovs-vsctl", "--timeout=5", "list-br"])
     found = [f"process {pid}" for pid in processes_of(RUN) if start_ticks(pid)]
-    found += [f"link {name}" for name in os.listdir("/sys/class/net") if name.startswith(f"ns{short}")]
+    found += [f"link {name}" for name in links() if name.startswith(f"ns{short}")]
     found += [f"bridge {name}" for name in bridges.split() if short in name]
     found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/nearstate-{short}*")]
     found += [str(path) for path in Path("/dev/shm").glob(f"*{short}*")]
@@ -75,26 +84,26 @@ def left_of_ours() -> list[str]:
 def foreign() -> Iterator[None]:
     """A bridge, a namespace with a link, and processes that are not ours, one with the marker of another run."""
     name = f"foreign{os.getpid() % 10000}"
-    run = {"check": True, "capture_output": True, "timeout": 20}
-    subprocess.run(["ovs-vsctl", "add-br", name, "--", "set", "bridge", name, "datapath_type=netdev"], **run)
-    subprocess.run(["ip", "netns", "add", name], **run)
-    subprocess.run(["ip", "link", "add", f"{name}v", "type", "veth", "peer", "name", "peer", "netns", name], **run)
+    run(["ovs-vsctl", "add-br", name, "--", "set", "bridge", name, "datapath_type=netdev"])
+    run(["ip", "netns", "add", name])
+    run(["ip", "link", "add", f"{name}v", "type", "veth", "peer", "name", "peer", "netns", name])
     sleep = [sys.executable, "-c", "import time; time.sleep(1000)"]
     processes = [subprocess.Popen(sleep, env={**os.environ, MARKER: f"{RUN}-other"}),
                  subprocess.Popen(["ip", "netns", "exec", name, *sleep]), subprocess.Popen(sleep)]  # fmt: skip
     try:
         yield
-        listed = subprocess.run(["ovs-vsctl", "list-br"], text=True, **{**run}).stdout
+        listed = subprocess.run(["ovs-vsctl", "list-br"], text=True, **run).stdout
         assert name in listed.split()
-        assert Path("/sys/class/net", f"{name}v").exists() and Path("/run/netns", name).exists()
+        assert Path("/sys/class/net", f"{name}v").exists()
+        assert Path("/run/netns", name).exists()
         assert all(process.poll() is None for process in processes)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-        subprocess.run(["ovs-vsctl", "--if-exists", "del-br", name], **run)
-        subprocess.run(["ip", "link", "del", f"{name}v"], **run)
-        subprocess.run(["ip", "netns", "del", name], **run)
+        run(["ovs-vsctl", "--if-exists", "del-br", name])
+        run(["ip", "link", "del", f"{name}v"])
+        run(["ip", "netns", "del", name])
 
 
 def test_kill_at_random_moments(foreign: None, tmp_path: Path) -> None:
@@ -103,9 +112,7 @@ def test_kill_at_random_moments(foreign: None, tmp_path: Path) -> None:
     namespaces = set(network_namespaces())
     states = set()
     for kill in range(KILLS):
-        runner = subprocess.Popen(
-            [sys.executable, "-c", RUNNER, RUN, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+        runner = subprocess.Popen([sys.executable, "-c", RUNNER, RUN, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert runner.stdout is not None
         assert runner.stdout.readline() == "started\n"
         time.sleep(seed.uniform(0, 2.0))
@@ -133,9 +140,7 @@ def network_namespaces() -> Iterator[str]:
 
 
 def test_a_resumed_run_cleans_its_own_remains(tmp_path: Path) -> None:
-    runner = subprocess.Popen(
-        [sys.executable, "-c", RUNNER, RUN, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    runner = subprocess.Popen([sys.executable, "-c", RUNNER, RUN, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert runner.stdout is not None
     assert [runner.stdout.readline() for _ in range(2)] == ["started\n", "up\n"]
     runner.kill()

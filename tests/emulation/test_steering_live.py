@@ -114,7 +114,7 @@ def test_moved_partitions_follow_and_the_others_stay(rack: Network) -> None:
     rack.steer(moved, "nf3")
     after = rack.steering()
     assert [p for p in range(PARTITIONS) if after[p] != before[p]] == [p for p in moved if before[p] != "nf3"]
-    assert_steered(rack, [*range(0, 40), *range(216, 256)])
+    assert_steered(rack, [*range(40), *range(216, 256)])
 
 
 def test_what_leaves_an_instance_reaches_the_other_party(rack: Network) -> None:
@@ -152,8 +152,8 @@ def test_wrong_commands_are_answered_and_change_nothing(rack: Network) -> None:
 def test_frames_nobody_may_have_are_dropped_and_counted(rack: Network) -> None:
     before = rack.show()["refused_packets"]
     taps = Taps(rack, [(host.name, name) for host in rack.hosts.values() for name in host.interfaces])
-    ipv6 = bytes.fromhex("333300000002" "020000000001" "86dd") + b"nstt ipv6".ljust(60, b"\0")
-    lldp = bytes.fromhex("0180c200000e" "020000000001" "88cc") + b"nstt lldp".ljust(60, b"\0")
+    ipv6 = bytes.fromhex("33330000000202000000000186dd") + b"nstt ipv6".ljust(60, b"\0")
+    lldp = bytes.fromhex("0180c200000e02000000000188cc") + b"nstt lldp".ljust(60, b"\0")
     for frame in (ipv6, lldp):
         taps.sockets["client", "net"].send(frame)
     assert taps.collect(1) == {}

@@ -28,7 +28,8 @@ def as_dead(record: Journal) -> None:
 
 
 def test_short_ids_are_short_stable_and_differ() -> None:
-    assert short_id("a") == short_id("a") and len({short_id(f"run{n}") for n in range(100)}) > 95
+    assert short_id("a") == short_id("a")
+    assert len({short_id(f"run{n}") for n in range(100)}) > 95
     assert all(len(short_id(f"run{n}")) == 4 for n in range(100))
 
 
@@ -45,7 +46,9 @@ def test_clean_removes_what_is_left_and_is_idempotent(tmp_path: Path) -> None:
     with record.path.open("a") as torn:
         torn.write('{"kind": "link", "na')
     assert sorted(clean()) == sorted([f"file {left}", f"file {shared}"])
-    assert kept.exists() and not left.exists() and not shared.exists()
+    assert kept.exists()
+    assert not left.exists()
+    assert not shared.exists()
     assert clean() == []
 
 
@@ -54,7 +57,8 @@ def test_a_living_runner_is_spared_and_its_id_refused(tmp_path: Path) -> None:
     left = tmp_path / "left"
     record.file(left)
     left.touch()
-    assert clean() == [] and left.exists()
+    assert clean() == []
+    assert left.exists()
     with pytest.raises(NearstateError, match="already running"):
         Journal("unit-alive")
     assert record.close() == [f"file {left}"]
@@ -82,7 +86,8 @@ def test_only_processes_with_the_marker_die() -> None:
         removed = record.close()
         assert [line.split()[1] for line in removed] == [str(ours.pid)]
         assert ours.wait(1) == -9
-        assert start_ticks(similar.pid) and start_ticks(plain.pid)
+        assert start_ticks(similar.pid)
+        assert start_ticks(plain.pid)
     finally:
         for process in (ours, similar, plain):
             process.kill()

@@ -94,7 +94,8 @@ def test_a_move_replaces_exactly_the_rules_of_its_partition() -> None:
 def test_steered_changes_what_it_names_and_not_its_argument() -> None:
     before = steering.evenly(PORTS.instances)
     after = steering.steered(before, [0, 2], "nf2", PORTS.instances)
-    assert before[0] == before[2] == "nf1" and after[0] == after[2] == "nf2"
+    assert before[0] == before[2] == "nf1"
+    assert after[0] == after[2] == "nf2"
     assert [a == b for a, b in zip(before, after, strict=True)].count(False) == 2
 
 

@@ -69,10 +69,7 @@ def partition_rules(ports: Ports, partition: int, instance: str) -> list[Rule]:
     """Return the 6 rules that steer one partition to an instance. Those of another instance have equal matches: they replace."""
     inside, outside = ports.instances[instance]
     rules = []
-    for port, side, address, output in (
-        (ports.client, "src", "ipv4_src", inside),
-        (ports.server, "dst", "ipv4_dst", outside),
-    ):
+    for port, side, address, output in ((ports.client, "src", "ipv4_src", inside), (ports.server, "dst", "ipv4_dst", outside)):
         for protocol, name in ((TCP, "tcp"), (UDP, "udp")):
             match = (("in_port", port), ("eth_type", IPV4), ("ip_proto", protocol), ("ip_frag", (0, LATER_FRAGMENT)),
                      (f"{name}_{side}", (partition << 1, PORT_MASK)))  # fmt: skip

@@ -34,11 +34,14 @@ from topologies.emulation import system
 if TYPE_CHECKING:
     from topologies.emulation.network import Network
 
-BUDGET_S, BASE_BUDGET_S = 0.45, 0.25
-TRAIN_FRAMES, SPACING_NS = 24, 20_000
+BUDGET_S, BASE_BUDGET_S = 0.4, 0.25
+SPACING_NS = 20_000
+LONG_TRAIN, SHORT_TRAIN = 24, 4
+"""Frames of a train. Where frames are held on their way a train is short: the next one would compete with it for the processors."""
 TURNS, LEAST_TURNS = 12, 2
 MOST_STORAGE_PATHS = 12
 BASE_LIMIT_US = 1000.0
+MOST_TRIM_US = 40.0
 NOBODY_INSIDE, NOBODY_OUTSIDE = "10.127.255.254", "10.255.255.254"
 ETH_P_IP = 0x0800
 MAGIC = b"nearstate probe "
@@ -66,6 +69,8 @@ class Path:
     b: End
     spec_us: float
     client_port: int = 0
+    crossings: int = 0
+    """Delayed cables crossed on a round trip."""
 
 
 @dataclass
@@ -86,6 +91,7 @@ class Calibration:
     """The verdict on a network: valid, and if not, why. All times are microseconds."""
 
     base_us: float
+    trim_us: float = 0.0
     paths: list[Measurement] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -108,7 +114,7 @@ class Calibration:
         """Return the calibration as JSON data, `valid` and `reasons` first."""
         paths = [{key: round(v, 1) if isinstance(v, float) else v for key, v in asdict(path).items()} for path in self.paths]
         return {
-            "valid": self.valid, "reasons": self.reasons, "base_us": round(self.base_us, 1), "rtt_us": round(self.rtt_us, 1),
+            "valid": self.valid, "reasons": self.reasons, "base_us": round(self.base_us, 1), "trim_us": round(self.trim_us, 1), "rtt_us": round(self.rtt_us, 1),
             "loss": self.loss, "paths": paths, "seconds": round(self.seconds, 3),
         }  # fmt: skip
 
@@ -121,7 +127,7 @@ def calibrate(network: Network) -> Calibration:
     base_us = network.base_us
     if base_us is None:
         base_us = min((measurement.rtt_us for measurement in measurements), default=0.0)
-    result = Calibration(base_us, measurements)
+    result = Calibration(base_us, network.trim_us, measurements)
     for measurement in measurements:
         measurement.excess_us = measurement.rtt_us - base_us - measurement.spec_us
         result.reasons += judge(measurement, base_us)
@@ -150,6 +156,17 @@ def base_us(network: Network) -> float:
             a, b = (replace(end, pid=network.middle_pid(), interface=middles[end.host, end.interface][1]) for end in (a, b))
         paths.append(replace(path, a=a, b=b, spec_us=0.0))
     return min((measurement.rtt_us for measurement in measure(paths, BASE_BUDGET_S)), default=0.0)
+
+
+def trim_us(network: Network, base_us: float) -> float:
+    """Return what crossing a delay line costs beyond its hold, in microseconds: the median of the paths, 0 to MOST_TRIM_US."""
+    paths = network_paths(network)
+    costs = [
+        (measurement.rtt_us - base_us - measurement.spec_us) / path.crossings
+        for path, measurement in zip(paths, measure(paths, BASE_BUDGET_S), strict=True)
+        if measurement.rtt_us == measurement.rtt_us
+    ]
+    return min(max(0.0, median(costs)), MOST_TRIM_US) if costs else 0.0
 
 
 def judge(measurement: Measurement, base_us: float) -> list[str]:
@@ -188,7 +205,8 @@ def network_paths(network: Network) -> list[Path]:
 def _path(
     network: Network, a: tuple[str, str], b: tuple[str, str], delays: dict[tuple[str, str], float], client_port: int = 0
 ) -> Path:
-    return Path(_end(network, *a), _end(network, *b), 2 * (delays[a] + delays[b]), client_port)
+    crossings = 2 * sum(delays[end] > 0 for end in (a, b))
+    return Path(_end(network, *a), _end(network, *b), 2 * (delays[a] + delays[b]), client_port, crossings)
 
 
 def _end(network: Network, host: str, interface: str) -> End:
@@ -200,7 +218,7 @@ def _storage_pairs(network: Network) -> list[tuple[str, str]]:
     stored = [host for host in network.hosts.values() if "storage" in host.interfaces]
     nfs = [host.name for host in stored if host.role == "nf"]
     others = [host.name for host in stored if host.role != "nf"]
-    return ([(nf, other) for nf in nfs for other in others] + list(zip(nfs, nfs[1:], strict=False)))[:MOST_STORAGE_PATHS]
+    return ([(nf, other) for nf in nfs for other in others] + list(itertools.pairwise(nfs)))[:MOST_STORAGE_PATHS]
 
 
 def measure(paths: Sequence[Path], budget_s: float) -> list[Measurement]:
@@ -221,10 +239,12 @@ def measure(paths: Sequence[Path], budget_s: float) -> list[Measurement]:
             for at, (path, result) in enumerate(zip(paths, results, strict=True)):
                 for way in (0, 1):
                     wait_s = 0.05 + 2e-6 * path.spec_us
-                    arrived = _train(sockets[at][way], sockets[at][1 - way], frames[at][way], next(trains), wait_s)
+                    frame_count = SHORT_TRAIN if path.spec_us else LONG_TRAIN
+                    ends = sockets[at][way], sockets[at][1 - way]
+                    arrived = _train(*ends, frames[at][way], next(trains), frame_count, wait_s)
                     latencies_us[at][way].extend(arrived)
-                    result.sent += TRAIN_FRAMES
-                    result.lost += TRAIN_FRAMES - len(arrived)
+                    result.sent += frame_count
+                    result.lost += frame_count - len(arrived)
     for result, ways in zip(results, latencies_us, strict=True):
         if all(ways):
             result.rtt_us = sum(min(way) for way in ways)
@@ -232,8 +252,8 @@ def measure(paths: Sequence[Path], budget_s: float) -> list[Measurement]:
     return results
 
 
-def _train(sender: socket.socket, receiver: socket.socket, frame: bytes, number: int, wait_s: float) -> list[float]:
-    """Send one train and return the latencies, in microseconds, of the frames that arrived.
+def _train(sender: socket.socket, receiver: socket.socket, frame: bytes, number: int, count: int, wait_s: float) -> list[float]:
+    """Send one train of `count` frames and return the latencies, in microseconds, of the frames that arrived.
 
     number: of no other train, since every socket on an interface also gets what is meant for the others there.
     Spins, since sleeping adds a wake-up, but yields, since switch and delay line may need this very core.
@@ -242,16 +262,17 @@ def _train(sender: socket.socket, receiver: socket.socket, frame: bytes, number:
     latencies_us: list[float] = []
     next_ns = time.perf_counter_ns()
     deadline = next_ns + int(wait_s * 1e9)
-    while len(latencies_us) < TRAIN_FRAMES and (now := time.perf_counter_ns()) < deadline:
-        if len(sent_ns) < TRAIN_FRAMES and now >= next_ns:
+    while len(latencies_us) < count and (now := time.perf_counter_ns()) < deadline:
+        if len(sent_ns) < count and now >= next_ns:
             tag = struct.pack(">IH", number, len(sent_ns))
             next_ns = sent_ns[tag] = time.perf_counter_ns()
             next_ns += SPACING_NS
-            sender.send(frame + tag)
+            with contextlib.suppress(OSError):  # no buffer, link down: a frame that is lost
+                sender.send(frame + tag)
             deadline = next_ns + int(wait_s * 1e9)
         try:
             received = receiver.recv(2048)
-        except BlockingIOError:
+        except OSError:  # nothing there yet, or the link is down
             os.sched_yield()
             continue
         arrived_ns = time.perf_counter_ns()

@@ -28,7 +28,8 @@ from mininet.net import Mininet
 
 from datastore.native.errors import NearstateError, unknown
 from topologies.controller.steering import PARTITIONS
-from topologies.emulation import calibration, journal as journals, system
+from topologies.emulation import calibration, system
+from topologies.emulation import journal as journals
 from topologies.emulation.cgroup import CpuLimits
 from topologies.emulation.journal import Journal
 from topologies.emulation.nodes import Cable, CableEnd, NamespaceHost, ScopedSwitch
@@ -90,15 +91,14 @@ class Network:
     Raises NearstateError for an unknown topology or parameter, with the nearest valid names.
     """
 
-    def __init__(
-        self, topology: str, parameters: Mapping[str, Any], run_id: str, launcher: Launcher, journal: Journal
-    ) -> None:
+    def __init__(self, topology: str, parameters: Mapping[str, Any], run_id: str, launcher: Launcher, journal: Journal) -> None:
         self.plan: Plan = plan(topology, parameters)
         self.run_id, self.launcher, self.journal = run_id, launcher, journal
         self.hosts: dict[str, EmulatedHost] = {}
         self.switch: ScopedSwitch | None = None
         self.delay_mechanism = "none"
         self.base_us: float | None = None  # what a round trip costs before delays are put in; None: there are none
+        self.trim_us = 0.0  # by how much delay lines hold frames shorter than asked for, see wire.py
         self.seconds: dict[str, float] = {}
         self._limits = CpuLimits(journal)
         self._mininet: Mininet | None = None
@@ -161,9 +161,7 @@ class Network:
         def make_switch(name: str, **params: Any) -> ScopedSwitch:
             return ScopedSwitch(name, journal=self.journal, datapath=kind, **params)
 
-        mininet = Mininet(
-            topo=None, host=make_host, switch=make_switch, link=Cable, intf=CableEnd, controller=None, build=False
-        )
+        mininet = Mininet(topo=None, host=make_host, switch=make_switch, link=Cable, intf=CableEnd, controller=None, build=False)
         self._mininet = mininet  # before it is full: what was made until an error is stopped too
         mininet.topo = self.plan.graph
         mininet.build()
@@ -322,6 +320,9 @@ class Network:
             wire = self.launcher.spawn(MIDDLE, host, "topologies.emulation.wire:run", {"cables": cables})
             if wire.receive(WIRE_S) is None:
                 raise NearstateError(f"the delay line was not ready in {WIRE_S:g} s; its log is {wire.log}")
+            self.trim_us = calibration.trim_us(self, self.base_us or 0.0)
+            wire.send({"trim_us": self.trim_us})
+            wire.receive(WIRE_S)
 
     def _netem_batches(self) -> tuple[str, str]:
         links, queues = [], []
@@ -441,9 +442,7 @@ class Network:
         ]
         if self.switch:
             nodes.append({"name": self.switch.name, "role": "switch", "processes": []})
-        links = [
-            {"a": a, "b": b, "label": interface, "delay_us": delay_us} for a, interface, b, _, delay_us in self.cables()
-        ]
+        links = [{"a": a, "b": b, "label": interface, "delay_us": delay_us} for a, interface, b, _, delay_us in self.cables()]
         return {
             "name": self.plan.name,
             "nodes": nodes,
@@ -489,15 +488,16 @@ class Network:
             self.journal.forget("file", file)
         self._files.clear()
         self.hosts, self.switch, self._mininet, self._middle = {}, None, None, None
-        self.base_us = None
+        self.base_us, self.trim_us = None, 0.0
 
     def _remove_links(self) -> None:
         assert self.switch is not None
         names = [self.switch.port_name(interface) for interface in self.switch.ports_in_use()]
         with contextlib.suppress(NearstateError):  # those of hosts that are gone already went with them
             system.run(["ip", "link", "delete", "group", str(self._link_group())], self.journal.environment())
+        deadline = time.monotonic() + journals.REMOVAL_S
         for name in names:
-            while Path("/sys/class/net", name).exists():
+            while Path("/sys/class/net", name).exists() and time.monotonic() < deadline:
                 time.sleep(0.002)
             self.journal.forget("link", name)
 

@@ -176,7 +176,17 @@ class ScopedSwitch(QuietShell, OVSSwitch):
         ]  # fmt: skip
         for interface in self.ports_in_use():
             name = self.port_name(interface)
-            command += ["--", "add-port", self.bridge, name, "--", "set", "interface", name, f"ofport_request={self.ports[interface]}"]
+            command += [
+                "--",
+                "add-port",
+                self.bridge,
+                name,
+                "--",
+                "set",
+                "interface",
+                name,
+                f"ofport_request={self.ports[interface]}",
+            ]
             if self.datapath == "afxdp":
                 command += ["type=afxdp-nonpmd", "options:xdp-mode=native"]  # trying the other modes first costs 0.23 s a port
         return system.start(command, self.journal.environment())

@@ -203,7 +203,7 @@ class Launcher:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control, self._end = Control(ours), ours
         journal.process("launcher")
-        threads = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with theirs, self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "topologies.emulation.processes", str(theirs.fileno()), *preload],
