@@ -11,8 +11,21 @@ import numpy as np
 logging.getLogger("scapy").setLevel(logging.ERROR)
 
 from scapy.all import (  # noqa: E402
-    ARP, ICMP, IP, TCP, UDP, Dot1AD, Dot1Q, Ether, ICMPv6ND_NS, IPerror, IPOption_Router_Alert, IPOption_Timestamp, IPv6, Packet,
-    Raw, fragment,
+    ARP,
+    ICMP,
+    IP,
+    TCP,
+    UDP,
+    Dot1AD,
+    Dot1Q,
+    Ether,
+    ICMPv6ND_NS,
+    IPerror,
+    IPOption_Router_Alert,
+    IPOption_Timestamp,
+    IPv6,
+    Packet,
+    fragment,
 )  # fmt: skip
 from scapy.layers.inet import ICMPerror, TCPerror, UDPerror  # noqa: E402
 

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from datastore.native import jit
 from nfs.dataplane.headers import (
-    FRAGMENT, INSIDE, MALFORMED, MAX_FRAME_BYTES, NOT_IP, OUTSIDE, OVERSIZED, PACKET, TRUNCATED, make_packets, parse,
+    FRAGMENT,
+    INSIDE,
+    MALFORMED,
+    MAX_FRAME_BYTES,
+    NOT_IP,
+    OUTSIDE,
+    OVERSIZED,
+    PACKET,
+    TRUNCATED,
+    make_packets,
+    parse,
 )  # fmt: skip
 from tests import packets
 from tests.packets import expected, icmp_error, outward, parsed, tcp, udp
@@ -101,7 +111,7 @@ def test_the_largest_frames() -> None:
 @pytest.mark.python_mode
 def test_an_error_about_a_later_fragment_has_no_flow() -> None:
     """Where ports would be in the quote there is data: it must not be taken for ports."""
-    about = bytes(outward(frag=20) / packets.Raw(b"\x12\x34\x56\x78" * 4))
+    about = bytes(outward(frag=20) / (b"\x12\x34\x56\x78" * 4))
     error = packets.Ether(icmp_error(about))
     error[packets.IPerror].proto = 17
     assert parsed(bytes(error))[0]["status"] == FRAGMENT
