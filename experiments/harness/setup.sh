@@ -122,11 +122,13 @@ build_venv() {
   (($(df -Pm . | awk 'NR == 2 { print $4 }') >= VENV_MBYTES)) ||
     { echo "No space left on device: less than the $VENV_MBYTES MB that .venv takes while it is built"; return 1; }
   "$PYTHON" -m venv .venv
-  .venv/bin/python -m pip install --progress-bar off -r requirements.txt
+  mkdir -p .venv/tmp  # what a killed pip leaves goes with the next build
+  TMPDIR=$PWD/.venv/tmp .venv/bin/python -m pip install --progress-bar off -r requirements.txt
   local site
   site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   ln -sfn "$("$PYTHON" -I -c 'import mininet, os; print(os.path.dirname(mininet.__file__))')" "$site/mininet"
   .venv/bin/python -W ignore -c 'import mininet.net, numba, os_ken, pandas'
+  rm -rf .venv/tmp
   venv_identity >.venv/complete.new
   mv .venv/complete.new .venv/complete
 }
@@ -205,7 +207,7 @@ step() {  # step NUMBER NAME NEEDED FUNCTION: run FUNCTION under `set -e` into t
   (set -e; "$4") >>"$LOG" 2>&1 </dev/null &
   child=$!
   set +m
-  trap 'kill -TERM -- -$child 2>/dev/null; echo; fail "interrupted at \"$name\"; call again to go on" 130' INT TERM HUP
+  trap 'interrupt "$child"; fail "interrupted at \"$name\"; call again to go on" 130' INT TERM HUP
   while [[ -t 1 ]] && kill -0 "$child" 2>/dev/null; do
     show_progress "$label" $((SECONDS - start))
     sleep 0.2
@@ -221,6 +223,17 @@ step() {  # step NUMBER NAME NEEDED FUNCTION: run FUNCTION under `set -e` into t
   echo "$((SECONDS - start)) s"
 }
 
+interrupt() {  # interrupt PROCESS-GROUP: apt and pip clean up behind themselves; never KILL, which would break dpkg
+  kill -INT -- "-$1" 2>/dev/null
+  local tries
+  for tries in {1..50}; do
+    kill -0 -- "-$1" 2>/dev/null || break
+    sleep 0.1
+  done
+  kill -TERM -- "-$1" 2>/dev/null || true
+  echo
+}
+
 show_progress() {  # the step's seconds and what it says last, on one line of the terminal
   local last width
   last=$(tail -n 1 "$LOG" | tr -dc '[:print:]')
@@ -230,10 +243,10 @@ show_progress() {  # the step's seconds and what it says last, on one line of th
 
 reason() {  # reason OUTPUT: the cause as one line with its fix
   local free_mbytes
-  free_mbytes=$(df -Pm . /var /tmp 2>/dev/null | awk 'NR > 1 && (!least || $4 < least) { least = $4 } END { print least }')
+  free_mbytes=$(df -Pm . /var 2>/dev/null | awk 'NR > 1 && (!least || $4 < least) { least = $4 } END { print least }')
   case $1 in
     *"No space left on device"* | *"enough free space"* | *"Disk quota exceeded"*)
-      echo "the disk is full (${free_mbytes:-?} MB free): free $VENV_MBYTES MB here, under /var and under /tmp, then call again" ;;
+      echo "the disk is full (${free_mbytes:-?} MB free): free $VENV_MBYTES MB here and under /var, then call again" ;;
     *"unsupported Python"*)
       echo "$PYTHON is none of Python 3.10 to 3.13: use Debian 12, or Ubuntu 22.04 or 24.04" ;;
     *"Temporary failure"* | *"Could not resolve"* | *"Failed to establish a new connection"* | *"Could not connect"* | \

@@ -68,9 +68,7 @@ def test_a_trial_that_hangs_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rendering_marks_problems_and_counts_them() -> None:
-    text = doctor.render(
-        [Fact("CPU", "2 x fast"), Fact("netem", "absent", "links are not delayed", "modprobe sch_netem")]
-    )
+    text = doctor.render([Fact("CPU", "2 x fast"), Fact("netem", "absent", "links are not delayed", "modprobe sch_netem")])
     assert text.splitlines() == [
         "  CPU    2 x fast",
         "! netem  absent",
@@ -165,7 +163,7 @@ def test_without_libxdp_a_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     def missing(name: str, **_: object) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(afxdp, "_library", None)
+    afxdp.library.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", missing)
     line = refusal(monkeypatch, tmp_path)
     assert "libxdp.so.1" in line

@@ -33,9 +33,7 @@ build_venv() {
   venv_identity >.venv/complete
 }
 """
-as_root = pytest.mark.skipif(
-    os.geteuid() != 0, reason="set-up for emulation refuses without root, which has its own test"
-)
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="set-up for emulation refuses without root, which has its own test")
 
 
 class Tree:
@@ -176,9 +174,7 @@ def test_missing_packages_are_installed_by_root_and_named_to_others(tree: Tree, 
     status, output, complaints = tree.set_up()
     if os.geteuid() != 0:
         assert status == 1
-        assert complaints.endswith(
-            "packages are missing and only root may install them: sudo apt-get install mininet\n"
-        )
+        assert complaints.endswith("packages are missing and only root may install them: sudo apt-get install mininet\n")
         return
     assert (status, complaints) == (0, "")
     assert re.search(r"\[1/4\] system packages \.\.\. \d+ s\n", output)
@@ -193,13 +189,9 @@ def test_missing_packages_are_installed_by_root_and_named_to_others(tree: Tree, 
 
 
 @as_root
-def test_redis_is_not_left_running_also_when_set_up_was_interrupted_after_installing_it(
-    tree: Tree, tmp_path: Path
-) -> None:
+def test_redis_is_not_left_running_also_when_set_up_was_interrupted_after_installing_it(tree: Tree, tmp_path: Path) -> None:
     tree.installed(*(name for name in PACKAGES if name != "redis-server"))
-    tree.program(
-        "apt-get", f"[[ $1 == update ]] || {{ echo 'redis-server installed' >>'{tmp_path}/installed'; exit 100; }}"
-    )
+    tree.program("apt-get", f"[[ $1 == update ]] || {{ echo 'redis-server installed' >>'{tmp_path}/installed'; exit 100; }}")
     for name in ("systemctl", "service", "update-rc.d"):
         tree.program(name, "exit 0")
     assert tree.set_up("emulation")[0] == 1
@@ -346,11 +338,7 @@ def test_ci_runs_both_and_fails_when_either_fails(tree: Tree, broken: str) -> No
 
 def test_every_requirement_is_pinned_and_says_what_it_is_for() -> None:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    wrong = [
-        line
-        for line in lines
-        if not re.fullmatch(r"[a-z0-9.-]+==[0-9.]+( ; [^#]+)?  +# \S.*|[^#]+[0-9\"]  # \S.*", line)
-    ]
+    wrong = [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[0-9.]+( ; [^#]+)?  +# \S.*|[^#]+[0-9\"]  # \S.*", line)]
     assert wrong == []
     names = [line.split("==")[0] for line in lines]
     assert len(names) == len(set(names))
