@@ -10,24 +10,22 @@ import numpy as np
 
 logging.getLogger("scapy").setLevel(logging.ERROR)
 
-from scapy.all import (  # noqa: E402
-    ARP,
+from scapy.layers.inet import (  # noqa: E402
     ICMP,
     IP,
     TCP,
     UDP,
-    Dot1AD,
-    Dot1Q,
-    Ether,
-    ICMPv6ND_NS,
+    ICMPerror,
     IPerror,
     IPOption_Router_Alert,
     IPOption_Timestamp,
-    IPv6,
-    Packet,
+    TCPerror,
+    UDPerror,
     fragment,
-)  # fmt: skip
-from scapy.layers.inet import ICMPerror, TCPerror, UDPerror  # noqa: E402
+)
+from scapy.layers.inet6 import ICMPv6ND_NS, IPv6  # noqa: E402
+from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether  # noqa: E402
+from scapy.packet import Packet  # noqa: E402
 
 from datastore.native.errors import NearstateError  # noqa: E402
 from nfs.dataplane import declaration, headers  # noqa: E402
@@ -39,16 +37,16 @@ CLIENT_PORT, SERVER_PORT = 40002, 80
 ICMP_ERRORS = (3, 4, 5, 11, 12)
 
 
-def ethernet() -> Packet:
+def ethernet() -> Any:
     return Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
 
 
-def outward(**ip: Any) -> Packet:
+def outward(**ip: Any) -> Any:
     """Return Ethernet and IP headers of a packet from the client to the server."""
     return ethernet() / IP(src=CLIENT, dst=SERVER, **ip)
 
 
-def inward(**ip: Any) -> Packet:
+def inward(**ip: Any) -> Any:
     """Return Ethernet and IP headers of a packet from the server to the client."""
     return ethernet() / IP(src=SERVER, dst=CLIENT, **ip)
 

@@ -119,7 +119,7 @@ def test_an_error_about_a_later_fragment_has_no_flow() -> None:
 
 @pytest.mark.python_mode
 @pytest.mark.bounds
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.binary(max_size=120), st.sampled_from([b"", b"\x08\x00", b"\x08\x00\x45", b"\x81\x00\x00\x01\x08\x00\x45"]))
 def test_random_bytes_never_crash(body: bytes, start: bytes) -> None:
     frame = bytes(12) + start + body
@@ -128,7 +128,7 @@ def test_random_bytes_never_crash(body: bytes, start: bytes) -> None:
 
 @pytest.mark.python_mode
 @pytest.mark.bounds
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.data())
 def test_mutated_packets_never_crash(data: st.DataObject) -> None:
     frame = bytearray(data.draw(st.sampled_from(list(FRAMES.values()))))

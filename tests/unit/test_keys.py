@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scapy.all import ICMP, IP, UDP, Ether
+from scapy.layers.inet import ICMP, IP, UDP
+from scapy.layers.l2 import Ether
 
 from datastore.store.partitions import PARTITIONS, FlowKey
 from nfs.dataplane.headers import INSIDE, OUTSIDE
@@ -66,7 +67,7 @@ def test_record_types_do_not_meet() -> None:
         assert key(tcp("S"), INSIDE, function, kind=1) != key(tcp("S"), INSIDE, function, kind=2)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(addresses, addresses, ports, ports)
 def test_the_partition_is_what_the_switches_steer_by(client: str, server: str, client_port: int, server_port: int) -> None:
     out = bytes(Ether() / IP(src=client, dst=server) / UDP(sport=client_port, dport=server_port))
@@ -77,7 +78,7 @@ def test_the_partition_is_what_the_switches_steer_by(client: str, server: str, c
     assert key(ping, INSIDE)[0] & 0xFFFF == int(IPv4Address(client)) & 0xFF
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(st.tuples(addresses, addresses, ports, ports), st.tuples(addresses, addresses, ports, ports))
 def test_different_flows_have_different_keys(one: tuple[str, str, int, int], other: tuple[str, str, int, int]) -> None:
     keys = [key(bytes(Ether() / IP(src=a, dst=b) / UDP(sport=c, dport=d)), INSIDE) for a, b, c, d in (one, other)]
