@@ -47,6 +47,7 @@ class Bench:
         self.extra: list[RunningProcess] = []
         self.map: dict[str, Any] | None = None
         self.steps = 0
+        self.overrides: dict[str, Any] = {}
 
     @property
     def steering(self) -> list[str]:
@@ -72,7 +73,7 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """The procedure's parameters for this trial."""
         procedure = importlib.import_module(f"experiments.harness.procedures.{self.experiment.procedure}")
-        return {**procedure.SETTINGS, **self.experiment.settings, **self.trial.sweep}
+        return {**procedure.SETTINGS, **self.experiment.settings, **self.trial.sweep, **self.overrides}
 
     def start(self, workload: bool = True) -> None:
         """Start stores, NFs (or the peer), steering and, if wanted, the workload; returns when all are ready."""
@@ -120,9 +121,9 @@ class Bench:
         self.wait_ready(list(self.stores.values()))
 
     def storage_address(self, host: str) -> str:
-        """Return a host's address on the storage network."""
-        address = self.network.hosts[host].interfaces["storage"].ipv4
-        return str(address).partition("/")[0]
+        """Return a host's address on the storage network; where there is none, its store listens for nobody on loopback."""
+        storage = self.network.hosts[host].interfaces.get("storage")
+        return str(storage.ipv4).partition("/")[0] if storage else "127.0.0.1"
 
     def _start_functions(self) -> None:
         for number, host in enumerate(self.nf_hosts):

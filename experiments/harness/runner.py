@@ -10,6 +10,7 @@ import datetime
 import importlib
 import random
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,8 +26,7 @@ from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
 
-PRELOAD = ("nfs.dataplane.process", "datastore.store.server", "experiments.workloads.generator", "experiments.workloads.sink",
-           "experiments.workloads.state_probe")  # fmt: skip
+PRELOAD = ("experiments.harness.preload",)
 
 
 def select(names: Sequence[str], profile: str) -> dict[str, Experiment]:
@@ -99,6 +99,10 @@ def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: 
         line["network"] = network.describe()
     except NearstateError as error:
         line["invalid_reasons"].append(str(error))
+    except Exception as error:  # a bug costs its trial, not the hours of the others; the traceback is kept
+        with (launcher.logs / "errors.log").open("a") as log:
+            traceback.print_exc(file=log)
+        line["invalid_reasons"].append(f"internal error: {type(error).__name__}: {error}; see logs/errors.log")
     finally:
         down = time.monotonic()
         bench.stop()

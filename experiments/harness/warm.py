@@ -6,42 +6,30 @@ on its own. What is compiled already loads in milliseconds.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from datastore.native import CACHE, ROOT, SOURCES
+from datastore.native import ROOT
 from nfs.dataplane import declaration
 
-KEEP = 3
-"""Compiled caches kept for older sources; switching between a few branches then costs nothing."""
+PATTERNS = ("datastore/*/*.py", "nfs/dataplane/*.py", "experiments/workloads/*.py", "topologies/emulation/*.py")
+"""Where compiled code lives, apart from the network functions."""
 
 
 def compiled_modules() -> Iterator[Any]:
     """Yield every module that has compiled functions and says how to compile them."""
-    for pattern in SOURCES:
+    for pattern in PATTERNS:
         for path in sorted(ROOT.glob(pattern)):
-            if not path.stem.startswith("_"):
-                module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-                if hasattr(module, "warm"):
-                    yield module
+            if not path.stem.startswith("_") and "def warm(" in path.read_text():
+                yield importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 def steps() -> list[tuple[str, Callable[[], Any]]]:
     """Return (name, what compiles it) for everything there is to compile."""
     found = [(module.__name__, module.warm) for module in compiled_modules()]
     return found + [(f"nfs.{name}", lambda name=name: declaration.load(name).compiled) for name in declaration.names()]
-
-
-def prune() -> None:
-    """Remove the compiled caches of sources that are long gone."""
-    folders = [folder for folder in CACHE.parent.glob("*") if folder.is_dir() and folder != CACHE]
-    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)[KEEP:]:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(folder)
 
 
 def main() -> None:
@@ -51,7 +39,6 @@ def main() -> None:
         started = time.monotonic()
         compile_it()
         print(f"[{number}/{len(total)}] {name} {time.monotonic() - started:.1f} s", flush=True)
-    prune()
 
 
 if __name__ == "__main__":

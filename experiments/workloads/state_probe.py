@@ -92,11 +92,14 @@ def probe_here(words: np.ndarray, owner: int, epoch: int, keys: np.ndarray, oper
 def answer_of(client: ClientState, host: int, scratch: np.ndarray, waits: np.ndarray) -> int:
     """Wait for one answer and return its window slot; -1 when the connection broke."""
     while True:
-        if receive(client, host) < 0:
-            return -1
         slot = next_answer(client, host)
         if slot >= 0:
             return slot
+        ready = receive(client, host)
+        if ready < 0:
+            return -1
+        if ready > 0:
+            continue
         waits[0] = pollfd(client.control[host, DESCRIPTOR], POLLIN)
         poll(waits, 1, 1_000_000_000, scratch)
 

@@ -1,0 +1,29 @@
+"""What the store keeps a record in: memory per record at a given fill, and the store process as the kernel sees it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from experiments.harness.bench import COMMON_SETTINGS, READY_S, Bench
+from experiments.harness.procedures.state_access import point, start_probe
+
+SETTINGS = {**COMMON_SETTINGS, "records": 10_000, "fill": 0.7, "keys": 0}
+KEY_BYTES, STAMP_BYTES = 16, 8
+
+
+def measure(bench: Bench) -> list[dict[str, Any]]:
+    """Return one point: a store filled with `records` records to the share `fill` of its capacity."""
+    settings = bench.settings
+    records = int(settings["records"])
+    bench.overrides = {"capacity": math.ceil(records / settings["fill"]), "keys": records}
+    bench.start(workload=False)
+    start_probe(bench)
+    store = next(iter(bench.stores.values()))
+    store.send({"statistics": True})
+    statistics = (store.receive(READY_S) or {})["statistics"]
+    payload_bytes = statistics["records"] * (KEY_BYTES + STAMP_BYTES + settings["value_bytes"])
+    metrics = {"records": statistics["records"], "table_mbytes": statistics["table_bytes"] / 1e6,
+               "table_payload_ratio": statistics["table_bytes"] / payload_bytes, "store_rss_mbytes": store.rss_bytes() / 1e6}  # fmt: skip
+    missing = records - statistics["records"]
+    return [point({}, {"refused": missing}, metrics)]
