@@ -54,8 +54,8 @@ def machine() -> dict[str, object]:
                 if path.is_file() and os.access(path, os.W_OK):
                     sysctls[str(path)] = path.read_text()
     for noisy in ("random", "ns_last_pid", "pty", "drop_caches", "netdev_rss_key"):
-        for path in [path for path in sysctls if noisy in path]:
-            del sysctls[path]
+        for changing in [setting for setting in sysctls if noisy in setting]:
+            del sysctls[changing]
     return {"sysctls": sysctls, "named namespaces": sorted(Path("/run/netns").glob("*"))}
 
 
@@ -92,8 +92,7 @@ def foreign() -> Iterator[None]:
                  subprocess.Popen(["ip", "netns", "exec", name, *sleep]), subprocess.Popen(sleep)]  # fmt: skip
     try:
         yield
-        listed = subprocess.run(["ovs-vsctl", "list-br"], text=True, **run).stdout
-        assert name in listed.split()
+        assert name in run(["ovs-vsctl", "list-br"]).split()
         assert Path("/sys/class/net", f"{name}v").exists()
         assert Path("/run/netns", name).exists()
         assert all(process.poll() is None for process in processes)
@@ -136,7 +135,7 @@ def network_namespaces() -> Iterator[str]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                yield os.readlink(f"{entry.path}/ns/net")
+                yield str(Path(entry.path, "ns/net").readlink())
 
 
 def test_a_resumed_run_cleans_its_own_remains(tmp_path: Path) -> None:

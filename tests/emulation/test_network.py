@@ -200,7 +200,7 @@ def test_children_die_with_the_launcher(tmp_path: Path) -> None:
         while start_ticks(process.pid) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert start_ticks(process.pid) is None
-        with pytest.raises(NearstateError, match="launcher is gone|it ended"):
+        with pytest.raises(NearstateError, match=r"launcher is gone|it ended"):
             launcher.spawn("late", None, f"{HERE}:echo", {})
         launcher.close()
 
@@ -212,9 +212,11 @@ def test_wrong_requests_are_refused_before_anything_starts(launcher: Launcher, t
         launcher.spawn("wrong", None, "no target", {})
     with pytest.raises(NearstateError, match="process name"):
         launcher.spawn("../wrong", None, f"{HERE}:echo", {})
-    with Journal("test-network-preload") as journal, Launcher(journal, tmp_path, ["nfs.no_such_module"]) as broken:
-        with pytest.raises(NearstateError, match=r"import nfs.no_such_module: ModuleNotFoundError.*launcher.log"):
-            broken.wait_ready()
+    reason = r"import nfs.no_such_module: ModuleNotFoundError.*launcher.log"
+    with Journal("test-network-preload") as journal, Launcher(journal, tmp_path, ["nfs.no_such_module"]) as broken, pytest.raises(
+        NearstateError, match=reason
+    ):  # fmt: skip
+        broken.wait_ready()
 
 
 def test_without_open_vswitch_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

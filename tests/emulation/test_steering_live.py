@@ -26,9 +26,11 @@ KINDS = {"tcp": (TCP, False), "udp": (UDP, False), "icmp": (ICMP, False), "later
 @pytest.fixture(scope="module")
 def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     logs = tmp_path_factory.mktemp("logs")
-    with Journal("test-steering-live") as journal, Launcher(journal, logs) as launcher:
-        with Network("rack", {"nf_hosts": 3}, journal.run_id, launcher, journal) as network:
-            yield network
+    run_id, parameters = "test-steering-live", {"nf_hosts": 3}
+    with Journal(run_id) as journal, Launcher(journal, logs) as launcher, Network(
+        "rack", parameters, run_id, launcher, journal
+    ) as network:  # fmt: skip
+        yield network
 
 
 def packet(kind: str, partition: int, from_client: bool, macs: tuple[str, str]) -> bytes:

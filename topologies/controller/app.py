@@ -39,8 +39,8 @@ LOG = logging.getLogger(__name__)
 class Steering(OSKenApp):
     """Keeps one switch's rules equal to the steering."""
 
-    OFP_VERSIONS = [ofproto_v1_3.OFP_VERSION]
-    topology: dict[str, Any] = {}
+    OFP_VERSIONS = (ofproto_v1_3.OFP_VERSION,)
+    topology: dict[str, Any]
     commands: socket.socket
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -34,14 +34,14 @@ from topologies.emulation import system
 if TYPE_CHECKING:
     from topologies.emulation.network import Network
 
-BUDGET_S, BASE_BUDGET_S = 0.4, 0.25
+BUDGET_S, BASE_BUDGET_S = 0.35, 0.25
 SPACING_NS = 20_000
-LONG_TRAIN, SHORT_TRAIN = 24, 4
-"""Frames of a train. Where frames are held on their way a train is short: the next one would compete with it for the processors."""
-TURNS, LEAST_TURNS = 12, 2
+LONG_TRAIN, SHORT_TRAIN = 12, 4
+"""Frames of a train. Where frames are held on their way, trains are short: they would compete with each other for processors."""
+TURNS, LEAST_TURNS = 24, 2
 MOST_STORAGE_PATHS = 12
 BASE_LIMIT_US = 1000.0
-MOST_TRIM_US = 40.0
+MOST_TRIM_US = 25.0
 NOBODY_INSIDE, NOBODY_OUTSIDE = "10.127.255.254", "10.255.255.254"
 ETH_P_IP = 0x0800
 MAGIC = b"nearstate probe "
@@ -114,8 +114,9 @@ class Calibration:
         """Return the calibration as JSON data, `valid` and `reasons` first."""
         paths = [{key: round(v, 1) if isinstance(v, float) else v for key, v in asdict(path).items()} for path in self.paths]
         return {
-            "valid": self.valid, "reasons": self.reasons, "base_us": round(self.base_us, 1), "trim_us": round(self.trim_us, 1), "rtt_us": round(self.rtt_us, 1),
-            "loss": self.loss, "paths": paths, "seconds": round(self.seconds, 3),
+            "valid": self.valid, "reasons": self.reasons, "base_us": round(self.base_us, 1),
+            "trim_us": round(self.trim_us, 1), "rtt_us": round(self.rtt_us, 1), "loss": self.loss,
+            "paths": paths, "seconds": round(self.seconds, 3),
         }  # fmt: skip
 
 
@@ -159,14 +160,17 @@ def base_us(network: Network) -> float:
 
 
 def trim_us(network: Network, base_us: float) -> float:
-    """Return what crossing a delay line costs beyond its hold, in microseconds: the median of the paths, 0 to MOST_TRIM_US."""
+    """Return what crossing a delay line costs beyond its hold, in microseconds: on the cheapest path, 0 to MOST_TRIM_US.
+
+    The cheapest and bounded, so that a busy moment now does not make the delay too short for the whole trial.
+    """
     paths = network_paths(network)
     costs = [
         (measurement.rtt_us - base_us - measurement.spec_us) / path.crossings
         for path, measurement in zip(paths, measure(paths, BASE_BUDGET_S), strict=True)
         if measurement.rtt_us == measurement.rtt_us
     ]
-    return min(max(0.0, median(costs)), MOST_TRIM_US) if costs else 0.0
+    return min(max(0.0, min(costs)), MOST_TRIM_US) if costs else 0.0
 
 
 def judge(measurement: Measurement, base_us: float) -> list[str]:

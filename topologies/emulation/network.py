@@ -69,7 +69,7 @@ def middle_names(number: int) -> tuple[str, str]:
 
 
 def datapath() -> str:
-    """Return the best datapath here: "kernel", "afxdp" or "userspace". Raises NearstateError when Open vSwitch does not answer."""
+    """Return the best datapath here: "kernel", "afxdp" or "userspace". Raises NearstateError without an Open vSwitch."""
     if shutil.which("ovs-vsctl") is None:
         raise NearstateError("ovs-vsctl is not installed: install the distribution's package openvswitch-switch")
     if shutil.which("modprobe") and not Path("/sys/module/openvswitch").exists():

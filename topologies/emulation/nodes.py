@@ -71,10 +71,10 @@ class QuietShell(Node):
 
     def await_namespace(self) -> None:
         """Wait until the shell has left the runner's network namespace (mnexec does so before it becomes the shell)."""
-        ours, deadline = os.readlink("/proc/self/ns/net"), time.monotonic() + NAMESPACE_S
+        ours, deadline = Path("/proc/self/ns/net").readlink(), time.monotonic() + NAMESPACE_S
         while True:
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{self.pid}/ns/net") != ours:
+                if Path(f"/proc/{self.pid}/ns/net").readlink() != ours:
                     return
             if self.shell.poll() is not None or time.monotonic() > deadline:
                 raise NearstateError(f"host {self.name}: no network namespace; run as root, in a container that may make them")

@@ -8,8 +8,8 @@ kernel put it, uncopied, until its time has come, and leaves on the other side:
 One thread for each cable, compiled and without the interpreter, asleep when nothing is on its way. A frame's arrival is when
 this process sees it, and crossing costs more than the hold: 5 us on a quiet path, 25 us where two wires, a userspace switch and
 the sender share two processors. The network measures that once and has every hold shortened by it (the trim, recorded); whether
-the delay then is what was asked for is decided by the calibration before each trial. The wire keeps the order; it holds HELD frames each way and drops, and
-counts, what exceeds them.
+the delay then is what was asked for is decided by the calibration before each trial. The wire keeps the order; it holds HELD
+frames each way and drops, and counts, what exceeds them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from datastore.native import jit
 from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
 from datastore.native.memory import load_acquire
 from nfs.dataplane.frames import Frames, give_frame, make_frames
-from nfs.dataplane.port import BURST, FD, OpenPort, Port, open_ports, reclaim, refill, rx_burst, tx_flush, tx_push
+from nfs.dataplane.port import (
+    BURST, FD, OpenPort, Port, closed_port, open_ports, reclaim, refill, rx_burst, tx_flush, tx_push,
+)  # fmt: skip
 
 FRAMES = 16_384
 HELD = 4096
@@ -184,3 +186,9 @@ def run(config: dict[str, Any], control: Any) -> None:
     stop[0] = 1
     for wire in wires.values():
         wire.thread.join(1)
+
+
+def warm() -> None:
+    """Compile the wire: stopped before it starts, on ports that are open nowhere."""
+    port, frames = closed_port(), make_frames(1)
+    delay_line(port, port, frames, held(), held(), scratch(), np.ones(1, np.uint32))
