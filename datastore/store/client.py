@@ -24,7 +24,7 @@ import numpy as np
 
 from datastore.native import inline, jit
 from datastore.native.errors import NearstateError
-from datastore.native.libc import EAGAIN, recv, send
+from datastore.native.libc import EAGAIN, ECONNRESET, recv, send
 from datastore.native.memory import copy
 from datastore.store.layout import EXPIRY_BITS, EXPIRY_MASK
 from datastore.store.operations import (
@@ -156,26 +156,36 @@ def request(
     return sequence
 
 
+@inline
+def given_words(client: ClientState, at: int) -> Any:
+    """Return how many value words the operation at `client.window[at]` brings along."""
+    return np.int64(client.window[at] >> np.uint64(16) & np.uint64(0xFFFF)) >> 3
+
+
 @jit
 def frame_queued(client: ClientState, host: int) -> None:
-    """Append what is queued to the send buffer, as one frame, as far as there is room."""
-    control, limits = client.control, client.limits
-    operation_words, window = limits[OPERATION_WORDS], limits[WINDOW]
+    """Append what is queued to the send buffer, as one frame, as far as there is room.
+
+    On the wire all operations of a frame are as long as the longest: a frame of GETs carries no values.
+    """
+    control, limits, window = client.control, client.limits, client.limits[WINDOW]
     start = control[host, TO_SEND] >> 3
-    space = (limits[SEND_WORDS] - start - FRAME_HEADER_WORDS) // operation_words
+    space = (limits[SEND_WORDS] - start - FRAME_HEADER_WORDS) // limits[OPERATION_WORDS]
     count = min(min(control[host, NEXT] - control[host, FRAMED], FRAME_OPERATIONS), space)
     if count <= 0:
         return
+    longest = 0
+    for sequence in range(control[host, FRAMED], control[host, FRAMED] + count):
+        longest = max(longest, given_words(client, slot_at(client, host, sequence % window)))
+    operation_words = OPERATION_VALUE + longest
     at = host * limits[SEND_WORDS] + start
     identity = client.identity
     epoch = np.int64(identity[EPOCH])
     write_frame_header(client.send_words, at, count, operation_words, 0, epoch, identity[CLIENT], identity[CLUSTER])
     at += FRAME_HEADER_WORDS
-    left, slot = count, control[host, FRAMED] % window
-    while left > 0:  # at most twice: up to the window's end, and from its start
-        stretch = min(left, window - slot)
-        copy(client.send_words, at, client.window, slot_at(client, host, slot), stretch * operation_words)
-        at, left, slot = at + stretch * operation_words, left - stretch, 0
+    for sequence in range(control[host, FRAMED], control[host, FRAMED] + count):
+        copy(client.send_words, at, client.window, slot_at(client, host, sequence % window), operation_words)
+        at += operation_words
     control[host, FRAMED] += count
     control[host, TO_SEND] += (FRAME_HEADER_WORDS + count * operation_words) * 8
 
@@ -237,7 +247,7 @@ def receive(client: ClientState, host: int) -> int:
     start = host * size
     got = recv(control[host, DESCRIPTOR], client.receive_bytes, start * 8 + control[host, RECEIVED], (start + size) * 8)
     if got == 0:
-        return -104
+        return -ECONNRESET
     if got < 0:
         return control[host, ANSWERED] - control[host, RELEASED] - control[host, HANDED] if got == -EAGAIN else got
     control[host, RECEIVED] += got

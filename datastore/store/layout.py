@@ -48,6 +48,9 @@ OWNER_PIDS = 64
 OWNERS = 63
 """Owner numbers are 1 to 63; 0 is nobody."""
 
+# Header: four words for each owner number, room for a `struct flock`.
+OWNER_SCRATCH = 128
+
 # A partition's header.
 LOCK, ROLE, COUNT, UNDO, COMPLETION, FLOOR, CURSOR, FULL_SWEEP, UNDO_COPY = range(9)
 
@@ -173,6 +176,21 @@ def prefetch_record(words: np.ndarray, key_low: int, key_high: int) -> None:
     prefetch(words, base + 8)
     prefetch(words, at)
     prefetch(words, at + 8)
+
+
+@jit
+def prefetch_slot(words: np.ndarray, key_low: int, key_high: int) -> None:
+    """Fetch the slot whose tag in the home bucket matches; the bucket should be there (`prefetch_record`)."""
+    low, high = np.uint64(key_low), np.uint64(key_high)
+    partition = np.int64(low & np.uint64(0xFFFF))
+    if partition >= word(words, PARTITION_COUNT):
+        return
+    hashed = hash32(words, low, high)
+    first = partition_at(words, partition) + word(words, BUCKETS_OFFSET)
+    at = first + home_bucket(words, hashed) * word(words, BUCKET_WORDS)
+    found = matches(words[at], tag_of(hashed))
+    if found != U0:
+        prefetch(words, at + 1 + (np.int64(trailing_zeros(found)) >> 3) * word(words, SLOT_WORDS))
 
 
 @jit

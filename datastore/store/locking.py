@@ -27,9 +27,32 @@ from datastore.native.errors import NearstateError
 from datastore.native.libc import address, libc_fcntl, sched_yield
 from datastore.native.memory import compare_and_swap, fence, fetch_add, load_acquire, pause, store_release
 from datastore.store.layout import (
-    CHANGE, COMPLETION, DONE_SEQUENCE, INSERT, LOCK, OWNER_PIDS, OWNERS, PARTITION_COUNT, RENEW, ROLE, ROLLBACKS, STAMP,
-    STATUS_COUNTS, TAKEOVERS, U0, UNDO, UNDO_COPY, VALUE_WORDS, hash32, partition_at, recount, set_tag,
-    slot_of, tag_of, word,
+    CHANGE,
+    COMPLETION,
+    DONE_SEQUENCE,
+    INSERT,
+    LOCK,
+    OWNER_PIDS,
+    OWNER_SCRATCH,
+    OWNERS,
+    PARTITION_COUNT,
+    RENEW,
+    ROLE,
+    ROLLBACKS,
+    STAMP,
+    STATUS_COUNTS,
+    TAKEOVERS,
+    U0,
+    UNDO,
+    UNDO_COPY,
+    VALUE_WORDS,
+    hash32,
+    partition_at,
+    recount,
+    set_tag,
+    slot_of,
+    tag_of,
+    word,
 )  # fmt: skip
 from datastore.store.statuses import ALREADY_OPEN, BUSY, NOT_PRIMARY, OK, STALE_EPOCH
 
@@ -56,13 +79,14 @@ def number(owner: int) -> Any:
 
 
 @jit
-def is_alive(owner: int, holder: int) -> bool:
+def is_alive(words: np.ndarray, owner: int, holder: int) -> bool:
     """Tell whether the kernel still holds the byte lock of owner number `holder`; a failing call counts as alive."""
-    lock = np.zeros(4, np.int64)
-    lock[0], lock[1], lock[2] = _F_WRLCK, OWNER_LOCKS + np.int64(holder), 1
-    if libc_fcntl(np.int32(owner >> 16), np.int32(_F_OFD_GETLK), address(lock, 0)) != 0:
+    at = OWNER_SCRATCH + np.int64(number(owner)) * 4
+    words[at], words[at + 1] = np.uint64(_F_WRLCK), np.uint64(OWNER_LOCKS + holder)
+    words[at + 2], words[at + 3] = np.uint64(1), np.uint64(0)
+    if libc_fcntl(np.int32(owner >> 16), np.int32(_F_OFD_GETLK), address(words, at)) != 0:
         return True
-    return lock[0] & 0xFFFF != _F_UNLCK
+    return np.int64(words[at] & np.uint64(0xFFFF)) != _F_UNLCK
 
 
 @jit
@@ -103,7 +127,7 @@ def wait_for_lock(words: np.ndarray, owner: int, base: int) -> int:
                 return OK
         elif attempt < SPINS:
             pause()
-        elif is_alive(owner, np.int64(holder)):
+        elif is_alive(words, owner, np.int64(holder)):
             sched_yield()
         elif compare_and_swap(words, base + LOCK, seen, mine) == seen:
             fetch_add(words, TAKEOVERS, 1)
@@ -156,7 +180,7 @@ def recover(words: np.ndarray, owner: int) -> int:
         base = partition_at(words, partition)
         seen = load_acquire(words, base + LOCK)
         holder = seen & OWNER_MASK
-        if holder == U0 or (holder != number(owner) and is_alive(owner, np.int64(holder))):
+        if holder == U0 or (holder != number(owner) and is_alive(words, owner, np.int64(holder))):
             continue
         if compare_and_swap(words, base + LOCK, seen, (seen & ~OWNER_MASK) + ONE_TURN | number(owner)) == seen:
             fetch_add(words, TAKEOVERS, 1)
@@ -211,7 +235,11 @@ def living_owners(words: np.ndarray, path: str) -> dict[int, int]:
     """Return the pid behind each owner number whose process lives."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        handle = descriptor << 16
-        return {n: int(words[OWNER_PIDS + n]) for n in range(1, OWNERS + 1) if is_alive(handle, n)}
+        return {n: int(words[OWNER_PIDS + n]) for n in range(1, OWNERS + 1) if _is_locked(descriptor, n)}
     finally:
         os.close(descriptor)
+
+
+def _is_locked(descriptor: int, candidate: int) -> bool:
+    lock = _FLOCK.pack(_F_WRLCK, _SEEK_SET, OWNER_LOCKS + candidate, 1, 0)
+    return bool(_FLOCK.unpack(fcntl.fcntl(descriptor, _F_OFD_GETLK, lock))[0] != _F_UNLCK)

@@ -39,6 +39,7 @@ from datastore.store.layout import (
     VALUE_WORDS,
     WINDOW,
     prefetch_record,
+    prefetch_slot,
     word,
 )
 from datastore.store.locking import refuse
@@ -217,6 +218,9 @@ def answer_frame(
     for n in range(count):
         operation = first + n * operation_words
         prefetch_record(words, request[operation + KEY_LOW], request[operation + KEY_HIGH])
+    for n in range(count):
+        operation = first + n * operation_words
+        prefetch_slot(words, request[operation + KEY_LOW], request[operation + KEY_HIGH])
     for n in range(count):
         operation, target = first + n * operation_words, answer_at + FRAME_HEADER_WORDS + n * answer_words
         if foreign:

@@ -17,9 +17,8 @@ import numpy as np
 
 from datastore.native import jit
 from datastore.native.errors import NearstateError
-from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, address, libc_accept4, libc_close, now_ns, poll, pollfd, recv, send
+from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, libc_accept4, libc_close, now_ns, poll, pollfd, recv, send
 from datastore.native.memory import copy, fetch_add
-from datastore.store import locking
 from datastore.store.layout import (
     ADDRESS,
     BUCKETS,
