@@ -4,7 +4,7 @@ from experiments.harness.spec import Experiment
 from experiments.packet_latency import FUNCTIONS, PLACEMENTS
 
 RACK = {"topology": ("rack",), "nf": FUNCTIONS, "placement": PLACEMENTS}
-DIRECT = {"search_high_kpps": (1600.0,), "saturate": (True,), "ladder_kpps": ((100, 200, 400, 800),), "warmup_kpps": (100.0,)}
+DIRECT = {"settings": {"search_high_kpps": 1600.0, "saturate": True, "ladder_kpps": (100, 200, 400, 800), "warmup_kpps": 100.0}}
 BACK_TO_BACK = {"topology": ("back_to_back",), "nf": FUNCTIONS, "placement": ("local", "integrated", "centralized"), **DIRECT}
 KERNEL = {"topology": ("back_to_back",), "nf": ("firewall",), "placement": ("nftables",), **DIRECT}
 

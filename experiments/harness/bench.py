@@ -73,7 +73,7 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """The procedure's parameters for this trial."""
         procedure = importlib.import_module(f"experiments.harness.procedures.{self.experiment.procedure}")
-        return {**procedure.SETTINGS, **self.experiment.settings, **self.trial.sweep, **self.overrides}
+        return {**procedure.SETTINGS, **self.experiment.settings, **self.trial.settings, **self.trial.sweep, **self.overrides}
 
     def start(self, workload: bool = True) -> None:
         """Start stores, NFs (or the peer), steering and, if wanted, the workload; returns when all are ready."""

@@ -30,7 +30,7 @@ def open_shell(topology: str, placement: str, nf: str, nf_hosts: int) -> None:
     experiment = Experiment("shell", "packet_latency", ({"topology": (topology,), "nf": (nf,), "placement": (placement,)},),
                             network=fixed)  # fmt: skip
     spec.check("shell", experiment)
-    trial = Trial("shell", topology, nf, placement, 1, {}, 0, 1)
+    trial = Trial("shell", topology, nf, placement, 1, {}, {}, 0, 1)
     journal = Journal(f"shell-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     with TemporaryDirectory(prefix="nearstate-") as logs, Launcher(journal, Path(logs), PRELOAD) as launcher:
         network = Network(topology, network_parameters(trial, experiment), journal.run_id, launcher, journal)

@@ -25,14 +25,14 @@ class Experiment:
     """One question and how it is answered.
 
     procedure: file of `experiments/harness/procedures/` that measures one trial. sweeps: grids, each {parameter: values};
-    trials are the union of the grids' products. settings: the procedure's parameters. traffic: the workload's.
+    trials are the union of the grids' products; a grid's "settings" hold for its trials and are not swept. settings: the procedure's parameters. traffic: the workload's.
     network: the topology's parameters. profiles: for each profile what differs ("sweeps", "settings", "traffic",
     "repeats"). seed: of shuffling and workload.
     """
 
     question: str
     procedure: str
-    sweeps: tuple[Mapping[str, tuple[Any, ...]], ...]
+    sweeps: tuple[Mapping[str, Any], ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     traffic: Mapping[str, Any] = field(default_factory=dict)
     network: Mapping[str, Any] = field(default_factory=dict)
@@ -65,6 +65,7 @@ class Trial:
     placement: str
     replicas: int
     sweep: Mapping[str, Any]
+    settings: Mapping[str, Any]
     repeat: int
     seed: int
 
@@ -121,8 +122,8 @@ def check(name: str, experiment: Experiment) -> None:
             raise unknown(f"setting of experiment {name!r}", key, procedure.SETTINGS)
     known = {"topology": topology_names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
     for grid in experiment.sweeps:
-        for key in grid:
-            if key not in GRID_KEYS and key not in procedure.SETTINGS:
+        for key in (*grid, *grid.get("settings", ())):
+            if key not in (*GRID_KEYS, "settings") and key not in procedure.SETTINGS:
                 raise unknown(f"sweep parameter of experiment {name!r}", key, (*GRID_KEYS, *procedure.SETTINGS))
         for key, names in known.items():
             for value in grid.get(key, ()):
@@ -133,9 +134,10 @@ def check(name: str, experiment: Experiment) -> None:
 def trials(name: str, experiment: Experiment) -> Iterator[Trial]:
     """Yield every trial of an experiment, in the order of its grids."""
     for grid in experiment.sweeps:
-        for values in itertools.product(*grid.values()):
-            chosen = dict(zip(grid, values, strict=True))
+        swept = {key: values for key, values in grid.items() if key != "settings"}
+        for values in itertools.product(*swept.values()):
+            chosen = dict(zip(swept, values, strict=True))
             fixed = {key: chosen.pop(key) for key in GRID_KEYS if key in chosen}
             for repeat in range(experiment.repeats):
                 yield Trial(name, fixed.get("topology", "rack"), fixed.get("nf", ""), fixed.get("placement", ""),
-                            fixed.get("replicas", 1), chosen, repeat, experiment.seed + repeat)  # fmt: skip
+                            fixed.get("replicas", 1), chosen, grid.get("settings", {}), repeat, experiment.seed + repeat)  # fmt: skip

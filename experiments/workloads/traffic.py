@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -47,14 +48,16 @@ class Traffic:
             raise unknown("arrival process", self.arrivals, ARRIVALS)
         if self.flow_choice not in FLOW_CHOICES:
             raise unknown("flow choice", self.flow_choice, FLOW_CHOICES)
-        self._check("frame_bytes", self.frame_bytes == 0 or 64 <= self.frame_bytes <= 1518, "64 to 1518, or 0 for IMIX")
-        self._check("flows", 1 <= self.flows <= 10_000_000, "1 to 10,000,000")
-        self._check("new_flow_share", 0.0 <= self.new_flow_share <= 1.0, "0 to 1")
-        self._check("zipf_exponent", 0.0 < self.zipf_exponent <= 4.0, "above 0, at most 4")
+        self._check("frame_bytes", int, lambda size: size == 0 or 64 <= size <= 1518, "64 to 1518, or 0 for IMIX,")
+        self._check("flows", int, lambda flows: 1 <= flows <= 10_000_000, "1 to 10,000,000")
+        self._check("new_flow_share", (int, float), lambda share: 0.0 <= share <= 1.0, "0 to 1")
+        self._check("zipf_exponent", (int, float), lambda exponent: 0.0 < exponent <= 4.0, "above 0, at most 4,")
+        self._check("seed", int, lambda seed: seed >= 0, "a whole number from 0")
 
-    def _check(self, name: str, right: bool, valid: str) -> None:
-        if not right:
-            raise NearstateError(f"traffic {name}={getattr(self, name)!r}: {valid} is possible")
+    def _check(self, name: str, kind: type | tuple[type, ...], right: Callable[[Any], bool], valid: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or not right(value):
+            raise NearstateError(f"traffic {name}={value!r}: {valid} is possible")
 
     @classmethod
     def of(cls, **values: Any) -> Traffic:
