@@ -95,11 +95,11 @@ def open_ports(interfaces: list[str], frames: Frames, kind: str = "auto") -> lis
     return [afpacket.open_port(interface, frames) for interface in interfaces]
 
 
-def closed_port() -> Port:
-    """Return a port that is open nowhere: nothing arrives and nothing leaves. For compiling and for tests."""
+def closed_port(ring_slots: int = 64) -> Port:
+    """Return a port that is open nowhere: nothing arrives, and what leaves stays in the ring. For compiling and for tests."""
     control = np.zeros(16, np.int64)
     control[KIND], control[FD] = AFXDP, -1
-    word, ring = np.zeros(1, np.uint32), np.zeros(128, np.uint64)
+    word, ring = np.zeros(1, np.uint32), np.zeros(2 * ring_slots, np.uint64)
     return Port(control, word, word, ring, word, word, ring, word, word, word, ring, word, word, ring, ring)
 
 
