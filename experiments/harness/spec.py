@@ -25,9 +25,9 @@ class Experiment:
     """One question and how it is answered.
 
     procedure: file of `experiments/harness/procedures/` that measures one trial. sweeps: grids, each {parameter: values};
-    trials are the union of the grids' products; a grid's "settings" hold for its trials and are not swept. settings: the procedure's parameters. traffic: the workload's.
-    network: the topology's parameters. profiles: for each profile what differs ("sweeps", "settings", "traffic",
-    "repeats"). seed: of shuffling and workload.
+    trials are the union of the grids' products; a grid's "settings" hold for its trials and are not swept. settings: the
+    procedure's parameters. traffic: the workload's. network: the topology's. profiles: for each profile what differs
+    ("sweeps", "settings", "traffic", "network", "repeats"). seed: of shuffling and workload.
     """
 
     question: str
@@ -139,5 +139,7 @@ def trials(name: str, experiment: Experiment) -> Iterator[Trial]:
             chosen = dict(zip(swept, values, strict=True))
             fixed = {key: chosen.pop(key) for key in GRID_KEYS if key in chosen}
             for repeat in range(experiment.repeats):
-                yield Trial(name, fixed.get("topology", "rack"), fixed.get("nf", ""), fixed.get("placement", ""),
-                            fixed.get("replicas", 1), chosen, grid.get("settings", {}), repeat, experiment.seed + repeat)  # fmt: skip
+                yield Trial(
+                    name, fixed.get("topology", "rack"), fixed.get("nf", ""), fixed.get("placement", ""),
+                    fixed.get("replicas", 1), chosen, grid.get("settings", {}), repeat, experiment.seed + repeat,
+                )  # fmt: skip

@@ -23,7 +23,11 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     store.send({"statistics": True})
     statistics = (store.receive(READY_S) or {})["statistics"]
     payload_bytes = statistics["records"] * (KEY_BYTES + STAMP_BYTES + settings["value_bytes"])
-    metrics = {"records": statistics["records"], "table_mbytes": statistics["table_bytes"] / 1e6,
-               "table_payload_ratio": statistics["table_bytes"] / payload_bytes, "store_rss_mbytes": store.rss_bytes() / 1e6}  # fmt: skip
+    metrics = {
+        "records": statistics["records"],
+        "table_mbytes": statistics["table_bytes"] / 1e6,
+        "table_payload_ratio": statistics["table_bytes"] / payload_bytes,
+        "store_rss_mbytes": store.rss_bytes() / 1e6,
+    }
     missing = records - statistics["records"]
     return [point({}, {"refused": missing}, metrics)]
