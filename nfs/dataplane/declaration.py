@@ -8,6 +8,7 @@ engine serves all); with NUMBA_DISABLE_JIT=1 the same function runs as ordinary 
 from __future__ import annotations
 
 import ctypes
+import dis
 import importlib
 import zlib
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ from nfs.dataplane.keys import NONE
 
 DROP, FORWARD = 0, 1
 MAX_RECORD_BYTES = 64
+KINDS = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")
 EXCEPTIONS = {"truncated": ledger.TRUNCATED, "oversized": ledger.OVERSIZED, "malformed": ledger.MALFORMED,
               "not_ip": ledger.NOT_IP, "fragment": ledger.FRAGMENT}  # fmt: skip
 
@@ -45,10 +47,10 @@ def record(**fields: str) -> np.dtype:
 
     Fields are aligned as in C and the whole is padded to 8 bytes. Raises NearstateError over 64 bytes or for a wrong kind.
     """
-    try:
-        layout = np.dtype(list(fields.items()), align=True)
-    except TypeError as error:
-        raise NearstateError(f"record({fields}): {error}; kinds are u1 u2 u4 u8 i1 i2 i4 i8 f4 f8") from error
+    wrong = [f"{name}={kind!r}" for name, kind in fields.items() if kind not in KINDS]
+    if wrong:
+        raise NearstateError(f"record({', '.join(wrong)}): kinds are {' '.join(KINDS)}")
+    layout = np.dtype(list(fields.items()), align=True)
     if not fields or layout.itemsize > MAX_RECORD_BYTES:
         raise NearstateError(f"record({fields}) has {layout.itemsize} bytes; 1 to {MAX_RECORD_BYTES} are possible")
     size = -(-layout.itemsize // 8) * 8
@@ -92,14 +94,10 @@ class NetworkFunction:
         signature = numba.types.int32(*(numba.from_dtype(layout) for layout in (PACKET, self.state, ENV)))
         try:
             return numba.cfunc(signature, cache=True, nopython=True)(self.function)
-        except numba.core.errors.NumbaError as error:
-            code = self.function.__code__
-            reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-            where = getattr(error, "loc", None)
-            line = where.line if where is not None else code.co_firstlineno
-            raise NearstateError(
-                f"{code.co_filename}:{line}: network function {self.name!r} does not compile: {reason}"
-            ) from error
+        except (numba.core.errors.NumbaError, KeyError) as error:
+            line, reason = _compile_error(self.function, error)
+            raise NearstateError(f"{self.function.__code__.co_filename}:{line}: network function {self.name!r} does not compile: "
+                                 f"{reason}") from error  # fmt: skip
 
     def process(self, packets: np.ndarray, index: int, state: np.ndarray, env: np.ndarray) -> int:
         """Run the function on `packets[index]` and the one-element arrays `state` and `env`; returns the verdict.
@@ -111,6 +109,18 @@ class NetworkFunction:
             return int(self.function(*views))
         call = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3)(self.compiled.address)
         return int(call(packets.ctypes.data + index * PACKET.itemsize, state.ctypes.data, env.ctypes.data))
+
+
+def _compile_error(function: Callable[..., int], error: Exception) -> tuple[int, str]:
+    """Return the line that does not compile, and why in one line."""
+    code = function.__code__
+    if isinstance(error, KeyError):  # all that Numba says of a field that packet, record or env does not have
+        at = next((step.offset for step in dis.get_instructions(function) if step.argval == error.args[0]), 0)
+        line = next((line for start, end, line in code.co_lines() if start <= at < end and line), code.co_firstlineno)
+        return line, f"there is no field {error.args[0]!r}"
+    said = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Failed in nopython")]
+    where = getattr(error, "loc", None)
+    return where.line if where else code.co_firstlineno, said[0] if said else type(error).__name__
 
 
 def network_function(
