@@ -205,6 +205,22 @@ def test_children_die_with_the_launcher(tmp_path: Path) -> None:
         launcher.close()
 
 
+def test_a_start_that_fails_takes_everything_down(tmp_path: Path) -> None:
+    """The delay line cannot start without a launcher, and by then all else is up."""
+    with Journal("test-network-failing") as journal:
+        launcher = Launcher(journal, tmp_path)
+        launcher.wait_ready()
+        os.kill(launcher.pid, signal.SIGKILL)
+        network = Network("rack", {"delay_us": 100.0}, "test-network-failing", launcher, journal)
+        with pytest.raises(NearstateError, match=r"launcher is gone|it ended"):
+            network.start()
+        assert network.hosts == {}
+        assert not [path for path in Path("/sys/class/net").iterdir() if path.name.startswith(f"ns{journal.short}")]
+        assert f"ns{journal.short}" not in system.run(["ovs-vsctl", "list-br"], journal.environment()).split()
+        launcher.close()
+        assert list(processes_of("test-network-failing")) == []
+
+
 def test_wrong_requests_are_refused_before_anything_starts(launcher: Launcher, tmp_path: Path) -> None:
     with pytest.raises(NearstateError, match="did you mean rack"):
         Network("rakc", {}, "test-network", launcher, launcher.journal)

@@ -36,6 +36,14 @@ class CpuLimits:
         """
         if self.version is None:
             raise NearstateError(f"CPU limit {cores} for {host}: no cgroup cpu controller here; leave the limit out")
+        try:
+            return self._limit(host, cores)
+        except OSError as error:
+            raise NearstateError(
+                f"CPU limit {cores} for {host}: {error}; give this container a writable cgroup, or leave the limit out"
+            ) from None
+
+    def _limit(self, host: str, cores: float) -> Path:
         if not self._made:
             if self.version == 2:
                 self._delegate(self.parent.parent)

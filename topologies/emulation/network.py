@@ -68,6 +68,16 @@ def middle_names(number: int) -> tuple[str, str]:
     return f"a{number}", f"b{number}"
 
 
+def without_offloads(interface: str) -> None:
+    """Have the stack complete every frame before it leaves: an AF_XDP socket or a userspace switch takes it as it is.
+
+    With checksums left to the device TCP through the userspace switch loses every segment; with segmentation left to it frames
+    exceed what an AF_XDP frame holds. On all interfaces and datapaths alike, so that the same frames travel everywhere.
+    """
+    for offload in ("tx_checksum", "tso", "gso", "gro"):
+        system.set_offload(interface, offload, False)
+
+
 def datapath() -> str:
     """Return the best datapath here: "kernel", "afxdp" or "userspace". Raises NearstateError without an Open vSwitch."""
     if shutil.which("ovs-vsctl") is None:
@@ -87,6 +97,8 @@ def datapath() -> str:
 
 class Network:
     """An emulated data center. `topology` and `parameters` are checked completely here; nothing starts before `start`.
+
+    The thread that calls `start` must live until `stop`: hosts and controller die with it (PR_SET_PDEATHSIG).
 
     Raises NearstateError for an unknown topology or parameter, with the nearest valid names.
     """
@@ -165,7 +177,9 @@ class Network:
         self._mininet = mininet  # before it is full: what was made until an error is stopped too
         mininet.topo = self.plan.graph
         mininet.build()
-        self.switch = mininet.switches[0] if mininet.switches else None
+        if mininet.switches:
+            self.switch = mininet.switches[0]
+            self.switch.name_ports()
         if any(cable.delay_us for cable in mininet.links):
             self._middle = mininet.addHost(MIDDLE, role=MIDDLE)
         return mininet
@@ -188,7 +202,7 @@ class Network:
             else:
                 batch.append(f"link add {ends[0]} type veth peer {ends[1]}")
         if self.switch:
-            names = [self.switch.port_name(interface) for interface in self.switch.ports_in_use()]
+            names = [interface.name for interface in self.switch.ports_in_use()]
             for name in names:
                 self.journal.link(name)
             # nothing may change before IPv6 is off, or the kernel sends router solicitations into the switch
@@ -202,7 +216,7 @@ class Network:
         if isinstance(interface.node, NamespaceHost):
             return f"name {interface.name} netns {interface.node.pid} address {interface.mac}"
         assert self.switch is not None
-        return f"name {self.switch.port_name(interface)} group {self._link_group()} address {interface.mac}"
+        return f"name {interface.name} group {self._link_group()} address {interface.mac}"
 
     def _link_group(self) -> int:
         """Return the run's own link group: one command then removes all its links together."""
@@ -224,7 +238,7 @@ class Network:
             with system.network_namespace(emulated.pid):
                 for interface in emulated.interfaces.values():
                     system.without_ipv6(interface.name)
-                    self._set_offloads(interface.name)
+                    without_offloads(interface.name)
                 running.append(system.start(["ip", "-batch", "-"], self.journal.environment(), self._host_batch(name)))
         for started in running:
             started.finish()
@@ -259,16 +273,6 @@ class Network:
             if host.name != name and other and other.ipv4:
                 yield other.ipv4, other.mac
 
-    def _set_offloads(self, interface: str) -> None:
-        """A frame that leaves through AF_XDP, or a userspace switch, is as the sender's stack left it: it must be complete.
-
-        With checksums left to the device TCP through the userspace switch loses every segment; with segmentation left to it
-        the frames exceed what an AF_XDP frame holds.
-        """
-        if self.switch is None or self.switch.datapath != "kernel":
-            for offload in ("tx_checksum", "tso", "gso", "gro"):
-                system.set_offload(interface, offload, False)
-
     # delays
 
     def _prepare_middles(self) -> None:
@@ -278,8 +282,7 @@ class Network:
         with system.network_namespace(self._middle.pid):
             for name in names:
                 system.without_ipv6(name)
-                for offload in ("tx_checksum", "tso", "gso", "gro"):
-                    system.set_offload(name, offload, False)
+                without_offloads(name)
             system.run(["ip", "-batch", "-"], self.journal.environment(), "\n".join(f"link set {name} up" for name in names))
 
     def middles(self) -> list[tuple[int, tuple[str, str], float]]:
@@ -492,7 +495,7 @@ class Network:
 
     def _remove_links(self) -> None:
         assert self.switch is not None
-        names = [self.switch.port_name(interface) for interface in self.switch.ports_in_use()]
+        names = [interface.name for interface in self.switch.ports_in_use()]
         with contextlib.suppress(NearstateError):  # those of hosts that are gone already went with them
             system.run(["ip", "link", "delete", "group", str(self._link_group())], self.journal.environment())
         deadline = time.monotonic() + journals.REMOVAL_S

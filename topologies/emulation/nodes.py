@@ -156,11 +156,14 @@ class ScopedSwitch(QuietShell, OVSSwitch):
         """Run ovs-ofctl on the bridge (the prompt's `dpctl`)."""
         return self.cmd("ovs-ofctl", "-O", "OpenFlow13", args[0], self.bridge, *args[1:])
 
-    def port_name(self, interface: Intf) -> str:
-        """Return the device name of a port: run, and what is plugged in ("nsk3x9-nf1i")."""
-        end = interface.link.intf1 if interface is interface.link.intf2 else interface.link.intf2
-        host = str(end.node.name)
-        return f"{self.bridge}-{host}" if end.name == "net" or not host.startswith("nf") else f"{self.bridge}-{host}{end.name[0]}"
+    def name_ports(self) -> None:
+        """Give the ports device names with the run and what is plugged in ("nsk3x9-nf1i"), in place of Mininet's ("tor-eth3")."""
+        for interface in self.ports_in_use():
+            end = interface.link.intf1 if interface is interface.link.intf2 else interface.link.intf2
+            letter = end.name[0] if end.node.name.startswith("nf") else ""
+            del self.nameToIntf[interface.name]
+            interface.name = f"{self.bridge}-{end.node.name}{letter}"
+            self.nameToIntf[interface.name] = interface
 
     def starting(self, controller_port: int) -> system.Started:
         """Make the bridge with its ports and controller, in one transaction; returns at once."""
@@ -175,7 +178,7 @@ class ScopedSwitch(QuietShell, OVSSwitch):
             f"other_config:datapath-id={self.dpid}", "mcast_snooping_enable=false",
         ]  # fmt: skip
         for interface in self.ports_in_use():
-            name = self.port_name(interface)
+            name = interface.name
             command += [
                 "--",
                 "add-port",
@@ -213,7 +216,7 @@ class ScopedSwitch(QuietShell, OVSSwitch):
     def port_statistics(self) -> dict[str, int]:
         """Return frames dropped and errors by port and direction since the bridge was made, without the zeros."""
         command = ["ovs-vsctl", "--timeout=5", "--format=json", "--columns=name,statistics", "list", "interface"]
-        names = [self.port_name(interface) for interface in self.ports_in_use()]
+        names = [interface.name for interface in self.ports_in_use()]
         return _drops(system.run([*command, *names], self.journal.environment()))
 
 

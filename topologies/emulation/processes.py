@@ -345,8 +345,10 @@ class _Server:
         end, parent = descriptors[0], os.getpid()
         pid = os.fork()
         if pid == 0:
+            for key in list(self.selector.get_map().values()):  # siblings and the way to the runner are not this child's
+                os.close(key.fd)
             self.selector.close()
-            self.end.close()
+            self.end.detach()
             _run_child(json.loads(message), socket.socket(fileno=end), parent)
         os.close(end)
         self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)

@@ -25,7 +25,17 @@ from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
 from datastore.native.memory import load_acquire
 from nfs.dataplane.frames import Frames, give_frame, make_frames
 from nfs.dataplane.port import (
-    BURST, FD, OpenPort, Port, closed_port, open_ports, reclaim, refill, rx_burst, tx_flush, tx_push,
+    BURST,
+    FD,
+    OpenPort,
+    Port,
+    closed_port,
+    open_ports,
+    reclaim,
+    refill,
+    rx_burst,
+    tx_flush,
+    tx_push,
 )  # fmt: skip
 
 FRAMES = 16_384
