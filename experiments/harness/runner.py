@@ -45,12 +45,12 @@ def new_record(experiments: dict[str, Experiment], profile: str) -> Record:
 
 def run(names: Sequence[str], profile: str = "quick", resume: str | None = None) -> Record:
     """Run experiments, or go on with run `resume`; returns its record. Raises NearstateError before anything starts."""
-    doctor.require()
     if resume:
         record = Record.open(resume)
         profile = record.spec["profile"]
         names = sorted(record.spec["experiments"])
     experiments = select(names, profile)
+    doctor.require()  # after the names: a wrong one is told to anybody, root or not
     record = record if resume else new_record(experiments, profile)
     trials = [trial for name, experiment in experiments.items() for trial in spec.trials(name, experiment)]
     finished = record.finished()

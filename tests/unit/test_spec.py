@@ -1,0 +1,89 @@
+"""Is an experiment checked completely, with the nearest valid names, before anything starts?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from datastore.native.errors import NearstateError
+from experiments.harness import runner, spec
+from experiments.harness.spec import Experiment, check, trials
+
+RIGHT = Experiment(
+    question="Is this right?",
+    procedure="packet_latency",
+    sweeps=({"topology": ("rack",), "nf": ("firewall",), "placement": ("local", "centralized")},),
+    settings={"offered_kpps": 5.0},
+    traffic={"flows": 10},
+    repeats=2,
+    seed=11,
+    profiles={"smoke": {"repeats": 1, "settings": {"seconds": 0.1}, "traffic": {"frame_bytes": 128}}},
+)
+
+
+def test_a_right_experiment_passes() -> None:
+    check("right", RIGHT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"procedure": "packet_latensy"}, "unknown procedure of experiment 'mine' 'packet_latensy': did you mean packet_latency"),
+        ({"repeats": 0}, "experiment 'mine': repeats=0; at least 1"),
+        ({"settings": {"ofered_kpps": 1}}, "unknown setting of experiment 'mine' 'ofered_kpps': did you mean offered_kpps"),
+        ({"traffic": {"flow": 1}}, "unknown traffic parameter 'flow': did you mean flows"),
+        ({"traffic": {"frame_bytes": 9000}}, "traffic frame_bytes=9000: 64 to 1518"),
+        ({"sweeps": ({"placement": ("centralised",)},)}, "unknown placement 'centralised': did you mean centralized"),
+        ({"sweeps": ({"placement": ("integrated:hash",)},)}, "did you mean integrated:hashed"),
+        ({"sweeps": ({"nf": ("firewal",)},)}, "unknown network function 'firewal': did you mean firewall"),
+        ({"sweeps": ({"topology": ("racks",)},)}, "unknown topology 'racks': did you mean rack"),
+        (
+            {"sweeps": ({"ofered_kpps": (1, 2)},)},
+            "unknown sweep parameter of experiment 'mine' 'ofered_kpps': did you mean offered",
+        ),
+        ({"sweeps": ({"placement": "local"},)}, "unknown placement 'l'"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_the_nearest_names(changes: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(NearstateError, match=message) as raised:
+        check("mine", replace(RIGHT, **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_experiments_and_profiles_are_refused() -> None:
+    with pytest.raises(NearstateError, match="unknown experiment 'packet_latensy': did you mean packet_latency"):
+        runner.select(["packet_latensy"], "quick")
+    with pytest.raises(NearstateError, match="unknown profile 'quik': did you mean quick"):
+        runner.select([], "quik")
+    for name in ("../harness/spec", "__main__", "harness", ""):
+        with pytest.raises(NearstateError, match="unknown experiment"):
+            spec.load(name)
+
+
+def test_a_profile_changes_what_it_names_and_keeps_the_rest() -> None:
+    smoke = RIGHT.for_profile("smoke")
+    assert smoke.repeats == 1
+    assert smoke.settings == {"offered_kpps": 5.0, "seconds": 0.1}
+    assert smoke.traffic == {"flows": 10, "frame_bytes": 128}
+    assert smoke.sweeps == RIGHT.sweeps
+    assert RIGHT.for_profile("quick") == RIGHT
+    wrong = replace(RIGHT, profiles={"smoke": {"repeat": 1}})
+    with pytest.raises(NearstateError, match="unknown key of profile 'smoke' 'repeat': did you mean repeats"):
+        wrong.for_profile("smoke")
+
+
+def test_trials_are_the_product_of_every_grid_named_once_and_seeded_apart() -> None:
+    sweeps = (
+        *RIGHT.sweeps,
+        {"topology": ("back_to_back",), "nf": ("", "firewall"), "offered_kpps": (1, 2, 3), "replicas": (1, 2)},
+    )
+    found = list(trials("mine", replace(RIGHT, sweeps=sweeps)))
+    assert len(found) == (2 + 2 * 3 * 2) * 2
+    assert len({trial.name for trial in found}) == len(found)
+    assert {trial.seed for trial in found} == {11, 12}
+    assert [trial.name for trial in found] == [trial.name for trial in trials("mine", replace(RIGHT, sweeps=sweeps))]
+    assert found[0].name == "mine/rack/local/firewall/r1/0"
+    assert found[4].sweep == {"offered_kpps": 1}
