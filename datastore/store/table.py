@@ -194,7 +194,7 @@ def reserve(words: np.ndarray, base: int, low: int, high: int, now_s: int) -> in
 def is_new(words: np.ndarray, slot: int) -> Any:
     """Tell whether an open record did not exist, or had expired, when it was opened."""
     kind = word(words, base_of(words, slot) + UNDO) & 0xFF
-    return kind == INSERT or kind == RENEW
+    return kind in (INSERT, RENEW)
 
 
 @inline
@@ -501,13 +501,15 @@ class Table:
         layout = _layout(capacity, value_bytes, partitions, clients, window)
         size_bytes = layout[TOTAL_WORDS] * 8
         try:
+            if size_bytes > _available_bytes():  # memory beyond that would be taken from processes that have it
+                raise OSError(error_numbers.ENOMEM, "not enough memory")
             os.posix_fallocate(descriptor, 0, size_bytes)
         except OSError as error:
             if error.errno not in (error_numbers.ENOSPC, error_numbers.ENOMEM):
                 raise
             raise NearstateError(
                 f"table {name!r} of {capacity} records needs {size_bytes / 1e6:.0f} MB of shared memory, which is not free: "
-                "lower the capacity or enlarge /dev/shm"
+                "lower the capacity, or free memory or /dev/shm"
             ) from None
         table = cls(name, descriptor, size_bytes)
         words = table.words
@@ -641,6 +643,12 @@ class Table:
     def unlink(self) -> None:
         """Remove the table's name; processes that have it go on until they end."""
         _path(self.name).unlink(missing_ok=True)
+
+
+def _available_bytes() -> int:
+    """Return how much memory the kernel says can be used without swapping."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def _path(name: str) -> Path:
