@@ -144,7 +144,7 @@ def request(
     slot = sequence % client.limits[WINDOW]
     at = slot_at(client, host, slot)
     value_words = client.limits[OPERATION_WORDS] - OPERATION_VALUE
-    given = value_words if opcode == PUT or opcode == INSERT else 1 if opcode == ADD else 0
+    given = value_words if opcode in (PUT, INSERT) else 1 if opcode == ADD else 0
     client.window[at] = operation_word(opcode, 0, given * 8, extra)
     client.window[at + SEQUENCE] = np.uint64(sequence)
     client.window[at + KEY_LOW], client.window[at + KEY_HIGH] = np.uint64(key_low), np.uint64(key_high)
@@ -171,7 +171,7 @@ def frame_queued(client: ClientState, host: int) -> None:
     control, limits, window = client.control, client.limits, client.limits[WINDOW]
     start = control[host, TO_SEND] >> 3
     space = (limits[SEND_WORDS] - start - FRAME_HEADER_WORDS) // limits[OPERATION_WORDS]
-    count = min(min(control[host, NEXT] - control[host, FRAMED], FRAME_OPERATIONS), space)
+    count = min(control[host, NEXT] - control[host, FRAMED], FRAME_OPERATIONS, space)
     if count <= 0:
         return
     longest = 0
@@ -401,11 +401,12 @@ class Client:
         """Connect anew, with growing pauses up to half a second; everything unanswered goes out with the next `flush`."""
         for attempt in range(attempts):
             try:
-                return self.connect(host)
+                self.connect(host)
+                return
             except StoreClosed:
                 if attempt + 1 == attempts:
                     raise
-                time.sleep(min(pause_s * 2**attempt, 0.5))
+            time.sleep(min(pause_s * 2**attempt, 0.5))
 
     def disconnect(self, host: int = 0) -> None:
         """Close the connection to a store; unanswered operations stay in the window."""

@@ -96,7 +96,7 @@ def roll_back(words: np.ndarray, base: int) -> None:
     if undo == 0:
         return
     kind, slot = undo & 0xFF, slot_of(undo)
-    if kind == CHANGE or kind == RENEW:
+    if kind in (CHANGE, RENEW):
         for n in range(word(words, VALUE_WORDS) + 1):
             words[slot + STAMP + n] = words[base + UNDO_COPY + n]
     else:

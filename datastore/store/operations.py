@@ -241,7 +241,7 @@ def once(
     if known > sequence:
         return refuse(words, STALE_SEQUENCE)
     status = mutate(words, owner, epoch, now_s, request, at, answer, answer_at, done)
-    if status == ABSENT or status == EXISTS or status == VERSION_MISMATCH:
+    if status in (ABSENT, EXISTS, VERSION_MISMATCH):
         refuse(words, status)
     return status
 
@@ -257,7 +257,7 @@ def malformed(words: np.ndarray, request: np.ndarray, at: int, operation_words: 
         return OVERSIZED
     if opcode < GET or opcode > OPCODES:
         return BAD_OPERATION
-    if opcode == GET or opcode == PING:
+    if opcode in (GET, PING):
         return OK
     if client < 0 or request[at + SEQUENCE] == U0:
         return BAD_OPERATION

@@ -264,7 +264,7 @@ def sweep_step(server: ServerState, owner: int, now: int, most: int) -> None:
     if due < SWEEP_BUCKETS_BUSY:
         return
     control[SWEEP_NS] = now
-    step = min(min(due, most), word(words, BUCKETS) - control[SWEEP_DONE])
+    step = min(due, most, word(words, BUCKETS) - control[SWEEP_DONE])
     sweep(words, owner, control[SWEEP_PARTITION], now // 1_000_000_000, step)
     control[SWEEP_DONE] += step
     if control[SWEEP_DONE] >= word(words, BUCKETS):
