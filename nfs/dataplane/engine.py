@@ -44,7 +44,7 @@ from datastore.store.client import (
 )
 from datastore.store.table import VALUE, commit_record, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
-from nfs.dataplane.declaration import DROP, ENV, NetworkFunction
+from nfs.dataplane.declaration import DROP, ENV, FORWARD, NetworkFunction
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
 from nfs.dataplane.keys import NONE, make_key
@@ -123,7 +123,8 @@ def _call(typingctx, function, packet, record, env):
 @inline
 def call_nf(engine: Engine, index: int, words: np.ndarray, at: int) -> Any:
     """Run the NF on packet `index` and the record at word `at` of `words`; returns its verdict."""
-    return _call(np.uintp(engine.control[NF]), address(engine.packets, index), address(words, at), address(engine.env, 0))
+    function = np.uintp(engine.control[NF])
+    return np.int64(_call(function, address(engine.packets, index), address(words, at), address(engine.env, 0)))
 
 
 @jit
@@ -414,11 +415,11 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
         status = np.int64(engine.packets[index].status)
         if status != 0:
             if control[PASSES] >> status & 1:
-                leave(engine, inside, outside, frames, index, 1)
+                leave(engine, inside, outside, frames, index, np.int64(FORWARD))
             else:
                 drop(engine, frames, index, status)
         elif stateless:
-            leave(engine, inside, outside, frames, index, np.int64(call_nf(engine, index, engine.values, 0)))
+            leave(engine, inside, outside, frames, index, call_nf(engine, index, engine.values, 0))
         elif engine.primary[engine.packets[index].partition] == HERE:
             process_here(engine, inside, outside, frames, words, index)
         else:
