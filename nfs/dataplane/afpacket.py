@@ -10,7 +10,7 @@ import numpy as np
 
 from datastore.native.errors import NearstateError
 from nfs.dataplane.frames import Frames
-from nfs.dataplane.port import AFPACKET, BURST, FD, KIND, MESSAGE_WORDS, RESERVE, OpenPort, Port
+from nfs.dataplane.port import AFPACKET, BURST, DROPPED, FD, KIND, MESSAGE_WORDS, RESERVE, OpenPort, Port
 
 ETH_P_ALL = 0x0003
 SOL_PACKET, PACKET_STATISTICS, PACKET_IGNORE_OUTGOING, PACKET_QDISC_BYPASS = 263, 6, 23, 20
@@ -47,11 +47,12 @@ def open_port(interface: str, frames: Frames) -> OpenPort:
     return OpenPort(port, raw.fileno(), "afpacket", (raw, frames))
 
 
-def statistics(fd: int) -> dict[str, int]:
-    """Return PACKET_STATISTICS: frames dropped because the socket's buffer was full (the kernel resets it at each read)."""
-    duplicate = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0, fileno=os.dup(fd))
+def statistics(port: Port) -> dict[str, int]:
+    """Return frames dropped because the socket's buffer was full; the kernel's PACKET_STATISTICS starts anew at each read."""
+    duplicate = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0, fileno=os.dup(int(port.control[FD])))
     try:
         _, drops = struct.unpack("II", duplicate.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
     finally:
         duplicate.close()
-    return {"buffer_full": drops}
+    port.control[DROPPED] += drops
+    return {"buffer_full": int(port.control[DROPPED])}

@@ -26,7 +26,7 @@ BURST = 64
 """Frames handled together: state accesses, wake-ups and system calls are paid once per burst."""
 
 # control words of a port
-KIND, FD, IN_FLIGHT, TX_PRODUCER, PENDING, TX_REFUSED, RESERVE = range(7)
+KIND, FD, IN_FLIGHT, TX_PRODUCER, PENDING, TX_REFUSED, RESERVE, DROPPED = range(8)
 
 
 class Port(NamedTuple):
@@ -58,10 +58,10 @@ class OpenPort(NamedTuple):
     keep: tuple[Any, ...]
 
     def statistics(self) -> dict[str, int]:
-        """Return the frames the kernel dropped before this process could see them, by reason."""
+        """Return the frames the kernel dropped, since the port was opened, before this process could see them, by reason."""
         from nfs.dataplane import afpacket, afxdp
 
-        return afxdp.statistics(self.fd) if self.kind == "afxdp" else afpacket.statistics(self.fd)
+        return afxdp.statistics(self.fd) if self.kind == "afxdp" else afpacket.statistics(self.port)
 
 
 def open_port(interface: str, frames: Frames, kind: str = "auto", umem: Any = None) -> OpenPort:
