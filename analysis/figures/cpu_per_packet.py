@@ -1,0 +1,43 @@
+"""Where does the CPU time of a packet go: network function, store or switch?"""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.patches import Patch
+
+from analysis import style
+from analysis.figures import highest_carried_kpps
+from analysis.sheet import Sheet, by_placement, title
+
+EXPERIMENT = "throughput"
+
+
+def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
+    """Panels: network functions across, topologies down. Stacked medians at the highest load all of a panel carry."""
+    costs = frame[frame["metric"].isin(style.COMPONENTS)]
+    topologies, nfs = style.order_topologies(costs["topology"]), style.order_nfs(costs["nf"])
+    carried = {(topology, nf): load for topology in topologies for nf in nfs if (load := _load_carried(frame, topology, nf))}
+    topologies = [topology for topology in topologies if any(topology == panel[0] for panel in carried)]
+    if not carried:
+        return
+    panels = sheet.panels(len(topologies), len(nfs), 0.6 + 1.75 * len(topologies), sharey="row")
+    for row, topology in zip(panels, topologies):
+        for axes, nf in zip(row, nfs):
+            load = carried.get((topology, nf))
+            axes.set_visible(load is not None)
+            rows = costs[(costs["topology"] == topology) & (costs["nf"] == nf) & (costs["offered_kpps"] == load)]
+            for position, (placement, group) in enumerate(by_placement(rows)):
+                parts = {metric: part for metric in style.COMPONENTS if len(part := group[group["metric"] == metric])}
+                sheet.stack(axes, position, parts, placement, f"{topology}, {nf}, {load:g} kpps")
+            labels = [style.look(placement).label for placement, _ in by_placement(rows)]
+            axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", rotation_mode="anchor")
+            axes.set_title(f"{title(nf)}, {title(topology)}" + (f", {load:g} kpps" if load else ""))
+            axes.grid(axis="x", visible=False)
+        row[0].set_ylabel("CPU per packet (µs)")
+    handles = [Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.4) for _, colour, hatch in style.COMPONENTS.values()]
+    sheet.legend_of(handles, [label for label, *_ in style.COMPONENTS.values()])
+
+
+def _load_carried(frame: pd.DataFrame, topology: str, nf: str) -> int | float | None:
+    here = frame[(frame["topology"] == topology) & (frame["nf"] == nf)]
+    return highest_carried_kpps(here, style.order(here.loc[here["metric"].isin(style.COMPONENTS), "placement"]))
