@@ -19,9 +19,9 @@ from datastore import placements
 from datastore.native.errors import NearstateError
 from datastore.placements import Cluster
 from datastore.store.partitions import PARTITIONS
+from experiments.harness import accounting
 from experiments.harness.spec import Experiment, Trial, peer_names
 from experiments.workloads.traffic import packets_in
-from nfs.dataplane.ledger import imbalance
 from topologies.emulation.network import EmulatedHost, Network
 from topologies.emulation.processes import Launcher, RunningProcess
 
@@ -30,7 +30,6 @@ READY_S = 60.0
 SATURATION_KPPS = 3000.0
 """More than any path here carries: bounds the sink's bit map when the load is "as fast as possible"."""
 LATENESS_LIMIT_US = 500.0
-SENT_LEAST = 0.99
 
 
 class Bench:
@@ -169,21 +168,29 @@ class Bench:
         self.sink.receive(READY_S)
         self.generator.send({"step": self.steps, "offered_kpps": offered_kpps, "seconds": seconds})
         sent = self.generator.receive(seconds * 2 + READY_S)
-        arrived = self._drain(sent)
-        return self._point(offered_kpps, seconds, sent or {}, arrived, before, self._counters())
+        if sent is None:
+            raise NearstateError(f"generator did not end a step of {seconds:g} s; its log is {self.generator.log}")
+        arrived = self._drain(sent["sent"])
+        after = self._counters()
+        growth = accounting.since(after, before)
+        reasons = accounting.doubts(offered_kpps, self.settings["lateness_limit_us"], sent, after)
+        return {"sweep": {"offered_kpps": offered_kpps} if offered_kpps else {"load": "saturated"},
+                "metrics": accounting.metrics(sent, arrived, growth), "histograms": {"latency_ns": arrived["histogram"]},
+                "valid": not reasons, "invalid_reasons": reasons, "fidelity": accounting.fidelity(sent, growth),
+                "ledger": accounting.path_ledger(sent, arrived, growth)}  # fmt: skip
 
-    def _drain(self, sent: dict[str, Any] | None) -> dict[str, Any]:
+    def _drain(self, sent: int) -> dict[str, Any]:
         """Wait until nothing more arrives (at most half a second) and return the sink's counts."""
         assert self.sink
-        last: dict[str, Any] = {}
+        counts: dict[str, Any] = {"received": -1}
         for _ in range(10):
             time.sleep(0.05)
+            before = counts["received"]
             self.sink.send({"collect": self.steps})
-            counts = self.sink.receive(READY_S) or {}
-            if counts.get("received") == last.get("received") or counts.get("received") == (sent or {}).get("sent"):
-                return counts
-            last = counts
-        return last
+            counts = self.sink.receive(READY_S) or counts
+            if counts["received"] in (before, sent):
+                break
+        return counts
 
     def function_statistics(self) -> dict[str, dict[str, Any]]:
         """Return the counters of each NF process."""
@@ -193,71 +200,13 @@ class Bench:
 
     def _counters(self) -> dict[str, Any]:
         """Return what is compared before and after a step."""
-        assert self.generator
-        assert self.sink
-        return {"functions": self.function_statistics(),
-                "nf_cpu_s": sum(process.cpu_seconds() for process in self.functions.values()),
-                "store_cpu_s": sum(process.cpu_seconds() for process in self.stores.values()),
-                "switch_cpu_s": self.network.switch.cpu_seconds() if self.network.switch else 0.0,
-                "workload_cpu_s": self.generator.cpu_seconds() + self.sink.cpu_seconds(),
-                "busy_s": busy_seconds(), "now_s": time.monotonic(),
-                "switch_drops": self.network.switch.port_statistics() if self.network.switch else {}}  # fmt: skip
-
-    def _point(self, offered: float, seconds: float, sent: dict[str, Any], arrived: dict[str, Any],
-               before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-        packets, received = max(1, sent["sent"]), arrived["received"]
-        elapsed = max(sent["elapsed_s"], arrived["window_s"], 1e-9)
-        cpu = {key: (after[key] - before[key]) * 1e6 / packets for key in ("nf_cpu_s", "store_cpu_s", "switch_cpu_s")}
-        busy = after["busy_s"] - before["busy_s"]
-        if self.is_peer:  # the kernel works in whoever's time: all that was busy less what the workload's processes used
-            cpu["nf_cpu_s"] = max(0.0, busy - (after["workload_cpu_s"] - before["workload_cpu_s"])) * 1e6 / packets
-        metrics = {f"{name}": value for name, value in arrived["latency"].items()}
-        metrics |= {"sent_kpps": packets / sent["elapsed_s"] / 1e3, "delivered_kpps": received / elapsed / 1e3,
-                    "lost": sent["sent"] - received, "loss_ratio": max(0.0, 1 - received / packets),
-                    "duplicated": arrived["duplicated"], "reordered": arrived["reordered"],
-                    "flow_reordered": arrived["flow_reordered"], "nf_cpu_us": cpu["nf_cpu_s"],
-                    "store_cpu_us": cpu["store_cpu_s"], "switch_cpu_us": cpu["switch_cpu_s"]}  # fmt: skip
-        saturation = busy / max(1e-9, after["now_s"] - before["now_s"]) / (os.cpu_count() or 1)
-        reasons = self._doubts(offered, sent, after)
-        return {"sweep": {"offered_kpps": offered} if offered else {"load": "saturated"}, "metrics": metrics,
-                "histograms": {"latency_ns": arrived["histogram"]}, "valid": not reasons, "invalid_reasons": reasons,
-                "fidelity": {"generator_lateness_p99_us": sent["lateness"].get("p99_us"), "cpu_saturation": saturation,
-                             "generator_blocked": sent["blocked"]},
-                "ledger": self._ledger(sent, arrived, before, after)}  # fmt: skip
-
-    def _doubts(self, offered: float, sent: dict[str, Any], after: dict[str, Any]) -> list[str]:
-        """Return why this point cannot be believed."""
-        doubts = []
-        for name, statistics in after["functions"].items():
-            if imbalance(statistics["ledger"]) or statistics["missing_frames"]:
-                doubts.append(f"ledger of {name} does not balance: {imbalance(statistics['ledger'])} packets, "
-                              f"{statistics['missing_frames']} frames")  # fmt: skip
-        if offered and sent["sent"] < SENT_LEAST * sent["planned"]:
-            doubts.append(f"generator sent {sent['sent']} of {sent['planned']} planned packets")
-        lateness = sent["lateness"].get("p99_us", 0.0)
-        if offered and self.settings["lateness_limit_us"] and lateness > self.settings["lateness_limit_us"]:
-            doubts.append(f"generator was late: p99 {lateness:.0f} us, at most {self.settings['lateness_limit_us']:.0f} us")
-        return doubts
-
-    def _ledger(self, sent: dict[str, Any], arrived: dict[str, Any], before: dict[str, Any],
-                after: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-        """Return where the step's packets went: causes of all NFs together, and drops on the way there and back."""
-        causes: dict[str, int] = {}
-        kernel: dict[str, int] = {}
-        for name, now in after["functions"].items():
-            then = before["functions"][name]
-            for cause, count in now["ledger"].items():
-                causes[cause] = causes.get(cause, 0) + count - then["ledger"][cause]
-            for port, counts in now["kernel"].items():
-                for reason, count in counts.items():
-                    kernel[reason] = kernel.get(reason, 0) + count - then["kernel"][port].get(reason, 0)
-        switch = {key: count - before["switch_drops"].get(key, 0) for key, count in after["switch_drops"].items()}
-        lost = sent["sent"] - arrived["received"]
-        inside = sum(count for cause, count in causes.items() if cause not in ("received", "forwarded"))
-        sink = {reason: count for reason, count in arrived["kernel"].items() if count}
-        return {"sent": sent["sent"], "received": arrived["received"], "lost": lost, "nf": causes,
-                "nf_kernel": {k: v for k, v in kernel.items() if v}, "switch": {k: v for k, v in switch.items() if v},
-                "sink_kernel_since_start": sink, "foreign": arrived["foreign"], "lost_inside_nf": inside}  # fmt: skip
+        cpu = {"nf_cpu_s": self.functions, "store_cpu_s": self.stores}
+        counters = {name: sum(process.cpu_seconds() for process in group.values()) for name, group in cpu.items() if group}
+        if self.network.switch:
+            counters["switch_cpu_s"] = self.network.switch.cpu_seconds()
+        switch_drops = self.network.switch.port_statistics() if self.network.switch else {}
+        return {**counters, "functions": self.function_statistics(), "switch_drops": switch_drops, "busy_s": busy_seconds(),
+                "now_s": time.monotonic()}  # fmt: skip
 
     def memory(self) -> dict[str, float]:
         """Return resident memory of the largest NF and the largest store process."""

@@ -6,14 +6,14 @@ flow's slot. The sink measures latency from the *intended* time, so a stalled sy
 
 from __future__ import annotations
 
-import os
-import resource
+import ctypes as C
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from datastore.native import jit
-from datastore.native.histogram import encode, make_counts, record_ns, summary_us
+from datastore.native.histogram import make_counts, record_ns, summary_us
 from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
 from datastore.native.memory import copy, put_network16, put_network32, store16, store64
 from experiments.workloads.traffic import (
@@ -27,12 +27,16 @@ from experiments.workloads.traffic import (
     template,
 )
 from nfs.dataplane.frames import Frames, give_frame, make_frames, take_frame
-from nfs.dataplane.port import BURST, Port, open_port, reclaim, tx_flush, tx_push
+from nfs.dataplane.ledger import device_drops
+from nfs.dataplane.port import BURST, TX_REFUSED, OpenPort, Port, closed_port, open_port, reclaim, tx_flush, tx_push, unsent
 
 STAMP_AT = 42
 STAMP_BYTES = 18
 # words of Source.control
 STEP, SENT, BLOCKED, CURSOR, NEXT_FLOW, YIELDS = range(6)
+PR_SET_TIMERSLACK = 29
+LATEST = 1.5
+"""A step ends after this many times its length, whether or not all its packets have gone."""
 SLEEP_MARGIN_NS = 60_000
 """A sleep ends up to this late on a busy virtual machine (measured); closer sends are waited for awake."""
 
@@ -131,57 +135,50 @@ def main(config: dict[str, Any], control: Any) -> None:
 
     Answers {"step": n, "offered_kpps": x, "seconds": s} with what was sent and how late; ends at {"stop": true}.
     """
-    import ctypes
-
-    ctypes.CDLL(None).prctl(29, 1, 0, 0, 0)  # PR_SET_TIMERSLACK: 1 ns, so that sleeps end when they should
+    C.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)  # sleeps end when they should
     frames = make_frames(4096)
     opened = open_port(config["interface"], frames, config.get("port_kind", "auto"))
     source = make_source(Traffic.of(**config["traffic"]), config["source_mac"], config["next_hop_mac"], config["server"])
-    generate(source, opened.port, frames, 0, 0.0, 0, 1.0, 0)
     control.send({"ready": True, "port_kind": opened.kind})
     while (message := control.receive(None)) is not None and not message.get("stop"):
-        control.send(_run_step(source, opened.port, frames, message, control))
+        control.send(_run_step(source, opened, frames, message["step"], message["offered_kpps"], message["seconds"]))
 
 
-def _run_step(source: Source, port: Port, frames: Frames, message: dict[str, Any], control: Any) -> dict[str, Any]:
-    """Send one step; a load of 0 kpps means as fast as the path takes it."""
-    gap_ns = 1e6 / message["offered_kpps"] if message["offered_kpps"] else 0.0
-    total = packets_in(message["offered_kpps"], message["seconds"]) if gap_ns else 1 << 40
-    source.control[STEP], source.control[SENT], source.control[BLOCKED] = message["step"], 0, 0
+def _run_step(source: Source, opened: OpenPort, frames: Frames, step: int, offered_kpps: float, seconds: float) -> dict[str, Any]:
+    """Send one step; a load of 0 kpps means as fast as the path takes it: every packet is intended for when it leaves."""
+    port, control = opened.port, source.control
+    control[STEP], control[SENT], control[BLOCKED] = step, 0, 0
     source.lateness[:] = 0
-    start_ns = int(now_ns_python()) + 1_000_000
-    limit_ns = start_ns + int(message["seconds"] * 1e9 * (1.5 if gap_ns else 1.0))
-    cpu = os.times()
-    intended = 0.0
-    if not gap_ns:  # saturate: every packet is intended for the moment it leaves
-        _saturate(source, port, frames, limit_ns)
+    refused, drops = int(port.control[TX_REFUSED]), sent_drops()
+    start_ns = time.monotonic_ns() + 1_000_000
+    if offered_kpps:
+        planned = packets_in(offered_kpps, seconds)
+        generate(source, port, frames, start_ns, 0.0, planned, 1e6 / offered_kpps, start_ns + int(seconds * LATEST * 1e9))
     else:
-        generate(source, port, frames, start_ns, intended, total, gap_ns, limit_ns)
-    elapsed_s = (int(now_ns_python()) - start_ns) / 1e9
-    used = os.times()
-    return {"step": message["step"], "sent": int(source.control[SENT]), "planned": total if gap_ns else None,
-            "elapsed_s": elapsed_s, "blocked": int(source.control[BLOCKED]), "refused": int(port.control[5]),
-            "lateness": summary_us(source.lateness), "lateness_histogram": encode(source.lateness),
-            "cpu_s": used.user + used.system - cpu.user - cpu.system,
-            "rss_kbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # fmt: skip
+        planned, end_ns = 0, start_ns + int(seconds * 1e9)
+        while (now := time.monotonic_ns()) < end_ns:
+            generate(source, port, frames, now, 0.0, int(control[SENT]) + 4096, 0.0, end_ns)
+    elapsed_s = (time.monotonic_ns() - start_ns) / 1e9
+    _empty_ring(port, frames)
+    devices = {"sent": sent_drops() - drops + int(port.control[TX_REFUSED]) - refused}
+    return {"step": step, "sent": int(control[SENT]), "planned": planned, "elapsed_s": elapsed_s, "devices": devices,
+            "blocked": int(control[BLOCKED]), "lateness": summary_us(source.lateness)}  # fmt: skip
 
 
-def _saturate(source: Source, port: Port, frames: Frames, limit_ns: int) -> None:
-    """Send as fast as the path takes it: bursts whose intended time is now."""
-    while (now := int(now_ns_python())) < limit_ns:
-        generate(source, port, frames, now, 0.0, int(source.control[SENT]) + 4096, 0.0, limit_ns)
+def _empty_ring(port: Port, frames: Frames) -> None:
+    """Let the kernel take what is still queued, for at most a tenth of a second, so that "sent" is what has left."""
+    deadline = time.monotonic() + 0.1
+    while unsent(port) and time.monotonic() < deadline:
+        reclaim(port, frames)
+        time.sleep(0.0005)
 
 
-def now_ns_python() -> int:
-    """Return the clock that compiled code reads: CLOCK_MONOTONIC in nanoseconds."""
-    import time
-
-    return time.monotonic_ns()
+def sent_drops() -> int:
+    """Return the frames that this network namespace's devices refused to send."""
+    return sum(device["sent"] for device in device_drops().values())
 
 
 def warm() -> None:
     """Compile the generator."""
-    from nfs.dataplane.port import closed_port
-
     source = make_source(Traffic(flows=1), "02:00:00:00:00:01", "02:00:00:00:00:02", "10.128.0.1")
     generate(source, closed_port(), make_frames(1), 0, 0.0, 0, 1.0, 0)

@@ -6,7 +6,7 @@ RFC 4737 defines it (a sequence number smaller than one already seen), over all 
 
 from __future__ import annotations
 
-import os
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,13 @@ from datastore.native.libc import POLLIN, now_ns, poll, pollfd
 from datastore.native.memory import load16, load64
 from experiments.workloads.generator import STAMP_AT, STAMP_BYTES
 from nfs.dataplane.frames import Frames, give_frame, make_frames
-from nfs.dataplane.port import BURST, FD, Port, open_port, refill, rx_burst
+from nfs.dataplane.port import BURST, FD, Port, closed_port, open_port, refill, rx_burst
 
 # words of Sink.control
 STEP, RECEIVED, DUPLICATED, REORDERED, FLOW_REORDERED, FOREIGN, HIGHEST, FIRST_NS, LAST_NS, BYTES, OUT_OF_RANGE = range(11)
+
+SLICE_NS = 20_000_000
+"""How long the compiled loop runs before Python looks at messages."""
 
 
 class Sink(NamedTuple):
@@ -100,32 +103,23 @@ def collect(sink: Sink, port: Port, frames: Frames, until_ns: int) -> None:
 
 def main(config: dict[str, Any], control: Any) -> None:
     """Process target: {"interface", "port_kind"}. {"step": n, "packets": p} starts counting, {"collect": n} answers."""
-    import time
-
     frames = make_frames(8192)
     opened = open_port(config["interface"], frames, config.get("port_kind", "auto"))
-    sink = make_sink(1, 0)
-    collect(sink, opened.port, frames, 0)
+    sink, drops = make_sink(1, 0), opened.statistics()
     refill(opened.port, frames)
     control.send({"ready": True, "port_kind": opened.kind})
-    cpu = os.times()
     while True:
         message = control.receive(0)
         if message is None:
-            collect(sink, opened.port, frames, time.monotonic_ns() + 20_000_000)
+            collect(sink, opened.port, frames, time.monotonic_ns() + SLICE_NS)
         elif message.get("stop"):
             return
         elif "collect" in message:
-            control.send(_counts(sink) | {"kernel": opened.statistics(), "cpu_s": _since(cpu)})
+            now = opened.statistics()
+            control.send(_counts(sink) | {"kernel": {reason: now[reason] - drops[reason] for reason in now}})
         else:
-            sink = make_sink(int(message["packets"]), int(message["step"]))
-            cpu = os.times()
+            sink, drops = make_sink(int(message["packets"]), int(message["step"])), opened.statistics()
             control.send({"step": message["step"]})
-
-
-def _since(cpu: os.times_result) -> float:
-    used = os.times()
-    return used.user + used.system - cpu.user - cpu.system
 
 
 def _counts(sink: Sink) -> dict[str, Any]:
@@ -139,6 +133,4 @@ def _counts(sink: Sink) -> dict[str, Any]:
 
 def warm() -> None:
     """Compile the sink."""
-    from nfs.dataplane.port import closed_port
-
     collect(make_sink(1, 0), closed_port(), make_frames(1), 0)

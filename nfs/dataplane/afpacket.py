@@ -10,10 +10,22 @@ import numpy as np
 
 from datastore.native.errors import NearstateError
 from nfs.dataplane.frames import Frames
-from nfs.dataplane.port import AFPACKET, BURST, DROPPED, FD, KIND, MESSAGE_WORDS, RESERVE, OpenPort, Port
+from nfs.dataplane.port import (
+    AFPACKET,
+    AUXILIARY_WORDS,
+    BURST,
+    DROPPED,
+    FD,
+    KIND,
+    MESSAGE_WORDS,
+    RESERVE,
+    VECTOR_WORDS,
+    OpenPort,
+    Port,
+)
 
 ETH_P_ALL = 0x0003
-SOL_PACKET, PACKET_STATISTICS, PACKET_IGNORE_OUTGOING, PACKET_QDISC_BYPASS = 263, 6, 23, 20
+SOL_PACKET, PACKET_STATISTICS, PACKET_AUXDATA, PACKET_IGNORE_OUTGOING, PACKET_QDISC_BYPASS = 263, 6, 8, 23, 20
 PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC = 1, 1
 TX_SLOTS = 2048
 
@@ -25,6 +37,7 @@ def open_port(interface: str, frames: Frames) -> OpenPort:
         raw.bind((interface, ETH_P_ALL))
         raw.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         raw.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, 1)
+        raw.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)  # tells the VLAN tag that the kernel takes out
         membership = struct.pack("iHH8s", socket.if_nametoindex(interface), PACKET_MR_PROMISC, 0, b"")
         raw.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, membership)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
@@ -43,7 +56,7 @@ def open_port(interface: str, frames: Frames) -> OpenPort:
 
     port = Port(control, one(), one(), empty_ring(), one(), one(), np.zeros(2 * TX_SLOTS, np.uint64), one(), one(), one(),
                 empty_ring(), one(), one(), empty_ring(),
-                np.zeros(BURST * (MESSAGE_WORDS + 2), np.uint64))  # fmt: skip
+                np.zeros(BURST * (MESSAGE_WORDS + VECTOR_WORDS + AUXILIARY_WORDS), np.uint64))  # fmt: skip
     return OpenPort(port, raw.fileno(), "afpacket", (raw, frames))
 
 

@@ -6,6 +6,8 @@ int64 array that the packet loop increments; a trial whose ledger does not balan
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 CAUSES = (
@@ -41,3 +43,14 @@ def to_counts(ledger: np.ndarray) -> dict[str, int]:
 def imbalance(counts: dict[str, int]) -> int:
     """Return how many received packets no cause accounts for; zero when the ledger balances."""
     return counts["received"] - sum(count for cause, count in counts.items() if cause != "received")
+
+
+def device_drops() -> dict[str, dict[str, int]]:
+    """Return frames dropped by the devices of this network namespace, receiving and sending."""
+    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
+    drops = {}
+    for line in lines:
+        name, _, numbers = line.partition(":")
+        fields = [int(number) for number in numbers.split()]
+        drops[name.strip()] = {"received": fields[3], "sent": fields[11]}
+    return drops

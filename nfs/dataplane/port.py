@@ -17,7 +17,7 @@ from numba import types
 from datastore.native import inline, jit
 from datastore.native.errors import NearstateError
 from datastore.native.libc import EAGAIN, EBUSY, EINTR, ENOBUFS, MSG_DONTWAIT, address, errno, sendto
-from datastore.native.memory import load_acquire, store_release
+from datastore.native.memory import copy, load_acquire, put_network16, store_release
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame, take_frame
 
 AFXDP, AFPACKET = 0, 1
@@ -203,6 +203,10 @@ def unsent(port: Port) -> Any:
 
 # AF_PACKET: recvmmsg and sendmmsg over an array of `struct mmsghdr`, one for each frame of a burst
 MESSAGE_WORDS = 8  # struct mmsghdr: 56 bytes of msghdr, int msg_len, padding
+VECTOR_WORDS = 2  # struct iovec
+AUXILIARY_WORDS = 5  # a control message with struct tpacket_auxdata, see packet(7)
+TAG_BYTES = 4
+TAG_VALID = 1 << 4  # TP_STATUS_VLAN_VALID
 _recvmmsg = types.ExternalFunction("recvmmsg", types.int32(types.int32, types.uintp, types.uint32, types.int32, types.uintp))
 _sendmmsg = types.ExternalFunction("sendmmsg", types.int32(types.int32, types.uintp, types.uint32, types.int32))
 
@@ -210,12 +214,31 @@ _sendmmsg = types.ExternalFunction("sendmmsg", types.int32(types.int32, types.ui
 @inline
 def _point_message(port: Port, frames: Frames, i: int, at: int, length: int) -> None:
     """Let message `i` describe `length` bytes at byte `at` of the frames."""
-    iovec = BURST * MESSAGE_WORDS + 2 * i
+    iovec = BURST * MESSAGE_WORDS + VECTOR_WORDS * i
     port.messages[iovec] = np.uint64(address(frames.memory, at))
     port.messages[iovec + 1] = np.uint64(length)
     header = MESSAGE_WORDS * i
     port.messages[header + 2] = np.uint64(address(port.messages, iovec))
     port.messages[header + 3] = np.uint64(1)
+    port.messages[header + 4] = port.messages[header + 5] = np.uint64(0)
+
+
+@inline
+def _auxiliary(i: int) -> Any:
+    """Return the word of `messages` where message `i` has its control message."""
+    return BURST * (MESSAGE_WORDS + VECTOR_WORDS) + AUXILIARY_WORDS * i
+
+
+@inline
+def _put_tag_back(port: Port, frames: Frames, i: int, at: int) -> Any:
+    """Return where the frame received at byte `at` begins. The kernel takes an outer VLAN tag out: it goes in again, before."""
+    auxiliary = _auxiliary(i)
+    if not port.messages[auxiliary + 2] & np.uint64(TAG_VALID):
+        return at
+    copy(frames.memory, at - TAG_BYTES, frames.memory, at, 12)
+    put_network16(frames.memory, at + 8, np.int64(port.messages[auxiliary + 4] >> np.uint64(16) & np.uint64(0xFFFF)))
+    put_network16(frames.memory, at + 10, np.int64(port.messages[auxiliary + 4] & np.uint64(0xFFFF)))
+    return at - TAG_BYTES
 
 
 @jit
@@ -225,12 +248,17 @@ def receive_messages(port: Port, frames: Frames, addresses: np.ndarray, lengths:
     if wanted <= 0:
         return 0
     for i in range(wanted):
-        addresses[i] = take_frame(frames)
-        _point_message(port, frames, i, addresses[i], FRAME_BYTES)
+        addresses[i] = take_frame(frames) + TAG_BYTES
+        _point_message(port, frames, i, addresses[i], FRAME_BYTES - TAG_BYTES)
+        port.messages[MESSAGE_WORDS * i + 4] = np.uint64(address(port.messages, _auxiliary(i)))
+        port.messages[MESSAGE_WORDS * i + 5] = np.uint64(AUXILIARY_WORDS * 8)
+        port.messages[_auxiliary(i) + 2] = np.uint64(0)
     got = _recvmmsg(np.int32(port.control[FD]), address(port.messages, 0), np.uint32(wanted), np.int32(MSG_DONTWAIT), np.uintp(0))
     count = max(0, np.int64(got))
     for i in range(count):
-        lengths[i] = np.int64(port.messages[MESSAGE_WORDS * i + 7] & np.uint64(0xFFFFFFFF))
+        begin = _put_tag_back(port, frames, i, addresses[i])
+        lengths[i] = np.int64(port.messages[MESSAGE_WORDS * i + 7] & np.uint64(0xFFFFFFFF)) + addresses[i] - begin
+        addresses[i] = begin
     for i in range(count, wanted):
         give_frame(frames, addresses[i])
     return count

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datastore.store.client import Client
 
 from datastore.native.errors import NearstateError
+from datastore.store.client import Client
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.table import Table
 from nfs.dataplane import declaration
 from nfs.dataplane.engine import CONFLICTS, DOWN, FETCHES, HERE, WRITES, Engine, conserved, make_engine, run, waiting
 from nfs.dataplane.frames import Frames, free_frames, make_frames
-from nfs.dataplane.ledger import to_counts
+from nfs.dataplane.ledger import device_drops, to_counts
 from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports
 
 SLICE_NS = 50_000_000
 """How long the packet loop runs before Python looks at messages."""
 RECONNECT_S = 0.2
+CONNECT_S = 0.1
+"""Longest wait for a store to answer: the packet loop stands still meanwhile."""
 
 
 class Process:
@@ -45,7 +46,7 @@ class Process:
             raise NearstateError(f"records of {self.function.name} have {self.function.state.itemsize} bytes, the store's "
                                  f"{config['value_bytes']}: start the store with larger values")  # fmt: skip
         self.client = Client([(store["address"], store["port"]) for store in self.stores], config["client_id"],
-                             config["value_bytes"], config["cluster"], epoch)  # fmt: skip
+                             config["value_bytes"], config["cluster"], epoch, timeout_s=CONNECT_S)  # fmt: skip
         self.engine: Engine = make_engine(self.function, self.frames, primary, self.owner, epoch, value_words,
                                           len(self.stores), spin_us=config.get("spin_us", 5.0))  # fmt: skip
         self.tried_at = 0.0
@@ -70,7 +71,7 @@ class Process:
 
     def _reconnect(self, host: int) -> None:
         try:
-            self.client.reconnect(host)
+            self.client.connect(host)
             self.engine.control[DOWN] &= ~(1 << host)
         except (NearstateError, OSError):
             self.engine.control[DOWN] |= 1 << host
@@ -101,17 +102,6 @@ class Process:
                 "fetches": int(control[FETCHES]), "writes": int(control[WRITES]), "conflicts": int(control[CONFLICTS]),
                 "down": int(control[DOWN]), "port_kind": self.opened[0].kind,
                 "rss_kbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # fmt: skip
-
-
-def device_drops() -> dict[str, dict[str, int]]:
-    """Return frames dropped by the devices of this network namespace, receiving and sending."""
-    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
-    drops = {}
-    for line in lines:
-        name, _, numbers = line.partition(":")
-        fields = [int(number) for number in numbers.split()]
-        drops[name.strip()] = {"received": fields[3], "sent": fields[11]}
-    return drops
 
 
 def main(config: dict[str, Any], control: Any) -> None:
