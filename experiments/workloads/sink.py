@@ -15,7 +15,7 @@ from datastore.native import jit
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
 from datastore.native.libc import POLLIN, now_ns, poll, pollfd
 from datastore.native.memory import load16, load64
-from experiments.workloads.generator import STAMP_AT, STAMP_BYTES
+from experiments.workloads.generator import DENSE_GAP_NS, NAP_NS, STAMP_AT, STAMP_BYTES, doze
 from nfs.dataplane.frames import Frames, give_frame, make_frames
 from nfs.dataplane.port import BURST, FD, Port, closed_port, open_port, refill, rx_burst
 
@@ -84,7 +84,8 @@ def take(sink: Sink, memory: np.ndarray, at: int, length: int, now: int) -> None
 @jit
 def collect(sink: Sink, port: Port, frames: Frames, until_ns: int) -> None:
     """Take packets until the clock passes `until_ns`."""
-    now = now_ns(sink.scratch)
+    now = began = now_ns(sink.scratch)
+    before = sink.control[RECEIVED]
     while now < until_ns:
         refill(port, frames)
         count = rx_burst(port, frames, sink.addresses, sink.lengths, BURST)
@@ -99,6 +100,8 @@ def collect(sink: Sink, port: Port, frames: Frames, until_ns: int) -> None:
         for i in range(count):
             take(sink, frames.memory, sink.addresses[i], sink.lengths[i], now)
             give_frame(frames, sink.addresses[i])
+        if now - began < (sink.control[RECEIVED] - before) * DENSE_GAP_NS:
+            doze(sink.pollfds, NAP_NS, sink.scratch)
 
 
 def main(config: dict[str, Any], control: Any) -> None:
