@@ -16,7 +16,7 @@ from nfs.dataplane import declaration
 from nfs.dataplane.engine import CONFLICTS, DOWN, FETCHES, HERE, WRITES, Engine, conserved, make_engine, run, waiting
 from nfs.dataplane.frames import Frames, free_frames, make_frames
 from nfs.dataplane.ledger import device_drops, to_counts
-from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports
+from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports, refill
 
 SLICE_NS = 50_000_000
 """How long the packet loop runs before Python looks at messages."""
@@ -109,6 +109,8 @@ def main(config: dict[str, Any], control: Any) -> None:
     process = Process(config)
     process.connect()
     process.process_packets(0)
+    for opened in process.opened:  # whoever is told "ready" may send at once
+        refill(opened.port, process.frames)
     control.send({"ready": True, "port_kind": process.opened[0].kind})
     while True:
         process.process_packets()

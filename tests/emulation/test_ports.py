@@ -136,6 +136,16 @@ def test_every_size_arrives_once_and_intact(bench: Bench, kinds: tuple[str, str]
 
 
 @pytest.mark.parametrize("kinds", COMBINATIONS, ids="-".join)
+def test_vlan_tags_arrive_as_they_were_sent(bench: Bench, kinds: tuple[str, str]) -> None:
+    sender, receiver = cable(bench, kinds)
+    tags = ["8100a007", "88a80005", "88a8000581000006", "8100000181000002"]
+    sent = [content(n, 60)[:12] + bytes.fromhex(tag) + content(n, 100 + n)[12:] for n, tag in enumerate(tags * 8)]
+    assert sender.send(sent) == []
+    assert receiver.receive() == sent
+    assert (missing(sender), missing(receiver)) == (0, 0)
+
+
+@pytest.mark.parametrize("kinds", COMBINATIONS, ids="-".join)
 def test_saturated_what_does_not_arrive_is_counted(bench: Bench, kinds: tuple[str, str]) -> None:
     """Nobody receives while 20,000 frames leave: received + dropped by cause is what was sent, to the frame."""
     sender, receiver = cable(bench, kinds, receiver_frames=512)
