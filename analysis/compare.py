@@ -17,7 +17,7 @@ from rich.table import Table
 from analysis.answers import digits
 from analysis.figures import Headline, definitions, highest_carried_kpps
 from analysis.results import measurements, read_run
-from analysis.style import order_nfs, order_topologies
+from analysis.style import PLACEMENTS, order_nfs, order_topologies
 from analysis.summary import better, summarize
 from datastore.native.errors import NearstateError, unknown
 
@@ -55,8 +55,8 @@ def compare(runs: Path | Iterable[Path], baseline: str = "centralized", other: s
             experiments: Sequence[str] | None = None) -> list[Comparison]:
     """Compare two placements by the headline metrics of each experiment; repeats of several runs are pooled.
 
-    Wrong experiments and placements are refused with the nearest of those the runs hold. Points measured under only
-    one of the two placements are left out.
+    An experiment the runs do not hold and a placement nobody knows are refused with the nearest valid names. Points
+    measured under only one of the two placements are left out, so runs without one of them give no rows.
     """
     paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
     frame = measurements(read_run(Path(path)) for path in paths)
@@ -64,8 +64,8 @@ def compare(runs: Path | Iterable[Path], baseline: str = "centralized", other: s
         if name not in set(frame["experiment"]):
             raise unknown("experiment in these results", name, set(frame["experiment"]))
     for name in (baseline, other):
-        if name not in set(frame["placement"]):
-            raise unknown("placement in these results", name, set(frame["placement"]))
+        if name not in {*frame["placement"], *PLACEMENTS}:
+            raise unknown("placement", name, {*frame["placement"], *PLACEMENTS})
     if baseline == other:
         raise NearstateError(f"placement {baseline!r} cannot be compared with itself: name two different ones")
     chosen = frame[frame["experiment"].isin(experiments)] if experiments else frame
@@ -76,6 +76,9 @@ def comparisons(frame: pd.DataFrame, baseline: str, other: str) -> list[Comparis
     """Return the headline comparisons of measurements already read, experiment by experiment, headline by headline."""
     headlines = [(figure.experiment, headline) for figure in definitions().values() for headline in figure.headlines]
     frame = frame[frame["placement"].isin((baseline, other))]
+    # A peer store has no network function in front of it: what is measured of state access is the same for all of them.
+    without_nf = frame.loc[frame["nf"] == "", "experiment"].unique()
+    frame = frame.assign(nf=frame["nf"].mask(frame["experiment"].isin(without_nf), ""))
     summary = summarize(frame[frame["metric"].isin({headline.metric for _, headline in headlines}) & frame["histogram"].isna()])
     sides = [summary[(summary["placement"] == name) & (summary["trials"] > 0)] for name in (baseline, other)]
     pairs = sides[0].merge(sides[1], on=SETTING, suffixes=("_baseline", "_other"))

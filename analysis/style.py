@@ -37,11 +37,12 @@ PLACEMENTS = {
 }
 SPARE_MARKERS = ("*", "p", "h", "8", "D")
 
-# Bars stacked by the process that spends the time: shade and hatch both tell, in colour and in grey.
+# Bars stacked by who spends the time: shade and hatch both tell, in colour and in grey.
 COMPONENTS = {
     "nf_cpu_us": ("NF process", "#0072B2", ""),
     "store_cpu_us": ("store process", "#E69F00", "////"),
-    "switch_cpu_us": ("switch", "#DDDDDD", "...."),
+    "switch_cpu_us": ("switch", "#BBBBBB", "...."),
+    "other_cpu_us": ("rest of the machine (kernel, generator, sink)", "#FFFFFF", ""),
 }
 
 PAPER = {

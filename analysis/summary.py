@@ -73,7 +73,8 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     `median`, `low` and `high` are over the valid repeats, whose number is `trials`; `invalid_trials` were left out.
     """
     scalars = frame[(frame["metric"] != "") & frame["histogram"].isna()]
-    rows = [_summary_row(dict(zip(POINT, key)), group) for key, group in scalars.groupby(POINT, sort=True)]
+    rows = [_summary_row(dict(zip(POINT, key)), group) for key, group in scalars.groupby(POINT, sort=False)]
+    rows.sort(key=lambda row: [row[name] for name in CONFIGURATION])        # trials are shuffled, points keep their order
     for _, trial in frame[frame["metric"] == ""].iterrows():
         _count_pointless(trial, rows)
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -1,4 +1,4 @@
-"""Where does the CPU time of a packet go: network function, store or switch?"""
+"""Where does the CPU time of a packet go: network function, store, switch or the rest of the machine?"""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ EXPERIMENT = "throughput"
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     """Panels: network functions across, topologies down. Stacked medians at the highest load all of a panel carry."""
-    costs = frame[frame["metric"].isin(style.COMPONENTS)]
+    costs = _with_rest(frame)
     topologies, nfs = style.order_topologies(costs["topology"]), style.order_nfs(costs["nf"])
-    carried = {(topology, nf): load for topology in topologies for nf in nfs if (load := _load_carried(frame, topology, nf))}
+    carried = {(topology, nf): load for topology in topologies for nf in nfs if (load := _load_carried(frame, costs, topology, nf))}
     topologies = [topology for topology in topologies if any(topology == panel[0] for panel in carried)]
     if not carried:
         return
@@ -34,10 +34,24 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
             axes.set_title(f"{title(nf)}, {title(topology)}" + (f", {load:g} kpps" if load else ""))
             axes.grid(axis="x", visible=False)
         row[0].set_ylabel("CPU per packet (µs)")
-    handles = [Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.4) for _, colour, hatch in style.COMPONENTS.values()]
-    sheet.legend_of(handles, [label for label, *_ in style.COMPONENTS.values()])
+    drawn = [style.COMPONENTS[metric] for metric in style.COMPONENTS if metric in {mark["mark"] for mark in sheet.points}]
+    handles = [Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.4) for _, colour, hatch in drawn]
+    sheet.legend_of(handles, [label for label, *_ in drawn])
 
 
-def _load_carried(frame: pd.DataFrame, topology: str, nf: str) -> int | float | None:
-    here = frame[(frame["topology"] == topology) & (frame["nf"] == nf)]
-    return highest_carried_kpps(here, style.order(here.loc[here["metric"].isin(style.COMPONENTS), "placement"]))
+def _with_rest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the costs by process, with what is left of `system_cpu_us` at each point as `other_cpu_us`.
+
+    A peer inside the kernel has no process of its own, so all its cost is there. The machine's total is counted in ticks
+    of 10 ms, the processes' exactly: a rest below zero is such a tick.
+    """
+    costs = frame[frame["metric"].isin(style.COMPONENTS)]
+    whole = frame[frame["metric"] == "system_cpu_us"]
+    named = costs.groupby(["trial", "sweep"])["value"].sum()
+    spent = named.reindex(pd.MultiIndex.from_frame(whole[["trial", "sweep"]]), fill_value=0.0).to_numpy()
+    return pd.concat([costs, whole.assign(metric="other_cpu_us", value=(whole["value"] - spent).clip(lower=0))])
+
+
+def _load_carried(frame: pd.DataFrame, costs: pd.DataFrame, topology: str, nf: str) -> int | float | None:
+    here, charged = ((rows["topology"] == topology) & (rows["nf"] == nf) for rows in (frame, costs))
+    return highest_carried_kpps(frame[here], style.order(costs.loc[charged, "placement"]))

@@ -54,5 +54,5 @@ def answer(frame: pd.DataFrame) -> str:
     ours, kernel = (typical(frame, "delivered_kpps", topology="back_to_back", nf="firewall", load="saturated", placement=name)
                     for name in ("local", "nftables"))
     if ours and kernel:
-        sentence += f"; back to back and saturated, its firewall delivers {digits(ours / kernel)}x what nftables does"
+        sentence += f"; back to back and saturated, the firewall with local state delivers {digits(ours / kernel)}x what nftables does"
     return sentence + "."

@@ -62,8 +62,9 @@ def trial(experiment: str, placement: str, repeat: int, points: list[dict[str, A
             "placement": placement, "nf": nf, "replicas": 1, "sweep": {}, "repeat": repeat, "seed": 17,
             "started": "2026-01-01T00:00:00Z", "seconds": 6.1, "valid": True, "invalid_reasons": [], "points": points,
             "fidelity": {"generator_lateness_p99_us": 3.0 + repeat, "cpu_saturation": 0.7},
-            "calibration": {"rtt_us": 204.0 + repeat, "spec": {"rtt_us": 200.0}, "loss": 0.0, "valid": True},
-            "ledger": {"entered": 100_000, "forwarded": 99_990, "dropped": {"verdict": 8, "pool_full": 2}},
+            "calibration": {"valid": True, "reasons": [], "base_us": 20.0, "rtt_us": 122.0 + repeat, "loss": 0.0, "paths": [
+                {"path": "client.net - nf1.inside", "spec_us": 100.0, "rtt_us": 122.0 + repeat, "excess_us": 2.0 + repeat, "lost": 0, "sent": 576}]},
+            "ledger": {"sent": 100_000, "received": 99_990, "lost": 10, "nf": {"received": 100_000, "dropped_by_verdict": 8, "waiting_room_full": 2}},
             "network": NETWORK if topology == "rack" else BACK_TO_BACK, **changes}
 
 
