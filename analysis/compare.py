@@ -51,8 +51,12 @@ class Comparison:
         return max(self.ratio, 1 / self.ratio) if self.ratio else math.inf
 
 
-def compare(runs: Path | Iterable[Path], baseline: str = "centralized", other: str = "integrated",
-            experiments: Sequence[str] | None = None) -> list[Comparison]:
+def compare(
+    runs: Path | Iterable[Path],
+    baseline: str = "centralized",
+    other: str = "integrated",
+    experiments: Sequence[str] | None = None,
+) -> list[Comparison]:
     """Compare two placements by the headline metrics of each experiment; repeats of several runs are pooled.
 
     An experiment the runs do not hold and a placement nobody knows are refused with the nearest valid names. Points
@@ -75,18 +79,22 @@ def compare(runs: Path | Iterable[Path], baseline: str = "centralized", other: s
 def comparisons(frame: pd.DataFrame, baseline: str, other: str) -> list[Comparison]:
     """Return the headline comparisons of measurements already read, experiment by experiment, headline by headline."""
     headlines = [(figure.experiment, headline) for figure in definitions().values() for headline in figure.headlines]
-    frame = frame[frame["placement"].isin((baseline, other))]
     # A peer store has no network function in front of it: what is measured of state access is the same for all of them.
     without_nf = frame.loc[frame["nf"] == "", "experiment"].unique()
     frame = frame.assign(nf=frame["nf"].mask(frame["experiment"].isin(without_nf), ""))
+    frame = frame[frame["placement"].isin((baseline, other))]
     summary = summarize(frame[frame["metric"].isin({headline.metric for _, headline in headlines}) & frame["histogram"].isna()])
     sides = [summary[(summary["placement"] == name) & (summary["trials"] > 0)] for name in (baseline, other)]
     pairs = sides[0].merge(sides[1], on=SETTING, suffixes=("_baseline", "_other"))
     topologies, nfs = order_topologies(pairs["topology"]), order_nfs(pairs["nf"])
     ranks = pairs["topology"].map(topologies.index), pairs["nf"].map(nfs.index)
     pairs = pairs.assign(topology_rank=ranks[0], nf_rank=ranks[1]).sort_values(["topology_rank", "nf_rank"], kind="stable")
-    return [_comparison(pair, baseline, other) for experiment, headline in headlines for _, pair in pairs.iterrows()
-            if pair["experiment"] == experiment and _matches(headline, pair, frame)]
+    return [
+        _comparison(pair, baseline, other)
+        for experiment, headline in headlines
+        for _, pair in pairs.iterrows()
+        if pair["experiment"] == experiment and _matches(headline, pair, frame)
+    ]
 
 
 def _matches(headline: Headline, pair: pd.Series, frame: pd.DataFrame) -> bool:
@@ -95,8 +103,12 @@ def _matches(headline: Headline, pair: pd.Series, frame: pd.DataFrame) -> bool:
         return False
     if not headline.carried:
         return True
-    here = frame[(frame["experiment"] == pair["experiment"]) & (frame["topology"] == pair["topology"])
-                 & (frame["nf"] == pair["nf"]) & (frame["replicas"] == pair["replicas"])]
+    here = frame[
+        (frame["experiment"] == pair["experiment"])
+        & (frame["topology"] == pair["topology"])
+        & (frame["nf"] == pair["nf"])
+        & (frame["replicas"] == pair["replicas"])
+    ]
     load = highest_carried_kpps(here, [pair["placement_baseline"], pair["placement_other"]])
     return load is not None and sweep.get("offered_kpps") == load
 
@@ -106,8 +118,20 @@ def _comparison(pair: pd.Series, baseline: str, other: str) -> Comparison:
     ratio = after / before if before else (1.0 if after == before else math.inf)
     winner = "" if after == before else other if (after > before) == (better(pair["metric"]) == "higher") else baseline
     clear = bool(pair["low_baseline"] > pair["high_other"] or pair["low_other"] > pair["high_baseline"])
-    return Comparison(pair["experiment"], pair["topology"], pair["nf"], int(pair["replicas"]), json.loads(pair["sweep"]),
-                      pair["metric"], pair["unit"], float(before), float(after), float(ratio), winner, clear)
+    return Comparison(
+        pair["experiment"],
+        pair["topology"],
+        pair["nf"],
+        int(pair["replicas"]),
+        json.loads(pair["sweep"]),
+        pair["metric"],
+        pair["unit"],
+        float(before),
+        float(after),
+        float(ratio),
+        winner,
+        clear,
+    )
 
 
 def point(row: Comparison) -> str:
@@ -131,24 +155,31 @@ def verdict(row: Comparison) -> str:
     return f"{row.winner} {digits(row.factor) if math.isfinite(row.factor) else 'infinitely many'}x{'' if row.clear else ' ?'}"
 
 
-def print_comparison(rows: Sequence[Comparison], baseline: str = "centralized", other: str = "integrated",
-                     stream: TextIO | None = None) -> None:
+def print_comparison(
+    rows: Sequence[Comparison], baseline: str = "centralized", other: str = "integrated", stream: TextIO | None = None
+) -> None:
     """Print comparisons as a table on a terminal, as aligned plain lines elsewhere."""
     stream = stream or sys.stdout
     if not rows:
         print(f"no point was measured validly under both {baseline} and {other}", file=stream)
         return
     header = ("experiment", "measured at", "metric", baseline, other, "ratio", "better")
-    lines = [(row.experiment, point(row), row.metric, digits(row.baseline), digits(row.other), digits(row.ratio), verdict(row))
-             for row in rows]
+    lines = [
+        (row.experiment, point(row), row.metric, digits(row.baseline), digits(row.other), digits(row.ratio), verdict(row))
+        for row in rows
+    ]
     note = "" if all(row.clear for row in rows) else "? the 95 % confidence intervals meet, or one repeat gives none"
     if stream.isatty():
         _print_table(header, lines, note, stream)
     else:
         widths = [max(map(len, column)) for column in zip(header, *lines)]
         for line in (header, *lines):
-            print("  ".join(cell.rjust(width) if 3 <= at <= 5 else cell.ljust(width)
-                            for at, (cell, width) in enumerate(zip(line, widths))).rstrip(), file=stream)
+            print(
+                "  ".join(
+                    cell.rjust(width) if 3 <= at <= 5 else cell.ljust(width) for at, (cell, width) in enumerate(zip(line, widths))
+                ).rstrip(),
+                file=stream,
+            )
         print(note, end="\n" if note else "", file=stream)
 
 

@@ -25,8 +25,10 @@ def draw_figures(run: Path, names: Sequence[str] | None = None) -> list[Path]:
     written = {figure.name: draw_figure(figure, frame, run / "figures") for figure in wanted}
     absent = [figure for figure in wanted if not written[figure.name]]
     if names and absent:
-        raise NearstateError(f"figure {absent[0].name!r} cannot be drawn: {run} holds no valid measurement for it; "
-                             f"run experiment {absent[0].experiment!r} first")
+        raise NearstateError(
+            f"figure {absent[0].name!r} cannot be drawn: {run} holds no valid measurement for it; "
+            f"run experiment {absent[0].experiment!r} first"
+        )
     return [path for paths in written.values() for path in paths]
 
 

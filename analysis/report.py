@@ -22,12 +22,13 @@ from analysis.compare import Comparison, comparisons, point, verdict
 from analysis.figures import Definition, definitions
 from analysis.redraw import draw_figure
 from analysis.results import Run, measurements, read_run
+from analysis.sheet import PNG_DPI
 from analysis.summary import better, summarize
 from analysis.topology import picture
 
 PAIRS = (("centralized", "integrated"), ("redis", "centralized"), ("nftables", "local"))
 """(baseline, other) compared in tables of their own: the question first, then the peers with what does their job."""
-PICTURES = 4                    # of topologies per experiment: one per shape, not one per trial
+PICTURES = 4  # of topologies per experiment: one per shape, not one per trial
 
 
 def write_report(run: Path) -> Path:
@@ -38,17 +39,26 @@ def write_report(run: Path) -> Path:
     read = read_run(Path(run))
     frame = measurements([read])
     page = _template().render(
-        run=read, profile=read.spec.get("profile", ""), facts=_facts(read), host=list(_flat(read.host)),
+        run=read,
+        profile=read.spec.get("profile", ""),
+        facts=_facts(read),
+        host=list(_flat(read.host)),
         valid=sum(_valid(trial) for trial in read.trials),
-        experiments=[_experiment(read, frame, name) for name in _experiments(read)])  # fmt: skip
+        experiments=[_experiment(read, frame, name) for name in _experiments(read)],
+    )
     path = read.path / "report.html"
     path.write_text(page, "utf-8")
     return path
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     environment.filters["digits"] = digits
     environment.filters["title"] = lambda name: name.replace("_", " ")
     environment.filters["label"] = lambda placement: style.look(placement).label
@@ -66,41 +76,72 @@ def _experiment(run: Run, frame: pd.DataFrame, name: str) -> dict[str, Any]:
     trials = [trial for trial in run.trials if trial["experiment"] == name]
     question = run.spec.get("experiments", {}).get(name, {}).get("question") or next((figure.question for figure in figures), "")
     answers = [figure.answer(rows) for figure in figures if figure.answer and len(rows)]
-    pictures = [(figure, image) for figure in figures if (image := _image(run, frame, figure))]
-    return {"name": name, "question": question, "answer": answers[0] if answers else "No trial of this experiment has ended.",
-            "figures": [{"name": figure.name, "question": figure.question, "data": data} for figure, data in pictures],
-            "tables": [table for pair in PAIRS if (table := _table(rows, *pair))["lines"]], "topologies": _topologies(trials), "fidelity": _fidelity(trials), "paths": _paths(trials),
-            "drops": _drops(trials), "invalid": _invalid(trials), "trials": len(trials),
-            "valid": sum(_valid(trial) for trial in trials)}  # fmt: skip
+    pictures = [(figure, *image) for figure in figures if (image := _image(run, frame, figure))]
+    return {
+        "name": name,
+        "question": question,
+        "answer": answers[0] if answers else "No trial of this experiment has ended.",
+        "figures": [
+            {"name": figure.name, "question": figure.question, "data": data, "width_in": width_in}
+            for figure, data, width_in in pictures
+        ],
+        "tables": [table for pair in PAIRS if (table := _table(rows, *pair))["lines"]],
+        "topologies": _topologies(trials),
+        "fidelity": _fidelity(trials),
+        "paths": _paths(trials),
+        "drops": _drops(trials),
+        "invalid": _invalid(trials),
+        "trials": len(trials),
+        "valid": sum(_valid(trial) for trial in trials),
+    }
 
 
-def _image(run: Run, frame: pd.DataFrame, figure: Definition) -> str:
-    """Return the figure's PNG in base64, "" when there is nothing to draw."""
+def _image(run: Run, frame: pd.DataFrame, figure: Definition) -> tuple[str, float] | None:
+    """Return the figure's PNG in base64 and its width on the page (1.35 times that on paper), None if nothing to draw."""
     path = run.path / "figures" / f"{figure.name}.png"
     if not path.is_file() and not draw_figure(figure, frame, path.parent):
-        return ""
+        return None
     reduced = io.BytesIO()
-    Image.open(path).convert("RGB").quantize(256).save(reduced, "PNG", optimize=True)
-    return base64.b64encode(reduced.getvalue()).decode()
+    image = Image.open(path).convert("RGB")
+    image.quantize(256).save(reduced, "PNG", optimize=True)
+    return base64.b64encode(reduced.getvalue()).decode(), 1.35 * image.width / PNG_DPI
 
 
 def _table(rows: pd.DataFrame, baseline: str, other: str) -> dict[str, Any]:
     """Return the headline metrics of two placements, a line per point; the first pair's table has a column for all others."""
     compared = comparisons(rows, baseline, other)
     summary = summarize(rows[rows["histogram"].isna()])
-    placements = style.order(summary.loc[summary["trials"] > 0, "placement"]) if (baseline, other) == PAIRS[0] else [baseline, other]
-    return {"baseline": baseline, "other": other, "placements": placements,
-            "lines": [_line(row, summary, placements) for row in compared]}  # fmt: skip
+    measured = style.order(summary.loc[summary["trials"] > 0, "placement"])
+    placements = measured if (baseline, other) == PAIRS[0] else [baseline, other]
+    return {
+        "baseline": baseline,
+        "other": other,
+        "placements": placements,
+        "lines": [_line(row, summary, placements) for row in compared],
+    }
 
 
 def _line(row: Comparison, summary: pd.DataFrame, placements: Sequence[str]) -> dict[str, Any]:
     sweep = json.dumps(row.sweep, sort_keys=True)
-    here = summary[(summary["topology"] == row.topology) & (summary["sweep"] == sweep) & (summary["metric"] == row.metric)
-                   & (summary["replicas"] == row.replicas) & (summary["trials"] > 0)]  # fmt: skip
+    here = summary[
+        (summary["topology"] == row.topology)
+        & (summary["sweep"] == sweep)
+        & (summary["metric"] == row.metric)
+        & (summary["replicas"] == row.replicas)
+        & (summary["trials"] > 0)
+    ]
     here = here[(here["nf"] == row.nf) | (row.nf == "")].set_index("placement")
     cells = [_cell(here.loc[name]) if name in here.index else None for name in placements]
-    return {"point": point(row), "metric": row.metric, "unit": row.unit, "better": better(row.metric), "cells": cells,
-            "ratio": digits(row.ratio), "verdict": verdict(row), "clear": row.clear}  # fmt: skip
+    return {
+        "point": point(row),
+        "metric": row.metric,
+        "unit": row.unit,
+        "better": better(row.metric),
+        "cells": cells,
+        "ratio": digits(row.ratio),
+        "verdict": verdict(row),
+        "clear": row.clear,
+    }
 
 
 def _cell(measured: pd.Series) -> dict[str, str]:
@@ -118,7 +159,9 @@ def _topologies(trials: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     for shape, alike in list(shapes.items())[:PICTURES]:
         network = json.loads(shape)
         labels = [style.look(name).label for name in style.order(trial["placement"] for trial in alike)]
-        means = f"datapath {network.get('datapath', 'unknown')}, link delay by {network.get('delay_mechanism', 'unknown')}"
+        mechanism = network.get("delay_mechanism", "unknown")
+        delay = "no link delay" if mechanism == "none" else f"link delay by {mechanism}"
+        means = f"datapath {network.get('datapath', 'unknown')}, {delay}"
         caption = f"{network.get('name', '').replace('_', ' ')} with state {' / '.join(labels)}; {means}"
         shown.append({"caption": caption, "svg": picture(network)})
     return shown
@@ -130,10 +173,16 @@ def _fidelity(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     lines = []
     for placement in style.order(trial["placement"] for trial in trials):
         here = [trial for trial in trials if trial["placement"] == placement]
-        values = {name: [value for trial in here for key, value in _flat(trial.get("fidelity", {})) if key == name and _number(value)]
-                  for name in measures}  # fmt: skip
-        lines.append({"placement": placement, "trials": len(here), "valid": sum(map(_valid, here)),
-                      "cells": [_spread(values[name]) for name in measures]})  # fmt: skip
+        said = [pair for trial in here for pair in _flat(trial.get("fidelity", {})) if _number(pair[1])]
+        values = {name: [value for key, value in said if key == name] for name in measures}
+        lines.append(
+            {
+                "placement": placement,
+                "trials": len(here),
+                "valid": sum(map(_valid, here)),
+                "cells": [_spread(values[name]) for name in measures],
+            }
+        )
     return {"measures": measures, "lines": lines}
 
 
@@ -143,10 +192,17 @@ def _paths(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for trial in trials:
         for path in trial.get("calibration", {}).get("paths", []):
             paths.setdefault(f"{trial['topology'].replace('_', ' ')}: {path['path']}", []).append(path)
-    return [{"path": name, "spec_us": digits(measured[0].get("spec_us", 0)), "measured": len(measured),
-             "cells": [_spread([path[key] for path in measured if _number(path.get(key))]) for key in ("rtt_us", "excess_us")],
-             "lost": sum(path.get("lost", 0) for path in measured), "sent": sum(path.get("sent", 0) for path in measured)}
-            for name, measured in sorted(paths.items())]  # fmt: skip
+    return [
+        {
+            "path": name,
+            "spec_us": digits(measured[0].get("spec_us", 0)),
+            "measured": len(measured),
+            "cells": [_spread([path[key] for path in measured if _number(path.get(key))]) for key in ("rtt_us", "excess_us")],
+            "lost": sum(path.get("lost", 0) for path in measured),
+            "sent": sum(path.get("sent", 0) for path in measured),
+        }
+        for name, measured in sorted(paths.items())
+    ]
 
 
 def _drops(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -157,7 +213,8 @@ def _drops(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for cause, count in _flat(trial.get("ledger", {})):
             if _number(count) and count:
                 counts.setdefault(cause, Counter())[trial["placement"]] += count
-    return {"placements": placements, "lines": [(cause, [f"{by[name]:,}" for name in placements]) for cause, by in counts.items()]}
+    lines = [(cause, [f"{by[name]:,}" for name in placements]) for cause, by in counts.items()]
+    return {"placements": placements, "lines": lines}
 
 
 def _invalid(trials: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -177,7 +234,8 @@ def _invalid(trials: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 def _facts(run: Run) -> list[tuple[str, Any]]:
     """Return what the run says of itself; of uncommitted changes only how many lines they are."""
     facts = [(name, value) for name, value in run.spec.items() if name not in ("experiments", "diff", "run_id")]
-    changed = sum(line[:1] in ("+", "-") and line[:3] not in ("+++", "---") for line in str(run.spec.get("diff") or "").splitlines())
+    diff = str(run.spec.get("diff") or "").splitlines()
+    changed = sum(line[:1] in ("+", "-") and line[:3] not in ("+++", "---") for line in diff)
     began = sorted(trial["started"] for trial in run.trials if trial.get("started"))
     shown = [(name, value) for fact in facts for name, value in _flat(dict([fact]))]
     if "diff" in run.spec:

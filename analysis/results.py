@@ -40,8 +40,9 @@ def read_run(path: Path) -> Run:
     if not (path / "trials.jsonl").is_file():
         raise NearstateError(f"{path} is no run: it holds no trials.jsonl; a run is a folder of results/, such as results/latest")
     trials, notes = _read_trials(path / "trials.jsonl")
-    return Run(path, _read_object(path / "spec.json", notes), _read_object(path / "host.json", notes),
-               tuple(trials), tuple(notes))
+    return Run(
+        path, _read_object(path / "spec.json", notes), _read_object(path / "host.json", notes), tuple(trials), tuple(notes)
+    )
 
 
 def _read_trials(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -89,16 +90,31 @@ def measurements(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def _trial_rows(run: str, trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    base = {"run": run, "trial": trial["trial"], "experiment": trial["experiment"], "topology": trial["topology"],
-            "placement": trial["placement"], "nf": trial.get("nf") or "", "replicas": int(trial.get("replicas", 1)),
-            "repeat": trial.get("repeat", 0)}
+    base = {
+        "run": run,
+        "trial": trial["trial"],
+        "experiment": trial["experiment"],
+        "topology": trial["topology"],
+        "placement": trial["placement"],
+        "nf": trial.get("nf") or "",
+        "replicas": int(trial.get("replicas", 1)),
+        "repeat": trial.get("repeat", 0),
+    }
     for point in trial.get("points") or [{}]:
         sweep = {name: _whole(value) for name, value in {**trial.get("sweep", {}), **point.get("sweep", {})}.items()}
         reasons = [*trial.get("invalid_reasons", []), *point.get("invalid_reasons", [])]
-        common = {**sweep, **base, "sweep": json.dumps(sweep, sort_keys=True),
-                  "valid": bool(trial.get("valid", True)) and bool(point.get("valid", True)), "reasons": "; ".join(reasons)}
-        scalars = {name: float(value) for name, value in point.get("metrics", {}).items()
-                   if isinstance(value, (int, float)) and math.isfinite(value)}
+        common = {
+            **sweep,
+            **base,
+            "sweep": json.dumps(sweep, sort_keys=True),
+            "valid": bool(trial.get("valid", True)) and bool(point.get("valid", True)),
+            "reasons": "; ".join(reasons),
+        }
+        scalars = {
+            name: float(value)
+            for name, value in point.get("metrics", {}).items()
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        }
         histograms = point.get("histograms", {})
         for name, value in scalars.items():
             yield {**common, "metric": name, "value": value, "histogram": None}
@@ -126,7 +142,7 @@ class Distribution:
 
     def quantiles(self, fractions: Sequence[float] | np.ndarray) -> np.ndarray:
         """Return float64[n]: the values that the `fractions` (0 to 1) of those recorded do not exceed, within precision."""
-        ranks = np.ceil(np.asarray(fractions) * self.total - 1e-9).clip(min=1)      # 0.07 * 100 is a little above 7
+        ranks = np.ceil(np.asarray(fractions) * self.total - 1e-9).clip(min=1)  # 0.07 * 100 is a little above 7
         return self.upper[np.searchsorted(np.cumsum(self.counts), ranks)]
 
 
@@ -138,8 +154,9 @@ def decode(encoded: str) -> Distribution:
     """
     try:
         histogram = HdrHistogram.decode(encoded)
-    except Exception as error:                          # the package raises whatever its C part or zlib raises
-        raise NearstateError(f"a histogram of {len(encoded)} characters does not decode: {error or type(error).__name__}") from error
+    except Exception as error:  # whatever its C part, zlib or base64 raise
+        said = f"{type(error).__name__} {error}".strip()
+        raise NearstateError(f"a histogram of {len(encoded)} characters is no HdrHistogram: {said}") from error
     counts = np.array(histogram.counts, dtype=np.int64)
     index = np.flatnonzero(counts)
     half = histogram.sub_bucket_half_count

@@ -23,6 +23,7 @@ from analysis.summary import confidence_interval
 MARKED_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 # A curve of a few hundred points is indistinguishable on paper from one of 10,000 buckets, and keeps the PDF small.
 CURVE = np.unique(np.concatenate([np.linspace(0, 0.99, 199), 1 - np.logspace(-2, -5, 31), [1.0]]))
+PNG_DPI = 200
 POINT_COLUMNS = ("panel", "series", "mark", "x_name", "x", "y_name", "y", "low", "high", "repeats")
 
 
@@ -35,7 +36,8 @@ class Sheet:
         self.points: list[dict[str, Any]] = []
 
     def panels(self, rows: int, columns: int, height_in: float, **sharing: Any) -> np.ndarray:
-        """Return a (rows, columns) array of axes on a figure `height_in` inches high."""
+        """Return a (rows, columns) array of axes on a figure `height_in` inches high, narrower for one or two columns."""
+        self.width_in = min(self.width_in, max(style.ONE_COLUMN_IN, 2.35 * columns))
         self.figure.set_size_inches(self.width_in, height_in)
         panels: np.ndarray = self.figure.subplots(rows, columns, squeeze=False, **sharing)
         return panels
@@ -80,7 +82,7 @@ class Sheet:
             median, low, high = self._median(rows, panel, placement, metric, "position", position)
             axes.bar(position, median, 0.7, bottom=below, color=colour, hatch=hatch, edgecolor="black", linewidth=0.4)
             below += median
-            high_above += np.nan_to_num([median - low, high - median]) ** 2     # independent spreads add in squares
+            high_above += np.nan_to_num([median - low, high - median]) ** 2  # independent spreads add in squares
         axes.errorbar(position, below, yerr=np.sqrt(high_above)[:, None], color="black", elinewidth=0.7)
 
     def cdf_axes(self, panels: np.ndarray, of: str, latency: str) -> None:
@@ -105,16 +107,16 @@ class Sheet:
 
     def legend_of(self, handles: Sequence[Any], labels: Sequence[str]) -> None:
         """Put any legend above the panels, as many entries abreast as the width holds."""
-        rows = math.ceil(sum(0.6 + 0.05 * len(label) for label in labels) / self.width_in)      # inches at 8 points
+        rows = math.ceil(sum(0.6 + 0.05 * len(label) for label in labels) / self.width_in)  # inches at 8 points
         abreast = math.ceil(len(labels) / rows)
         self.figure.legend(handles, labels, loc="outside upper center", ncols=abreast, borderaxespad=0.2, columnspacing=1.5)
 
     def save(self, stem: Path) -> list[Path]:
-        """Write `stem`.pdf, .png (200 dpi) and .csv (the points drawn) and return their paths."""
+        """Write `stem`.pdf, .png and .csv (the points drawn) and return their paths."""
         stem.parent.mkdir(parents=True, exist_ok=True)
         pdf, png, csv = (stem.with_name(f"{stem.name}.{kind}") for kind in ("pdf", "png", "csv"))
-        self.figure.savefig(pdf, metadata={"CreationDate": None})       # without a date, the same data gives the same file
-        self.figure.savefig(png, dpi=200)
+        self.figure.savefig(pdf, metadata={"CreationDate": None})  # without a date, the same data gives the same file
+        self.figure.savefig(png, dpi=PNG_DPI)
         pd.DataFrame(self.points, columns=list(POINT_COLUMNS)).to_csv(csv, index=False, float_format="%.6g")
         return [pdf, png, csv]
 
@@ -124,8 +126,9 @@ class Sheet:
         self._note(panel, series, mark, (x_name, x), (str(rows["metric"].iloc[0]), median), low, high, len(values))
         return median, low, high
 
-    def _note(self, panel: str, series: str, mark: str, x: tuple[str, Any], y: tuple[str, float], low: float, high: float,
-              repeats: int) -> None:
+    def _note(
+        self, panel: str, series: str, mark: str, x: tuple[str, Any], y: tuple[str, float], low: float, high: float, repeats: int
+    ) -> None:
         self.points.append(dict(zip(POINT_COLUMNS, (panel, series, mark, *x, *y, low, high, repeats))))
 
 

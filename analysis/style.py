@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-ONE_COLUMN_IN = 3.33            # ACM sigconf: two columns of 3.33 in, 7.0 in across both
+ONE_COLUMN_IN = 3.33  # ACM sigconf: two columns of 3.33 in, 7.0 in across both
 TWO_COLUMNS_IN = 7.0
 
 
@@ -18,8 +18,8 @@ class Look:
     label: str
     colour: str
     marker: str
-    dashes: tuple[float, ...]   # on, off, ... in line widths; empty for a solid line
-    hatch: str                  # of its bars
+    dashes: tuple[float, ...]  # on, off, ... in line widths; empty for a solid line
+    hatch: str  # of its bars
 
 
 # Colours: Okabe and Ito, Color Universal Design (2008), its yellow deepened since it vanishes on white paper. No two
@@ -46,16 +46,39 @@ COMPONENTS = {
 }
 
 PAPER = {
-    "pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
     # STIX ships with matplotlib, so a figure looks the same wherever it is drawn; it sits well beside a paper's text.
-    "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 8,
-    "axes.titlesize": 8.5, "axes.labelsize": 8.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.fontsize": 8,
-    "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.4,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.width": 0.4, "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "lines.linewidth": 1.2, "lines.markersize": 3.5,
-    "hatch.linewidth": 0.5, "errorbar.capsize": 1.8, "legend.frameon": False, "legend.handlelength": 2.6,
-    "figure.constrained_layout.h_pad": 0.03, "figure.constrained_layout.w_pad": 0.03,
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.4,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "hatch.linewidth": 0.5,
+    "errorbar.capsize": 1.8,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "figure.constrained_layout.h_pad": 0.03,
+    "figure.constrained_layout.w_pad": 0.03,
 }
 
 
@@ -70,8 +93,13 @@ def look(placement: str) -> Look:
 def line(placement: str) -> dict[str, Any]:
     """Return the keyword arguments for matplotlib's `plot` that draw a placement's line."""
     style = look(placement)
-    return {"label": style.label, "color": style.colour, "marker": style.marker,
-            "linestyle": (0, style.dashes) if style.dashes else "-", "markeredgewidth": 0}
+    return {
+        "label": style.label,
+        "color": style.colour,
+        "marker": style.marker,
+        "linestyle": (0, style.dashes) if style.dashes else "-",
+        "markeredgewidth": 0,
+    }
 
 
 def order(placements: Iterable[str]) -> list[str]:

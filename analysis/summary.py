@@ -16,8 +16,21 @@ from analysis.results import CONFIGURATION, measurements, read_run
 COLUMNS = (*CONFIGURATION, "sweep", "metric", "unit", "median", "low", "high", "trials", "invalid_trials")
 POINT = [*CONFIGURATION, "sweep", "metric"]
 
-UNITS = {"ns": "ns", "us": "us", "ms": "ms", "s": "s", "kpps": "kpps", "mpps": "Mpps", "kops": "kops", "gbps": "Gbit/s",
-         "mbps": "Mbit/s", "bytes": "B", "mbytes": "MB", "ratio": "ratio", "percent": "%"}
+UNITS = {
+    "ns": "ns",
+    "us": "us",
+    "ms": "ms",
+    "s": "s",
+    "kpps": "kpps",
+    "mpps": "Mpps",
+    "kops": "kops",
+    "gbps": "Gbit/s",
+    "mbps": "Mbit/s",
+    "bytes": "B",
+    "mbytes": "MB",
+    "ratio": "ratio",
+    "percent": "%",
+}
 HIGHER_IS_BETTER = ("kpps", "mpps", "kops", "gbps", "mbps")
 
 # Student's t, two-sided 95 %, for 1 to 4 degrees of freedom (Abramowitz and Stegun, table 26.10).
@@ -74,7 +87,7 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """
     scalars = frame[(frame["metric"] != "") & frame["histogram"].isna()]
     rows = [_summary_row(dict(zip(POINT, key)), group) for key, group in scalars.groupby(POINT, sort=False)]
-    rows.sort(key=lambda row: [row[name] for name in CONFIGURATION])        # trials are shuffled, points keep their order
+    rows.sort(key=lambda row: [row[name] for name in CONFIGURATION])  # trials are shuffled, points keep their order
     for _, trial in frame[frame["metric"] == ""].iterrows():
         _count_pointless(trial, rows)
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -83,18 +96,39 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
 def _summary_row(point: dict[str, Any], group: pd.DataFrame) -> dict[str, Any]:
     values = group.loc[group["valid"], "value"].to_numpy()
     low, high = confidence_interval(values)
-    return {**point, "unit": unit(point["metric"]), "median": float(np.median(values)) if len(values) else math.nan,
-            "low": low, "high": high, "trials": len(values), "invalid_trials": int((~group["valid"]).sum())}
+    return {
+        **point,
+        "unit": unit(point["metric"]),
+        "median": float(np.median(values)) if len(values) else math.nan,
+        "low": low,
+        "high": high,
+        "trials": len(values),
+        "invalid_trials": int((~group["valid"]).sum()),
+    }
 
 
 def _count_pointless(trial: pd.Series, rows: list[dict[str, Any]]) -> None:
     """Count a trial that ended before its first point against every point it would have measured."""
     swept = json.loads(trial["sweep"]).items()
-    missed = [row for row in rows if all(row[name] == trial[name] for name in CONFIGURATION)
-              and swept <= json.loads(row["sweep"]).items()]
+    missed = [
+        row
+        for row in rows
+        if all(row[name] == trial[name] for name in CONFIGURATION) and swept <= json.loads(row["sweep"]).items()
+    ]
     if not missed:
-        missed = [{**{name: trial[name] for name in CONFIGURATION}, "sweep": trial["sweep"], "metric": "", "unit": "",
-                   "median": math.nan, "low": math.nan, "high": math.nan, "trials": 0, "invalid_trials": 0}]
+        missed = [
+            {
+                **{name: trial[name] for name in CONFIGURATION},
+                "sweep": trial["sweep"],
+                "metric": "",
+                "unit": "",
+                "median": math.nan,
+                "low": math.nan,
+                "high": math.nan,
+                "trials": 0,
+                "invalid_trials": 0,
+            }
+        ]
         rows.extend(missed)
     for row in missed:
         row["invalid_trials"] += 1

@@ -1,9 +1,9 @@
 """What did the emulated network look like? Draws a trial's "network" as SVG, in the layout of the design's picture.
 
-            client                  server
-        ====+=======  switch  ======+=======
-         |    |    |             |
-        +---- nf1 ----+       store1
+    client                  server
+====+=======  switch  ======+=======
+ |    |    |             |
++---- nf1 ----+       store1
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-LANE = 1.0                      # width of one link's lane; all lengths in the drawing's own unit
+LANE = 1.0  # width of one link's lane; all lengths in the drawing's own unit
 BOX_HEIGHT, ROW, BAR_HEIGHT = 0.95, 1.75, 0.36
-INCHES = 0.62                   # per unit
+INCHES = 0.53  # per unit
 FILL = {"nf": "#DCEAF5", "store": "#FBEBD0", "switch": "#E8E8E8"}
 LOOK = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 8}
+Place = tuple[float, float]  # x, y
+Box = tuple[float, float, float, float]  # centre x, centre y, width, height
 ABOVE, BELOW = ("client", "server"), ("nf", "store", "control")
 
 
@@ -37,7 +39,7 @@ def picture(network: dict[str, Any]) -> str:
         figure = Figure()
         axes = figure.add_axes((0, 0, 1, 1))
         for link, (start, end) in zip(links, _paths(links, boxes)):
-            _draw_link(axes, link, start, end, boxes)
+            _draw_link(axes, link, start, end)
         for node in nodes:
             _draw_node(axes, node, boxes[node["name"]])
         edges = [(x - width / 2, x + width / 2, y - height / 2, y + height / 2) for x, y, width, height in boxes.values()]
@@ -49,18 +51,17 @@ def picture(network: dict[str, Any]) -> str:
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    return svg[svg.index("<svg"):].replace("'DejaVu Sans'", "'DejaVu Sans', sans-serif")
-
-
-Box = tuple[float, float, float, float]         # centre x, centre y, width, height
+    return svg[svg.index("<svg") :].replace("'DejaVu Sans'", "'DejaVu Sans', sans-serif")
 
 
 def _around_a_switch(nodes: Sequence[dict[str, Any]], links: Sequence[dict[str, Any]], switch: str) -> dict[str, Box]:
     """Place the switch as a bar, clients and servers above it, everything else below."""
     lanes = {node["name"]: max(1, sum(node["name"] in (link["a"], link["b"]) for link in links)) for node in nodes}
     upper = sorted((node for node in nodes if node["role"] in ABOVE), key=lambda node: (ABOVE.index(node["role"]), node["name"]))
-    lower = sorted((node for node in nodes if node["role"] not in (*ABOVE, "switch")),
-                   key=lambda node: (BELOW.index(node["role"]) if node["role"] in BELOW else 9, node["name"]))  # fmt: skip
+    lower = sorted(
+        (node for node in nodes if node["role"] not in (*ABOVE, "switch")),
+        key=lambda node: (BELOW.index(node["role"]) if node["role"] in BELOW else 9, node["name"]),
+    )
     widths = {node["name"]: max(1.7, lanes[node["name"]] * LANE) for node in nodes}
     span = max(sum(widths[node["name"]] + 0.3 for node in row) for row in (upper, lower, [nodes[0]]) if row)
     boxes: dict[str, Box] = {switch: (span / 2, 0.0, span, BAR_HEIGHT)}
@@ -76,29 +77,26 @@ def _around_a_switch(nodes: Sequence[dict[str, Any]], links: Sequence[dict[str, 
 
 def _in_tiers(nodes: Sequence[dict[str, Any]], links: Sequence[dict[str, Any]]) -> dict[str, Box]:
     """Without a switch: client, NF, server in a row and stores below. With several: hosts below, switches by distance."""
-    graph = nx.Graph((link["a"], link["b"]) for link in links)
+    graph: nx.Graph = nx.Graph((link["a"], link["b"]) for link in links)
     graph.add_nodes_from(node["name"] for node in nodes)
     switches = {node["name"] for node in nodes if node["role"] == "switch"}
-    tiers: dict[str, int] = {}
-    for node in nodes:
-        name, role = node["name"], node["role"]
-        if not switches:
-            tiers[name] = 1 if role in (*ABOVE, "nf") else 0
-        else:
-            distance = nx.multi_source_dijkstra_path_length(graph, set(graph) - switches)
-            tiers[name] = int(distance.get(name, 1)) if role == "switch" else 0
+    if switches:
+        tiers = {name: int(hops) for name, hops in nx.multi_source_dijkstra_path_length(graph, set(graph) - switches).items()}
+    else:
+        tiers = {node["name"]: 1 if node["role"] in (*ABOVE, "nf") else 0 for node in nodes}
     rank = {"client": 0, "nf": 1, "store": 2, "control": 3, "server": 9}
     boxes: dict[str, Box] = {}
     longest = max(sum(tier == level for tier in tiers.values()) for level in set(tiers.values()))
     for level in set(tiers.values()):
-        row = sorted((node for node in nodes if tiers[node["name"]] == level), key=lambda node: (rank.get(node["role"], 5), node["name"]))
+        alike = [node for node in nodes if tiers[node["name"]] == level]
+        row = sorted(alike, key=lambda node: (rank.get(node["role"], 5), node["name"]))
         for place, node in enumerate(row):
             step = longest * 2.9 / len(row)
             boxes[node["name"]] = ((place + 0.5) * step, level * ROW * 1.05, 1.8, BOX_HEIGHT if node["role"] != "switch" else 0.5)
     return boxes
 
 
-def _paths(links: Sequence[dict[str, Any]], boxes: dict[str, Box]) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+def _paths(links: Sequence[dict[str, Any]], boxes: dict[str, Box]) -> list[tuple[Place, Place]]:
     """Return each link's ends: side by side along the host's edge, straight up or down where a wide bar is opposite."""
     drawn = []
     for link in links:
@@ -116,17 +114,36 @@ def _paths(links: Sequence[dict[str, Any]], boxes: dict[str, Box]) -> list[tuple
     return drawn
 
 
-def _draw_link(axes: Axes, link: dict[str, Any], start: tuple[float, float], end: tuple[float, float], boxes: dict[str, Box]) -> None:
+def _draw_link(axes: Axes, link: dict[str, Any], start: Place, end: Place) -> None:
     axes.plot([start[0], end[0]], [start[1], end[1]], color="#666666", linewidth=1, zorder=1)
     delay = f"\n{link['delay_us']:g} µs" if link.get("delay_us") else ""
-    axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, f"{link.get('label', '')}{delay}", ha="center", va="center",
-              fontsize=6.5, color="#333333", zorder=2, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+    axes.text(
+        (start[0] + end[0]) / 2,
+        (start[1] + end[1]) / 2,
+        f"{link.get('label', '')}{delay}",
+        ha="center",
+        va="center",
+        fontsize=6.5,
+        color="#333333",
+        zorder=2,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+    )
 
 
 def _draw_node(axes: Axes, node: dict[str, Any], box: Box) -> None:
     x, y, width, height = box
-    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.06",
-                                  facecolor=FILL.get(node["role"], "#FFFFFF"), edgecolor="#333333", linewidth=0.9, zorder=3))
+    axes.add_patch(
+        FancyBboxPatch(
+            (x - width / 2, y - height / 2),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.06",
+            facecolor=FILL.get(node["role"], "#FFFFFF"),
+            edgecolor="#333333",
+            linewidth=0.9,
+            zorder=3,
+        )
+    )
     processes = node.get("processes", [])
     axes.text(x, y + (0.25 if processes else 0), node["name"], ha="center", va="center", weight="bold", zorder=4)
     if processes:

@@ -21,7 +21,7 @@ from analysis.sheet import Sheet
 from analysis.style import TWO_COLUMNS_IN
 from datastore.native.errors import NearstateError
 
-CARRIED_RATIO = 0.99            # a placement carries a load when it delivers this share of it
+CARRIED_RATIO = 0.99  # a placement carries a load when it delivers this share of it
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,18 @@ def definitions() -> dict[str, Definition]:
 
 def _load(name: str, module: ModuleType) -> Definition:
     for wanted, kind in (("EXPERIMENT", str), ("draw", Callable)):
-        if not isinstance(getattr(module, wanted, None), kind):     # type: ignore[arg-type]
+        if not isinstance(getattr(module, wanted, None), kind):  # type: ignore[arg-type]
             raise NearstateError(f"figure file analysis/figures/{name}.py has no {wanted}; see analysis/figures/__init__.py")
     question = (module.__doc__ or "").strip().partition("\n")[0]
-    return Definition(name, module.EXPERIMENT, question, module.draw, getattr(module, "answer", None),
-                      tuple(getattr(module, "HEADLINES", ())), getattr(module, "WIDTH_IN", TWO_COLUMNS_IN))
+    return Definition(
+        name,
+        module.EXPERIMENT,
+        question,
+        module.draw,
+        getattr(module, "answer", None),
+        tuple(getattr(module, "HEADLINES", ())),
+        getattr(module, "WIDTH_IN", TWO_COLUMNS_IN),
+    )
 
 
 def highest_carried_kpps(frame: pd.DataFrame, placements: list[str]) -> int | float | None:

@@ -16,7 +16,8 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     """Panels: network functions across, topologies down. Stacked medians at the highest load all of a panel carry."""
     costs = _with_rest(frame)
     topologies, nfs = style.order_topologies(costs["topology"]), style.order_nfs(costs["nf"])
-    carried = {(topology, nf): load for topology in topologies for nf in nfs if (load := _load_carried(frame, costs, topology, nf))}
+    loads = {(topology, nf): _load_carried(frame, costs, topology, nf) for topology in topologies for nf in nfs}
+    carried = {panel: load for panel, load in loads.items() if load}
     topologies = [topology for topology in topologies if any(topology == panel[0] for panel in carried)]
     if not carried:
         return

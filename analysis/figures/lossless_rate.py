@@ -12,10 +12,17 @@ EXPERIMENT = "throughput"
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     """Panels: topology and kind of rate. Bars: median of repeats, 95 % confidence interval."""
-    saturated = (frame["metric"] == "delivered_kpps") & (frame.get("load", pd.Series(index=frame.index, dtype=str)) == "saturated")
-    kinds = {"without loss": frame[frame["metric"] == "lossless_kpps"], "saturated": frame[saturated]}
-    shown = [(topology, kind, rows[rows["topology"] == topology]) for topology in style.order_topologies(frame["topology"])
-             for kind, rows in kinds.items() if (rows["topology"] == topology).any()]
+    saturated = frame[frame.get("load", pd.Series(index=frame.index, dtype=str)) == "saturated"]
+    kinds = {
+        "without loss": frame[frame["metric"] == "lossless_kpps"],
+        "saturated": saturated[saturated["metric"] == "delivered_kpps"],
+    }
+    shown = [
+        (topology, kind, rows[rows["topology"] == topology])
+        for topology in style.order_topologies(frame["topology"])
+        for kind, rows in kinds.items()
+        if (rows["topology"] == topology).any()
+    ]
     if not shown:
         return
     (panels,) = sheet.panels(1, len(shown), 2.1)

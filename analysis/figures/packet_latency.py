@@ -27,6 +27,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     for row, load in zip(panels, loads):
         for axes, nf in zip(row, nfs):
             here = latencies[(latencies["nf"] == nf) & (latencies["offered_kpps"] == load)]
+            axes.set_visible(len(here) > 0)
             for placement, rows in by_placement(here):
                 sheet.cdf(axes, rows["histogram"], placement, f"{nf}, {load:g} kpps")
             axes.set_title(f"{title(nf)}, {load:g} kpps")

@@ -25,6 +25,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     for row, load in zip(panels, loads):
         for axes, operation in zip(row, OPERATIONS):
             here = latencies[(latencies["load"] == load) & (latencies["operation"] == operation)]
+            axes.set_visible(len(here) > 0)
             for placement, rows in by_placement(here):
                 sheet.cdf(axes, rows["histogram"], placement, f"{operation}, {load}")
             axes.set_title(f"{operation.replace('_', '-')}, {load}")
@@ -43,8 +44,13 @@ def answer(frame: pd.DataFrame) -> str:
     if absent:
         return missing(*absent)
     local_us = merged["integrated"]
-    remote = [f"{microseconds(p50)} ({times(p50, local_us[0])} as long; p99 {microseconds(p99)}) in {where}"
-              for name, where in (("centralized", "the centralized store"), ("redis", "Redis")) if name in merged
-              for p50, p99 in [merged[name]]]
-    return (f"One read-modify-write takes {microseconds(local_us[0])} at the median (p99 {microseconds(local_us[1])}) in the "
-            f"integrated store, against {listing(remote)} across the emulated rack.")
+    remote = [
+        f"{microseconds(p50)} ({times(p50, local_us[0])} as long; p99 {microseconds(p99)}) in {where}"
+        for name, where in (("centralized", "the centralized store"), ("redis", "Redis"))
+        if name in merged
+        for p50, p99 in [merged[name]]
+    ]
+    return (
+        f"One read-modify-write takes {microseconds(local_us[0])} at the median (p99 {microseconds(local_us[1])}) in the "
+        f"integrated store, against {listing(remote)} across the emulated rack."
+    )

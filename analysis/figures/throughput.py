@@ -11,8 +11,11 @@ from analysis.sheet import Sheet, by_placement, title
 from analysis.summary import typical
 
 EXPERIMENT = "throughput"
-HEADLINES = (Headline("lossless_kpps", {"search": "rfc2544"}), Headline("delivered_kpps", {"load": "saturated"}),
-             Headline("nf_cpu_us", carried=True))
+HEADLINES = (
+    Headline("lossless_kpps", {"search": "rfc2544"}),
+    Headline("delivered_kpps", {"load": "saturated"}),
+    Headline("nf_cpu_us", carried=True),
+)
 
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
@@ -27,6 +30,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
         in_topology = delivered[delivered["topology"] == topology]
         top = 1.08 * max(in_topology.groupby(["nf", "placement", "offered_kpps"])["value"].median())
         for axes, nf in zip(row, nfs):
+            axes.set_visible((in_topology["nf"] == nf).any())
             axes.axline((0, 0), slope=1, color="#BBBBBB", linewidth=0.8, zorder=0)
             for placement, rows in by_placement(in_topology[in_topology["nf"] == nf]):
                 sheet.curve(axes, rows, "offered_kpps", placement, f"{topology}, {nf}")
@@ -42,8 +46,11 @@ def answer(frame: pd.DataFrame) -> str:
     rate = frame[frame["metric"] == "lossless_kpps"]
 
     def ratios(placement: str, against: str) -> list[float]:
-        pairs = [[typical(rate, "lossless_kpps", topology="rack", nf=nf, placement=name) for name in (placement, against)]
-                 for nf in sorted(set(rate["nf"])) if nf != "passthrough"]
+        pairs = [
+            [typical(rate, "lossless_kpps", topology="rack", nf=nf, placement=name) for name in (placement, against)]
+            for nf in sorted(set(rate["nf"]))
+            if nf != "passthrough"
+        ]
         return [ours / theirs for ours, theirs in pairs if ours and theirs]
 
     centralized, local = ratios("integrated", "centralized"), ratios("integrated", "local")
@@ -51,8 +58,11 @@ def answer(frame: pd.DataFrame) -> str:
         return missing("a lossless rate of integrated and centralized in the rack")
     sentence = f"Without loss, integrated forwards {spread(centralized)} the packets of centralized in the rack"
     sentence += f" and {spread(local)} those of local state" if local else ""
-    ours, kernel = (typical(frame, "delivered_kpps", topology="back_to_back", nf="firewall", load="saturated", placement=name)
-                    for name in ("local", "nftables"))
+    ours, kernel = (
+        typical(frame, "delivered_kpps", topology="back_to_back", nf="firewall", load="saturated", placement=name)
+        for name in ("local", "nftables")
+    )
     if ours and kernel:
-        sentence += f"; back to back and saturated, the firewall with local state delivers {digits(ours / kernel)}x what nftables does"
+        sentence += "; back to back and saturated, the firewall with local state delivers "
+        sentence += f"{digits(ours / kernel)}x what nftables does"
     return sentence + "."
