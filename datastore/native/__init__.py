@@ -29,12 +29,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def jit(function: Function) -> Function:
-    """Compile `function` at its first call: no interpreter, no GIL, cached on disk, integer division unchecked."""
+    """Compile `function` at its first call: no interpreter, no GIL, cached on disk, integer division unchecked.
+
+    Arrays are not reference counted inside (callers in Python hold them), so a compiled function can neither make an array
+    nor return one. Counting measured 43 % of the packet loop: every call counts every array it is given, atomically.
+    """
+    compiled: Function = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
+    return compiled
+
+
+def allocating(function: Function) -> Function:
+    """As `jit`, for functions off the hot path that make or return arrays."""
     compiled: Function = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     return compiled
 
 
 def inline(function: Function) -> Function:
     """As `jit`, and every caller gets the body in place of a call: for functions of a few instructions."""
-    compiled: Function = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)(function)
+    compiled: Function = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True, _nrt=False)(function)
     return compiled

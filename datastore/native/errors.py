@@ -12,7 +12,7 @@ class NearstateError(Exception):
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> NearstateError:
     """Return the error for a `name` that is none of the `valid` ones of its `kind`, naming the nearest first."""
-    names = sorted(valid)
+    names = sorted(filter(None, valid))
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     return NearstateError(f"unknown {kind} {name!r}: {hint}valid are {', '.join(names) or 'none'}")

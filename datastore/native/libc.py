@@ -6,7 +6,9 @@ import time
 from typing import Any
 
 import numpy as np
-from numba import carray, types
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from datastore.native import INTERPRETED, inline, jit
 
@@ -29,14 +31,22 @@ libc_fcntl = types.ExternalFunction("fcntl", _int(_int, _int, _pointer))
 sched_yield = types.ExternalFunction("sched_yield", _int())
 getpid = types.ExternalFunction("getpid", _int())
 kill = types.ExternalFunction("kill", _int(_int, _int))
-_errno_location = types.ExternalFunction("__errno_location", types.CPointer(_int)())
+_errno_location = types.ExternalFunction("__errno_location", _pointer())
 _clock_gettime = types.ExternalFunction("clock_gettime", _int(_int, _pointer))
+
+
+@intrinsic
+def _load_int(typingctx, pointer):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.load(builder.inttoptr(arguments[0], ir.IntType(32).as_pointer()))
+
+    return types.int32(types.uintp), generate
 
 
 @jit
 def errno() -> int:
     """Return the error number of this thread's last failed system call."""
-    return int(carray(_errno_location(), 1)[0])
+    return np.int64(_load_int(_errno_location()))
 
 
 @inline

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.native import allocating, inline, jit
 from datastore.native.errors import NearstateError
 from datastore.native.memory import fence, fetch_add, load_acquire, trailing_zeros
 from datastore.store import locking
@@ -368,9 +368,12 @@ def copy_bucket(words: np.ndarray, base: int, bucket: int, records: np.ndarray, 
     return count if load_acquire(words, base + LOCK) == seen else -1
 
 
-@jit
-def check_partition(words: np.ndarray, partition: int) -> int:
-    """Return 0 when a partition at rest is consistent, else which check failed (see `Table.verify`)."""
+@allocating
+def check_partition(words: np.ndarray, partition: int, probed: np.ndarray) -> int:
+    """Return 0 when a partition at rest is consistent, else which check failed (see `Table.verify`).
+
+    probed: int64[buckets], all zero; how many records probed past each bucket afterwards.
+    """
     base = partition_at(words, partition)
     buckets, bucket_words, slot_words = word(words, BUCKETS), word(words, BUCKET_WORDS), word(words, SLOT_WORDS)
     first = base + word(words, BUCKETS_OFFSET)
@@ -378,7 +381,6 @@ def check_partition(words: np.ndarray, partition: int) -> int:
         return 1
     if words[base + UNDO] != U0:
         return 2
-    probed = np.zeros(buckets, np.int64)
     count = 0
     for bucket in range(buckets):
         for position in range(SLOTS):
@@ -627,7 +629,7 @@ class Table:
     def verify(self) -> None:
         """Check a table at rest completely; raises NearstateError with the first fault and its partition."""
         for partition in range(self.partitions):
-            fault = check_partition(self.words, partition)
+            fault = check_partition(self.words, partition, np.zeros(int(self.words[BUCKETS]), np.int64))
             if fault:
                 raise NearstateError(f"table {self.name!r}, partition {partition}: {_FAULTS[fault]}")
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore.native import jit
+from datastore.native import allocating, jit
 from nfs.dataplane.headers import (
     FRAGMENT,
     INSIDE,
@@ -160,7 +160,7 @@ def _mutate(frame: np.ndarray, length: int, state: np.ndarray) -> int:
     return _random(state) % (length + 1) if _random(state) % 3 == 0 else length
 
 
-@jit
+@allocating
 def _fuzz(templates: np.ndarray, lengths: np.ndarray, count: int, seed: int, found: np.ndarray, statuses: np.ndarray) -> int:
     """Parse `count` mutated packets twice: at the end of the memory, and with other bytes behind. Return the number that
     came out differently, or claims more than its frame holds. statuses: int64[16], how often each status came out."""
