@@ -567,7 +567,7 @@ def _try_afxdp() -> str:
 
     try:
         area = frames.make_frames(2 * afxdp.RING_SLOTS)
-        opened = afxdp.open_port("one", area, afxdp.Umem(area))
+        opened = afxdp.open_ports(["one"], area)[0]
     except NearstateError as error:
         return str(error)
     port = opened.port

@@ -11,12 +11,14 @@ import ctypes as C
 import os
 import socket
 import struct
+import time
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from datastore.native.errors import NearstateError
+from datastore.native.libc import EBUSY
 from nfs.dataplane.frames import FRAME_BYTES, Frames
 from nfs.dataplane.port import AFXDP, FD, KIND, RESERVE, TX_PRODUCER, OpenPort, Port
 
@@ -25,6 +27,9 @@ AF_XDP = 44
 SOL_XDP, XDP_STATISTICS, XDP_MAX_TX_SKB_BUDGET = 283, 7, 9
 BIND_NEED_WAKEUP = 1 << 3
 BIND_COPY = 1 << 1
+BUSY_S = 1.0
+HANDLE = 0
+"""Where `OpenPort.keep` has libxdp's socket."""
 
 
 class Ring(C.Structure):
@@ -98,8 +103,35 @@ def _words(pointer: int, count: int, kind: Any) -> np.ndarray:
     return np.ctypeslib.as_array(C.cast(pointer, C.POINTER(kind)), (count,))
 
 
-def open_port(interface: str, frames: Frames, umem: Umem) -> OpenPort:
-    """Open queue 0 of `interface` over `umem`'s frames. Raises NearstateError with the interface and the reason."""
+class InterfaceBusy(NearstateError):
+    """Another AF_XDP socket has the interface."""
+
+
+def open_ports(interfaces: list[str], frames: Frames) -> list[OpenPort]:
+    """Open queue 0 of each interface over one area of frames. Raises NearstateError with the interface and the reason.
+
+    The kernel lets go of a killed process' sockets some milliseconds after its end, so a busy interface is tried again.
+    """
+    deadline = time.monotonic() + BUSY_S
+    first: NearstateError | None = None  # later ones may be about what we had open ourselves a moment ago
+    while True:
+        umem = Umem(frames)
+        opened: list[OpenPort] = []
+        try:
+            for interface in interfaces:
+                opened.append(_open_port(interface, frames, umem))
+            return opened
+        except NearstateError as error:
+            for port in opened:
+                library().xsk_socket__delete(port.keep[HANDLE])
+            library().xsk_umem__delete(umem.handle)
+            first = first or error
+            if not isinstance(error, InterfaceBusy) or time.monotonic() > deadline:
+                raise first from None
+        time.sleep(0.005)
+
+
+def _open_port(interface: str, frames: Frames, umem: Umem) -> OpenPort:
     fill, completion = umem.rings()
     rx, tx = _ring_pair()
     handle = C.c_void_p()
@@ -108,8 +140,9 @@ def open_port(interface: str, frames: Frames, umem: Umem) -> OpenPort:
         C.byref(handle), interface.encode(), 0, umem.handle, C.byref(rx), C.byref(tx), C.byref(fill), C.byref(completion),
         C.byref(config))  # fmt: skip
     if code:
-        raise NearstateError(f"AF_XDP socket on interface {interface!r} failed: {os.strerror(-code)}; is the interface here, "
-                             "up, and free of another AF_XDP socket?")  # fmt: skip
+        kind = InterfaceBusy if code == -EBUSY else NearstateError
+        raise kind(f"AF_XDP socket on interface {interface!r} failed: {os.strerror(-code)}; is the interface here, up, and "
+                   "free of another AF_XDP socket?")  # fmt: skip
     fd = library().xsk_socket__fd(handle)
     _raise_budget(fd)
     u32, u64 = C.c_uint32, C.c_uint64
@@ -124,7 +157,7 @@ def open_port(interface: str, frames: Frames, umem: Umem) -> OpenPort:
                 _words(completion.ring, RING_SLOTS, u64),
                 np.zeros(1, np.uint64))  # fmt: skip
     control[TX_PRODUCER] = int(port.tx_producer[0])
-    return OpenPort(port, fd, "afxdp", (rx, tx, fill, completion, umem, handle, frames))
+    return OpenPort(port, fd, "afxdp", (handle, rx, tx, fill, completion, umem, frames))
 
 
 def _raise_budget(fd: int) -> None:

@@ -64,31 +64,21 @@ class OpenPort(NamedTuple):
         return afxdp.statistics(self.fd) if self.kind == "afxdp" else afpacket.statistics(self.port)
 
 
-def open_port(interface: str, frames: Frames, kind: str = "auto", umem: Any = None) -> OpenPort:
-    """Open `interface` of the current network namespace; `kind` is afxdp, afpacket or auto (AF_XDP where it works).
-
-    Raises NearstateError naming the interface, the kind tried and the reason.
-    """
-    from nfs.dataplane import afpacket, afxdp
-
-    if kind == "afpacket":
-        return afpacket.open_port(interface, frames)
-    try:
-        return afxdp.open_port(interface, frames, umem or afxdp.Umem(frames))
-    except NearstateError:
-        if kind == "afxdp":
-            raise
-        return afpacket.open_port(interface, frames)
+def open_port(interface: str, frames: Frames, kind: str = "auto") -> OpenPort:
+    """Open `interface` of the current network namespace; see `open_ports`."""
+    return open_ports([interface], frames, kind)[0]
 
 
 def open_ports(interfaces: list[str], frames: Frames, kind: str = "auto") -> list[OpenPort]:
-    """Open several interfaces over one area of frames, all by the same kind, so that a frame can enter here and leave there."""
+    """Open several interfaces over one area of frames, all by the same kind, so that a frame can enter here and leave there.
+
+    kind: afxdp, afpacket or auto (AF_XDP where it works). Raises NearstateError naming the interface, the kind and the reason.
+    """
     from nfs.dataplane import afpacket, afxdp
 
     if kind != "afpacket":
         try:
-            umem = afxdp.Umem(frames)
-            return [afxdp.open_port(interface, frames, umem) for interface in interfaces]
+            return afxdp.open_ports(interfaces, frames)
         except NearstateError:
             if kind == "afxdp":
                 raise

@@ -225,3 +225,27 @@ def test_what_cannot_be_opened_is_one_clear_line(bench: Bench) -> None:
             with pytest.raises(NearstateError, match="on interface 'nothing' failed: No such device") as raised:
                 open_port("nothing", frames, kind)
             assert "\n" not in str(raised.value)
+
+
+def test_an_interface_that_another_port_keeps_is_refused_and_what_was_opened_is_given_back(bench: Bench) -> None:
+    """Of two interfaces the second is taken: the first one must not stay with an AF_XDP socket that nobody reads."""
+    host, peers = bench.host("one"), [bench.host(name) for name in ("left", "right")]
+    for interface, peer in zip(("inside", "outside"), peers, strict=True):
+        bench.cable((peer, "net"), (host, interface))
+    taken, frames = make_frames(1024), make_frames(1024)
+    with system.network_namespace(host.pid):
+        keeper = open_port("outside", taken, "afxdp")
+        with pytest.raises(NearstateError, match="on interface 'outside' failed: Device or resource busy"):
+            open_ports(["inside", "outside"], frames, "afxdp")
+        fallback = open_ports(["inside", "outside"], frames, "auto")
+        assert [opened.kind for opened in fallback] == ["afpacket", "afpacket"]
+        assert keeper.kind == "afxdp"
+    end = End(host, frames, fallback[0])
+    with peers[0].packet_socket("net") as source:
+        found: list[bytes] = []
+        for _ in range(20):  # the link may need a moment after its XDP program is gone
+            source.send(content(1, 60))
+            found += end.receive(0.1)
+            if found:
+                break
+    assert set(found) == {content(1, 60)}
