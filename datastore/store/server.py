@@ -175,23 +175,23 @@ def greet(server: ServerState, n: int, now_s: int, at: int, answer_at: int) -> i
 @jit
 def answer_all(server: ServerState, owner: int, n: int, now_s: int) -> None:
     """Do the whole frames a connection has received, as long as their answers have room, and keep the rest."""
-    words, connection = server.words, server.connections[n]
+    words, connections = server.words, server.connections
     receive_at = n * (server.receive_words.size // CONNECTION_LIMIT)
     send_size = server.send_words.size // CONNECTION_LIMIT
     send_at = n * send_size
-    end = receive_at + (connection[RECEIVED] >> 3)
+    end = receive_at + (connections[n, RECEIVED] >> 3)
     answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
     at = receive_at
-    while connection[CLOSING] == 0:
+    while connections[n, CLOSING] == 0:
         length = frame_words(server.receive_words, at, end, 0)
-        answered = connection[ANSWERED] >> 3
+        answered = connections[n, ANSWERED] >> 3
         if length == 0:
             break
         if length < 0:
             if send_size - answered < FRAME_HEADER_WORDS + answer_words:
                 break
-            connection[ANSWERED] += refuse_frame(words, server.send_words, send_at + answered) * 8
-            connection[CLOSING] = 1
+            connections[n, ANSWERED] += refuse_frame(words, server.send_words, send_at + answered) * 8
+            connections[n, CLOSING] = 1
             break
         count = frame_operations(server.receive_words, at)
         if send_size - answered < FRAME_HEADER_WORDS + count * answer_words:
@@ -200,57 +200,57 @@ def answer_all(server: ServerState, owner: int, n: int, now_s: int) -> None:
         if count == 1 and opcode == np.uint64(HELLO):
             written = greet(server, n, now_s, at, send_at + answered)
         else:
-            client = connection[CLIENT]
+            client = connections[n, CLIENT]
             if client >= 0:
                 words[client_at(words, client) + CLIENT_USED_S] = np.uint64(now_s)
             written = answer_frame(
                 words, owner, client, now_s, server.receive_words, at, length, server.send_words, send_at + answered
             )
-        connection[ANSWERED] += written * 8
+        connections[n, ANSWERED] += written * 8
         at += length
     taken = (at - receive_at) * 8
     if taken > 0:
-        rest = connection[RECEIVED] - taken
+        rest = connections[n, RECEIVED] - taken
         if rest > 0:
             copy(server.receive_bytes, receive_at * 8, server.receive_bytes, at * 8, rest)
-        connection[RECEIVED] = rest
+        connections[n, RECEIVED] = rest
 
 
 @jit
 def send_answers(server: ServerState, n: int) -> None:
     """Send what a connection has to send, as far as the peer takes it; a broken connection is closed."""
-    connection = server.connections[n]
+    connections = server.connections
     start = n * (server.send_bytes.size // CONNECTION_LIMIT)
-    if connection[SENT] < connection[ANSWERED]:
-        fd = connection[DESCRIPTOR]
-        sent = send(fd, server.send_bytes, start + connection[SENT], start + connection[ANSWERED])
+    if connections[n, SENT] < connections[n, ANSWERED]:
+        fd = connections[n, DESCRIPTOR]
+        sent = send(fd, server.send_bytes, start + connections[n, SENT], start + connections[n, ANSWERED])
         if sent < 0 and sent != -EAGAIN:
             disconnect(server, n)
             return
-        connection[SENT] += max(sent, 0)
-    if connection[SENT] == connection[ANSWERED]:
-        connection[SENT], connection[ANSWERED] = 0, 0
-        if connection[CLOSING] != 0:
+        connections[n, SENT] += max(sent, 0)
+    if connections[n, SENT] == connections[n, ANSWERED]:
+        connections[n, SENT], connections[n, ANSWERED] = 0, 0
+        if connections[n, CLOSING] != 0:
             disconnect(server, n)
 
 
 @jit
 def converse(server: ServerState, owner: int, n: int, now_s: int) -> None:
     """Read, do and answer what a ready connection has."""
-    connection = server.connections[n]
+    connections = server.connections
     size = server.receive_bytes.size // CONNECTION_LIMIT
     start = n * size
-    if connection[ANSWERED] == 0 and connection[RECEIVED] < size:
-        got = recv(connection[DESCRIPTOR], server.receive_bytes, start + connection[RECEIVED], start + size)
+    if connections[n, ANSWERED] == 0 and connections[n, RECEIVED] < size:
+        got = recv(connections[n, DESCRIPTOR], server.receive_bytes, start + connections[n, RECEIVED], start + size)
         if got == 0 or (got < 0 and got != -EAGAIN):
             disconnect(server, n)
             return
-        connection[RECEIVED] += max(got, 0)
-    while connection[DESCRIPTOR] >= 0:
-        before = connection[RECEIVED]
+        connections[n, RECEIVED] += max(got, 0)
+    while connections[n, DESCRIPTOR] >= 0:
+        before = connections[n, RECEIVED]
         answer_all(server, owner, n, now_s)
         send_answers(server, n)
-        if connection[RECEIVED] == before or connection[ANSWERED] != 0:
+        if connections[n, RECEIVED] == before or connections[n, ANSWERED] != 0:
             return
 
 
