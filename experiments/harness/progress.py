@@ -44,14 +44,15 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, description=name)
 
-    def end(self, name: str, seconds: float, invalid_reasons: list[str]) -> None:
-        """A trial has ended and is on disk."""
+    def end(self, name: str, seconds: float, invalid_reasons: list[str], again: bool = False) -> None:
+        """A trial has ended and is on disk; `again`: it will be tried once more."""
         self.done += 1
+        self.total += again
         self.invalid += bool(invalid_reasons)
         verdict = f"  INVALID: {invalid_reasons[0]}" if invalid_reasons else ""
         text = f"[{self.done}/{self.total}] {name} {seconds:.1f} s{verdict}"
         if self.bar:
-            self.bar.update(self.task, completed=self.done)
+            self.bar.update(self.task, completed=self.done, total=self.total)
             if verdict:
                 self.console.print(text, markup=False, highlight=False)
         else:

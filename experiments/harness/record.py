@@ -107,6 +107,10 @@ class Record:
         """Return the names of the finished trials: a resumed run skips them."""
         return {trial["trial"] for trial in self.trials()}
 
+    def validity(self) -> dict[str, bool]:
+        """Return for each finished trial whether it can be believed."""
+        return {trial["trial"]: bool(trial["valid"]) for trial in self.trials()}
+
 
 def point_latest(folder: Path) -> None:
     """Let `results/latest` point at a run's folder."""

@@ -1,6 +1,9 @@
 """How experiments become results: trials in shuffled order, each in a fresh emulation, each on disk as soon as it ends.
 
-A trial that fails is recorded as invalid with its reason, and the run goes on. An interrupted run is resumed by its id: what
+A trial that fails is recorded as invalid with its reason, and the run goes on; at the end it is tried once more, since on a
+shared machine the reason is often a neighbour. Both are kept, and the invalid one is counted.
+
+An interrupted run is resumed by its id: what
 has a line in trials.jsonl is not repeated.
 """
 
@@ -11,8 +14,9 @@ import importlib
 import random
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from datastore import placements
@@ -26,6 +30,8 @@ from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
 
+ATTEMPTS = 2
+"""How often a trial that turns out invalid is run."""
 PRELOAD = ("experiments.harness.preload",)
 
 
@@ -53,12 +59,23 @@ def run(names: Sequence[str], profile: str = "quick", resume: str | None = None)
     doctor.require()  # after the names: a wrong one is told to anybody, root or not
     record = record if resume else new_record(experiments, profile)
     trials = [trial for name, experiment in experiments.items() for trial in spec.trials(name, experiment)]
-    finished = record.finished()
-    open_trials = [trial for trial in trials if trial.name not in finished]
+    finished = record.validity()
+    open_trials = [again for trial in trials if (again := next_attempt(trial, finished))]
     random.Random(min(trial.seed for trial in trials)).shuffle(open_trials)
     with Progress(f"run {record.run_id}, profile {profile}", len(trials), len(trials) - len(open_trials)) as progress:
         run_trials(record, experiments, open_trials, progress)
     return record
+
+
+def next_attempt(trial: Trial, finished: Mapping[str, bool]) -> Trial | None:
+    """Return the trial as it is to be run next, None when it was valid or has been tried often enough."""
+    for attempt in range(ATTEMPTS):
+        candidate = replace(trial, attempt=attempt)
+        if candidate.name not in finished:
+            return candidate
+        if finished[candidate.name]:
+            return None
+    return None
 
 
 def run_trials(record: Record, experiments: dict[str, Experiment], trials: Sequence[Trial], progress: Progress) -> None:
@@ -68,11 +85,15 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
     journal = Journal(record.run_id)
     with Launcher(journal, record.folder / "logs", PRELOAD) as launcher:
         launcher.wait_ready()
-        for trial in trials:
+        waiting = deque(trials)
+        while waiting:
+            trial = waiting.popleft()
             progress.start(trial.name)
             result = run_trial(trial, experiments[trial.experiment], journal, launcher)
             record.append(result)
-            progress.end(trial.name, result["seconds"], result["invalid_reasons"])
+            again = next_attempt(trial, record.validity())
+            waiting.extend([again] if again else [])
+            progress.end(trial.name, result["seconds"], result["invalid_reasons"], bool(again))
     journal.close()
 
 

@@ -68,12 +68,14 @@ class Trial:
     settings: Mapping[str, Any]
     repeat: int
     seed: int
+    attempt: int = 0
 
     @property
     def name(self) -> str:
         """Unique within a run, and the same whenever the run is resumed."""
         rest = ",".join(f"{key}={value}" for key, value in sorted(self.sweep.items()))
         parts = [self.experiment, self.topology, self.placement, self.nf, f"r{self.replicas}", rest, str(self.repeat)]
+        parts += [f"again{self.attempt}"] if self.attempt else []
         return "/".join(part for part in parts if part)
 
 

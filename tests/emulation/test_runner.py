@@ -69,7 +69,8 @@ def test_a_killed_run_is_cleaned_and_resumed(killed_run: Path) -> None:
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     names = trial_names(killed_run)
     assert names[: len(finished)] == finished
-    assert len(names) == len(set(names)) == 2
+    assert len(names) == len(set(names))
+    assert len([name for name in names if "/again" not in name]) == 2
     assert (killed_run / "report.html").stat().st_size < 2_000_000
     assert (killed_run / "summary.csv").read_text().startswith("experiment,topology,placement,nf,replicas,sweep,metric,unit")
     assert left_of(killed_run.name) == []
