@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -108,34 +108,33 @@ def foreign() -> Iterator[None]:
 def test_kill_at_random_moments(foreign: None, tmp_path: Path) -> None:
     seed = random.Random(20)
     before = machine()
-    namespaces = set(network_namespaces())
     states = set()
     for kill in range(KILLS):
         runner = subprocess.Popen([sys.executable, "-c", RUNNER, RUN, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert runner.stdout is not None
         assert runner.stdout.readline() == "started\n"
         time.sleep(seed.uniform(0, 2.0))
+        namespaces = namespaces_of(processes_of(RUN)) - namespaces_of([os.getpid()])
         runner.send_signal(signal.SIGKILL)
         runner.wait()
         states.add("up" if "up" in runner.stdout.read() else "starting")
         removed = clean(RUN)
         assert removed, "a killed runner leaves at least its shared memory"
         assert left_of_ours() == [], f"after kill {kill}"
+        everybody = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        assert not namespaces & namespaces_of(everybody), "a namespace of ours still has a process in it"
         assert clean(RUN) == []
     assert machine() == before
     assert states == {"up", "starting"}
-    deadline = time.monotonic() + 5  # the kernel frees namespaces a little after their last process
-    while (left := set(network_namespaces()) - namespaces) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not left
 
 
-def network_namespaces() -> Iterator[str]:
-    """Yield the network namespaces that processes are in."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                yield str(Path(entry.path, "ns/net").readlink())
+def namespaces_of(processes: Iterable[int]) -> set[str]:
+    """Return the network namespaces these processes are in."""
+    found = set()
+    for pid in processes:
+        with contextlib.suppress(OSError):
+            found.add(str(Path(f"/proc/{pid}/ns/net").readlink()))
+    return found
 
 
 def test_a_resumed_run_cleans_its_own_remains(tmp_path: Path) -> None:

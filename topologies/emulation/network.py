@@ -87,6 +87,7 @@ def datapath() -> str:
     command = ["ovs-vsctl", "--timeout=5", "get", "Open_vSwitch", ".", "iface_types"]
     try:
         types = system.run(command, dict(os.environ))
+        system.run(["ovs-appctl", "--timeout=5", "version"], dict(os.environ))  # the database answers also when the switch died
     except NearstateError as error:
         raise NearstateError(f"Open vSwitch does not answer ({error}): start it, `ovs-ctl start` or "
                              "`systemctl start openvswitch-switch`") from None  # fmt: skip
@@ -479,8 +480,12 @@ class Network:
             self._controller.wait()
             self._controller = None
         clock.lap("processes_gone")
+        failures = []
         if self.switch and removing:
-            self.switch.stopped(removing)
+            try:
+                self.switch.stopped(removing)
+            except NearstateError as error:  # the switch died: all else must go nevertheless
+                failures.append(error)
             clock.lap("bridge_gone")
             self._remove_links()
             self.switch.terminate()
@@ -492,6 +497,8 @@ class Network:
         self._files.clear()
         self.hosts, self.switch, self._mininet, self._middle = {}, None, None, None
         self.base_us, self.trim_us = None, 0.0
+        if failures:
+            raise failures[0]
 
     def _remove_links(self) -> None:
         assert self.switch is not None
@@ -502,7 +509,8 @@ class Network:
         for name in names:
             while Path("/sys/class/net", name).exists() and time.monotonic() < deadline:
                 time.sleep(0.002)
-            self.journal.forget("link", name)
+            if not Path("/sys/class/net", name).exists():
+                self.journal.forget("link", name)
 
 
 class _Stopwatch:
