@@ -132,12 +132,12 @@ def ask(process: RunningProcess, message: dict[str, Any], timeout_s: float = REA
     return answer
 
 
-def received(tap: socket.socket, quiet_s: float = 0.3) -> list[bytes]:
-    """Return the frames that came in on a packet socket, until none has for a while."""
-    frames = []
+def received(tap: socket.socket, quiet_s: float = 0.3, count: int | None = None) -> list[bytes]:
+    """Return the frames that came in on a packet socket, until there are `count` or none has come for a while."""
+    frames: list[bytes] = []
     tap.settimeout(quiet_s)
     with contextlib.suppress(TimeoutError):
-        while True:
+        while count is None or len(frames) < count:
             frame, (_, _, kind, *_rest) = tap.recvfrom(65536)
             if kind != socket.PACKET_OUTGOING:
                 frames.append(frame)
