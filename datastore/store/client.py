@@ -47,6 +47,8 @@ from datastore.store.protocol import (
     ANSWERS,
     FRAME_HEADER_WORDS,
     FRAME_OPERATIONS,
+    LARGEST_FRAME_BYTES,
+    PROTOCOL_MAGIC,
     frame_epoch,
     frame_operations,
     frame_words,
@@ -204,9 +206,7 @@ def flush(client: ClientState, host: int) -> int:
             frame_queued(client, host)
             if control[host, TO_SEND] == 0:
                 return 0
-        sent = send(
-            control[host, DESCRIPTOR], client.send_bytes, start + control[host, SENT], start + control[host, TO_SEND]
-        )
+        sent = send(control[host, DESCRIPTOR], client.send_bytes, start + control[host, SENT], start + control[host, TO_SEND])
         if sent < 0:
             return 0 if sent == -EAGAIN else sent
         control[host, SENT] += sent
@@ -383,7 +383,8 @@ class Client:
         try:
             header = np.frombuffer(_receive_exactly(connection, FRAME_HEADER_WORDS * 8), np.uint64)
             frame_bytes = int(header[0]) >> 32
-            if frame_bytes > 1 << 16:
+            shortest = (FRAME_HEADER_WORDS + OPERATION_VALUE) * 8
+            if int(header[0]) & 0xFFFFFFFF != PROTOCOL_MAGIC or not shortest <= frame_bytes <= LARGEST_FRAME_BYTES:
                 raise NearstateError(f"{store} does not speak this protocol: is it another program?")
             body = np.frombuffer(_receive_exactly(connection, frame_bytes - FRAME_HEADER_WORDS * 8), np.uint64)
         except OSError as error:
@@ -432,9 +433,7 @@ class Client:
         """Return the record of a key."""
         return self.call(GET, low, high, host=host)
 
-    def put(
-        self, low: int, high: int, value: bytes, version: int = ANY_VERSION, expiry: int = 0, host: int = 0
-    ) -> Answer:
+    def put(self, low: int, high: int, value: bytes, version: int = ANY_VERSION, expiry: int = 0, host: int = 0) -> Answer:
         """Write a record if its version still is `version`. expiry: second of CLOCK_MONOTONIC modulo 2^20; 0: never."""
         return self.call(PUT, low, high, version << EXPIRY_BITS | expiry, value, host=host)
 
@@ -454,17 +453,13 @@ class Client:
         """Ask the store whether it is there."""
         return self.call(PING, 0, 0, host=host)
 
-    def call(
-        self, opcode: int, low: int, high: int, stamp: int = 0, value: bytes = b"", extra: int = 0, host: int = 0
-    ) -> Answer:
+    def call(self, opcode: int, low: int, high: int, stamp: int = 0, value: bytes = b"", extra: int = 0, host: int = 0) -> Answer:
         """Do one operation and wait for its answer; raises NearstateError when the store is gone or silent."""
         if len(value) > self.value_bytes:
             raise NearstateError(f"value of {len(value)} bytes: the records have {self.value_bytes}")
         values = np.frombuffer(value.ljust(max(self.value_bytes, 8), b"\0"), np.uint64).copy()
         state = self.state
-        request(
-            state, host, opcode, np.uint64(low), np.uint64(high), np.uint64(stamp), values, 0, 0, extra
-        )
+        request(state, host, opcode, np.uint64(low), np.uint64(high), np.uint64(stamp), values, 0, 0, extra)
         self.exchange(host)
         slot = -1
         while (following := next_answer(state, host)) >= 0:
@@ -493,9 +488,9 @@ class Client:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise NearstateError(f"the store at {address} did not answer within {self.timeout_s:g} s")
-            connection = self._sockets[host]
+            descriptor = int(self.state.control[host, DESCRIPTOR])
             with contextlib.suppress(InterruptedError):
-                select.select([connection], [connection] if self._blocked(host) else [], [], left_s)
+                select.select([descriptor], [descriptor] if self._blocked(host) else [], [], left_s)
 
     def _blocked(self, host: int) -> bool:
         return bool(self.state.control[host, TO_SEND] > self.state.control[host, SENT])

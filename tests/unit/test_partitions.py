@@ -92,5 +92,5 @@ def test_a_wrong_map_is_refused(document, message):
 
 
 def test_an_unknown_primary_is_refused_by_name():
-    with pytest.raises(NearstateError, match="unknown store host 'nf3'.*nf1"):
+    with pytest.raises(NearstateError, match=r"unknown store host 'nf3'.*nf1"):
         PartitionMap(1, (("nf3",),) * PARTITIONS).primaries(["nf1", "nf2"])

@@ -126,7 +126,10 @@ def test_operations_of_one_frame_are_done_in_order(wire):
 
 def test_a_frame_of_reads_needs_no_room_for_values(wire):
     wire.ask(insert(1, 0, 5))
-    assert wire.ask([GET, 0, 0, 2, 0, 9, 0], [GET, 0, 0, 3, 1, 9, 0], words=OPERATION_VALUE) == [(OK, 1, [5, 0]), (ABSENT, 0, [0, 0])]
+    assert wire.ask([GET, 0, 0, 2, 0, 9, 0], [GET, 0, 0, 3, 1, 9, 0], words=OPERATION_VALUE) == [
+        (OK, 1, [5, 0]),
+        (ABSENT, 0, [0, 0]),
+    ]
 
 
 def test_every_status_is_answered_counted_and_harms_nothing(wire):

@@ -10,6 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,9 @@ def make_table() -> Iterator[Callable[..., Table]]:
         return made[-1]
 
     yield make
-    for table in made:
-        table.close()
-        table.unlink()
+    for each in made:
+        each.close()
+        each.unlink()
 
 
 def key(number: int, partitions: int = 4) -> np.uint64:
@@ -260,7 +261,7 @@ def _compare(table: Table, steps: list[tuple[str, int, int, int]], partitions: i
         if known and known[1] and now_s >= known[1]:
             known = None
         expiry_s = now_s + life_s if life_s else 0
-        value = (content,) + zeros[1:]
+        value = (content, *zeros[1:])
         if name == "later":
             now_s += life_s
         elif name == "sweep":
@@ -276,7 +277,7 @@ def _compare(table: Table, steps: list[tuple[str, int, int, int]], partitions: i
             assert tuple(map(int, table.words[slot + VALUE : slot + VALUE + len(zeros)])) == (known[2] if known else zeros)
             table.words[slot + VALUE] = content
             written = commit_record(table.words, operate.owner, slot, expiry_s)
-            value = (content,) + (known[2][1:] if known else zeros[1:])
+            value = (content, *(known or (0, 0, zeros))[2][1:])
             if known and value == known[2]:
                 assert not written
                 model[low] = (known[0], expiry_s or known[1], value)
@@ -301,7 +302,7 @@ def _compare(table: Table, steps: list[tuple[str, int, int, int]], partitions: i
         elif name == "add":
             status, version, answer = operate(ADD, low, expiry_s, (content,), now_s=now_s)
             before = known[2] if known else zeros
-            value = ((before[0] + content) % 2**64,) + before[1:]
+            value = ((before[0] + content) % 2**64, *before[1:])
             check_write(low, status, version, expiry_s or (known[1] if known else 0), value, known is not None)
             assert status != OK or answer == value
         elif name == "delete":
@@ -515,11 +516,14 @@ def test_a_hundred_kills_leave_no_torn_record_and_no_stuck_lock(make_table):
         while time.monotonic() < end:
             assert torn(table.words, owner, 20) == 0
 
+    def write_on(seed):
+        work_forever(table.words, table.register_owner(), seed)
+
     reader = fork(read_on)
     rng = random.Random(1)
     try:
         for kill in range(120):
-            writer = fork(lambda: work_forever(table.words, table.register_owner(), kill * 7919 + 1))
+            writer = fork(partial(write_on, kill * 7919 + 1))
             time.sleep(0.003 + rng.random() * 0.006)
             os.kill(writer, signal.SIGKILL)
             if kill % 2:  # the dead one stays a zombie meanwhile
