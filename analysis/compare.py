@@ -136,9 +136,14 @@ def _comparison(pair: pd.Series, baseline: str, other: str) -> Comparison:
 
 def point(row: Comparison) -> str:
     """Return where a comparison was measured, as said in a table: `firewall, rack, offered 20 kpps`."""
-    swept = [_swept(name, value) for name, value in row.sweep.items() if name != "search"]
-    replicas = [f"{row.replicas} replicas"] if row.replicas > 1 else []
-    return ", ".join(filter(None, [row.nf.replace("_", " "), row.topology.replace("_", " "), *replicas, *swept]))
+    return place(row.topology, row.nf, row.replicas, row.sweep)
+
+
+def place(topology: str, nf: str, replicas: int, sweep: dict[str, Any]) -> str:
+    """Return a point of an experiment in words, its placement left out."""
+    swept = [_swept(name, value) for name, value in sweep.items() if name != "search"]
+    alike = [f"{replicas} replicas"] if replicas > 1 else []
+    return ", ".join(filter(None, [nf.replace("_", " "), topology.replace("_", " "), *alike, *swept]))
 
 
 def _swept(name: str, value: Any) -> str:

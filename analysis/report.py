@@ -18,7 +18,7 @@ from PIL import Image
 
 from analysis import style
 from analysis.answers import digits
-from analysis.compare import Comparison, comparisons, point, verdict
+from analysis.compare import Comparison, comparisons, place, point, verdict
 from analysis.figures import Definition, definitions
 from analysis.redraw import draw_figure
 from analysis.results import Run, measurements, read_run
@@ -86,6 +86,7 @@ def _experiment(run: Run, frame: pd.DataFrame, name: str) -> dict[str, Any]:
             for figure, data, width_in in pictures
         ],
         "tables": [table for pair in PAIRS if (table := _table(rows, *pair))["lines"]],
+        "measured": _measured(rows, figures),
         "topologies": _topologies(trials),
         "fidelity": _fidelity(trials),
         "paths": _paths(trials),
@@ -142,6 +143,18 @@ def _line(row: Comparison, summary: pd.DataFrame, placements: Sequence[str]) -> 
         "verdict": verdict(row),
         "clear": row.clear,
     }
+
+
+def _measured(rows: pd.DataFrame, figures: Sequence[Definition]) -> list[dict[str, Any]]:
+    """Return every headline metric as `summary.csv` has it, a line per point and placement: what was compared with nothing too."""
+    headlines = [headline for figure in figures for headline in figure.headlines]
+    summary = summarize(rows[rows["histogram"].isna() & rows["metric"].isin({headline.metric for headline in headlines})])
+    return [
+        {**row, "at": place(row["topology"], row["nf"], row["replicas"], json.loads(row["sweep"])), **_cell(pd.Series(row))}
+        for headline in headlines
+        for row in summary[(summary["metric"] == headline.metric) & (summary["trials"] > 0)].to_dict("records")
+        if headline.where.items() <= json.loads(row["sweep"]).items()
+    ]
 
 
 def _cell(measured: pd.Series) -> dict[str, str]:

@@ -42,6 +42,19 @@ class Sheet:
         panels: np.ndarray = self.figure.subplots(rows, columns, squeeze=False, **sharing)
         return panels
 
+    def grid(
+        self, cells: dict[str, list[str]], height_in: float, x_label: str, y_label: str, **sharing: Any
+    ) -> dict[tuple[str, str], Axes]:
+        """Return the axes of each (row, cell), rows of different length starting at the left, labelled at the outer edges."""
+        panels = self.panels(len(cells), max(map(len, cells.values())), height_in, **sharing)
+        for row, names in zip(panels, cells.values()):
+            row[0].set_ylabel(y_label)
+            for axes in row[len(names) :]:
+                axes.set_visible(False)
+        for column in panels.T:
+            [axes for axes in column if axes.get_visible()][-1].set_xlabel(x_label)
+        return {(row, name): axes for (row, names), line in zip(cells.items(), panels) for name, axes in zip(names, line)}
+
     def cdf(self, axes: Axes, encoded: Sequence[str], placement: str, panel: str) -> None:
         """Draw the distribution of latencies (histograms of ns, one per repeat) in us: all merged, and each repeat thin."""
         repeats = [part for part in map(decode, encoded) if part.total]
@@ -60,19 +73,21 @@ class Sheet:
             low, high = confidence_interval(values)
             self._note(panel, placement, "cdf", ("latency_us", value), ("fraction", at), low, high, len(repeats))
 
-    def curve(self, axes: Axes, rows: pd.DataFrame, x: str, placement: str, panel: str) -> None:
-        """Draw a metric against the swept parameter `x`: median of the repeats, 95 % confidence interval as bars."""
+    def curve(self, axes: Axes, rows: pd.DataFrame, x: str, placement: str, panel: str, **changes: Any) -> None:
+        """Draw a metric against the swept parameter `x`: median of the repeats, 95 % confidence interval as bars.
+
+        `changes` to the placement's line set a second metric apart in the same panel.
+        """
         points = [(at, *self._median(group, panel, placement, "line", x, at)) for at, group in rows.groupby(x)]
         at, median, low, high = np.array(points, dtype=float).T
-        reach = np.nan_to_num([median - low, high - median])
-        axes.errorbar(at, median, yerr=reach, elinewidth=0.7, **style.line(placement))
+        axes.errorbar(at, median, yerr=[median - low, high - median], elinewidth=0.7, **{**style.line(placement), **changes})
 
     def bar(self, axes: Axes, position: float, rows: pd.DataFrame, placement: str, panel: str, group: str, width: float) -> None:
         """Draw one metric's median as a bar in the placement's colour and hatch, 95 % confidence interval on top."""
         median, low, high = self._median(rows, panel, placement, "bar", "group", group)
         look = style.look(placement)
         axes.bar(position, median, width, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
-        axes.errorbar(position, median, yerr=np.nan_to_num([[median - low], [high - median]]), color="black", elinewidth=0.7)
+        axes.errorbar(position, median, yerr=[[median - low], [high - median]], color="black", elinewidth=0.7)
 
     def stack(self, axes: Axes, position: float, parts: dict[str, pd.DataFrame], placement: str, panel: str) -> None:
         """Draw the medians of several metrics on top of each other, each in its component's shade and hatch."""
@@ -82,7 +97,7 @@ class Sheet:
             median, low, high = self._median(rows, panel, placement, metric, "position", position)
             axes.bar(position, median, 0.7, bottom=below, color=colour, hatch=hatch, edgecolor="black", linewidth=0.4)
             below += median
-            high_above += np.nan_to_num([median - low, high - median]) ** 2  # independent spreads add in squares
+            high_above += np.array([median - low, high - median]) ** 2  # independent spreads add in squares
         axes.errorbar(position, below, yerr=np.sqrt(high_above)[:, None], color="black", elinewidth=0.7)
 
     def cdf_axes(self, panels: np.ndarray, of: str, latency: str) -> None:
@@ -96,6 +111,14 @@ class Sheet:
             axes.set_ylabel(f"fraction of {of}")
         for axes in panels[-1]:
             axes.set_xlabel(f"{latency} (µs)")
+
+    def ragged(self, columns: Sequence[int], height_in: float, **sharing: Any) -> list[np.ndarray]:
+        """Return a row of axes for each of `columns`, that many long from the left, in a grid of equal panels."""
+        grid = self.panels(len(columns), max(columns), height_in, **sharing)
+        for row, used in zip(grid, columns):
+            for axes in row[used:]:
+                axes.remove()
+        return [row[:used] for row, used in zip(grid, columns)]
 
     def legend(self, placements: Sequence[str], bars: bool = False) -> None:
         """Put the placements' legend above the panels, where it covers no data."""

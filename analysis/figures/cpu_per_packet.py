@@ -15,24 +15,23 @@ EXPERIMENT = "throughput"
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     """Panels: network functions across, topologies down. Stacked medians at the highest load all of a panel carry."""
     costs = _with_rest(frame)
-    topologies, nfs = style.order_topologies(costs["topology"]), style.order_nfs(costs["nf"])
-    loads = {(topology, nf): _load_carried(frame, costs, topology, nf) for topology in topologies for nf in nfs}
-    carried = {panel: load for panel, load in loads.items() if load}
-    topologies = [topology for topology in topologies if any(topology == panel[0] for panel in carried)]
-    if not carried:
+    carried = {
+        topology: {nf: load for nf in style.order_nfs(costs["nf"]) if (load := _load_carried(frame, costs, topology, nf))}
+        for topology in style.order_topologies(costs["topology"])
+    }
+    shown = {topology: loads for topology, loads in carried.items() if loads}
+    if not shown:
         return
-    panels = sheet.panels(len(topologies), len(nfs), 0.6 + 1.75 * len(topologies), sharey="row")
-    for row, topology in zip(panels, topologies):
-        for axes, nf in zip(row, nfs):
-            load = carried.get((topology, nf))
-            axes.set_visible(load is not None)
+    panels = sheet.ragged([len(loads) for loads in shown.values()], 0.6 + 1.75 * len(shown), sharey="row")
+    for row, (topology, loads) in zip(panels, shown.items()):
+        for axes, (nf, load) in zip(row, loads.items()):
             rows = costs[(costs["topology"] == topology) & (costs["nf"] == nf) & (costs["offered_kpps"] == load)]
             for position, (placement, group) in enumerate(by_placement(rows)):
                 parts = {metric: part for metric in style.COMPONENTS if len(part := group[group["metric"] == metric])}
                 sheet.stack(axes, position, parts, placement, f"{topology}, {nf}, {load:g} kpps")
             labels = [style.look(placement).label for placement, _ in by_placement(rows)]
             axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", rotation_mode="anchor")
-            axes.set_title(f"{title(nf)}, {title(topology)}" + (f", {load:g} kpps" if load else ""))
+            axes.set_title(f"{title(nf)}, {title(topology)}, {load:g} kpps")
             axes.grid(axis="x", visible=False)
         row[0].set_ylabel("CPU per packet (µs)")
     drawn = [style.COMPONENTS[metric] for metric in style.COMPONENTS if metric in {mark["mark"] for mark in sheet.points}]
