@@ -42,19 +42,6 @@ class Sheet:
         panels: np.ndarray = self.figure.subplots(rows, columns, squeeze=False, **sharing)
         return panels
 
-    def grid(
-        self, cells: dict[str, list[str]], height_in: float, x_label: str, y_label: str, **sharing: Any
-    ) -> dict[tuple[str, str], Axes]:
-        """Return the axes of each (row, cell), rows of different length starting at the left, labelled at the outer edges."""
-        panels = self.panels(len(cells), max(map(len, cells.values())), height_in, **sharing)
-        for row, names in zip(panels, cells.values()):
-            row[0].set_ylabel(y_label)
-            for axes in row[len(names) :]:
-                axes.set_visible(False)
-        for column in panels.T:
-            [axes for axes in column if axes.get_visible()][-1].set_xlabel(x_label)
-        return {(row, name): axes for (row, names), line in zip(cells.items(), panels) for name, axes in zip(names, line)}
-
     def cdf(self, axes: Axes, encoded: Sequence[str], placement: str, panel: str) -> None:
         """Draw the distribution of latencies (histograms of ns, one per repeat) in us: all merged, and each repeat thin."""
         repeats = [part for part in map(decode, encoded) if part.total]
