@@ -150,7 +150,7 @@ def _swept(name: str, value: Any) -> str:
     text, _, suffix = name.rpartition("_")
     if isinstance(value, str):
         return value.replace("_", " ")
-    return f"{text.replace('_', ' ')} {value:g} {suffix}" if text else f"{name} {value:g}"
+    return f"{text.replace('_', ' ')} {value:,.10g} {suffix}" if text else f"{name} {value:,.10g}"
 
 
 def verdict(row: Comparison) -> str:

@@ -146,8 +146,8 @@ def _line(row: Comparison, summary: pd.DataFrame, placements: Sequence[str]) -> 
 
 
 def _measured(rows: pd.DataFrame, figures: Sequence[Definition]) -> list[dict[str, Any]]:
-    """Return every headline metric as `summary.csv` has it, a line per point and placement: what was compared with nothing too."""
-    headlines = [headline for figure in figures for headline in figure.headlines]
+    """Return the headline metrics as in `summary.csv`, a line per point and placement, compared with another or not."""
+    headlines = [headline for figure in figures for headline in figure.headlines if not headline.carried]
     summary = summarize(rows[rows["histogram"].isna() & rows["metric"].isin({headline.metric for headline in headlines})])
     return [
         {**row, "at": place(row["topology"], row["nf"], row["replicas"], json.loads(row["sweep"])), **_cell(pd.Series(row))}

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hdrh.histogram import HdrHistogram
+from PIL import Image
 
 from analysis import style
 from analysis.compare import compare, print_comparison
@@ -18,6 +19,7 @@ from analysis.figures import definitions
 from analysis.redraw import draw_figures
 from analysis.report import write_report
 from analysis.results import decode, measurements, merge, read_run
+from analysis.sheet import PNG_DPI
 from analysis.summary import COLUMNS, confidence_interval, summarize, unit, write_summary
 from datastore.native.errors import NearstateError
 
@@ -222,6 +224,23 @@ def throughput_trials(repeat: int) -> list[dict[str, Any]]:
                 if topology == "back_to_back":
                     points.append(point({"load": "saturated"}, {"delivered_kpps": 1.1 * limit}))
                 trials.append(trial("throughput", placement, repeat, points, nf, topology))
+    return trials
+
+
+def store_memory_trials(repeat: int) -> list[dict[str, Any]]:
+    """Return stores of 10,000 to 1,000,000 records: 100 MB of process beside a table 1.4 times its 56 bytes per record."""
+    trials = []
+    for records in (10_000, 100_000, 1_000_000):
+        table_mbytes = 1.4 * 56 * records / 1e6
+        metrics = {
+            "table_mbytes": table_mbytes,
+            "table_payload_ratio": 1.4,
+            "store_rss_mbytes": 100 + repeat + table_mbytes,
+            "records": records,
+        }
+        name = f"store_memory/back_to_back/integrated/{records}/{repeat}"
+        line = trial("store_memory", "integrated", repeat, [point({}, metrics)], topology="back_to_back")
+        trials.append({**line, "trial": name, "sweep": {"records": records}})
     return trials
 
 
@@ -525,6 +544,60 @@ def test_answers_say_what_the_numbers_say(full_run: Path) -> None:
     assert f"{636.2 / 363.5:.3g}x what nftables does" in answer("throughput")  # 210 against 120
     assert "1.03x to 1.05x the time of local state" in answer("packet_latency")
     assert "1,000x as long" in answer("state_access_latency")  # 210 us against 0.21 us
+
+
+def answered(run: Path, name: str) -> str:
+    frame = measurements([read_run(run)])
+    figure = definitions()[name]
+    assert figure.answer
+    return figure.answer(frame[frame["experiment"] == figure.experiment])
+
+
+def test_store_memory_is_drawn_and_answered_by_number_of_records(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "memory", trials=[line for repeat in range(3) for line in store_memory_trials(repeat)])
+    draw_figures(run, ["store_memory"])
+    points = pd.read_csv(run / "figures" / "store_memory.csv")
+    drawn = {(row["y_name"], row["x"]): row["y"] for _, row in points.iterrows()}
+    assert drawn["store_rss_mbytes", 1_000_000] == pytest.approx(179.4)
+    assert drawn["table_mbytes", 10_000] == pytest.approx(0.784)
+    assert drawn["table_payload_ratio", 100_000] == 1.4
+    assert set(points["repeats"]) == {3}
+    said = answered(run, "store_memory")
+    assert said.startswith("With 1,000,000 records a store process takes 179 MB, with 10,000 it takes 102 MB")
+    assert "78.4 MB, 1.4x the payload" in said
+    page = write_report(run).read_text()
+    assert "Headline metrics of every placement" in page
+    assert "back to back, records 1,000,000" in page
+
+
+def test_peers_are_answered_as_ratios(full_run: Path) -> None:
+    assert "and 0.9x what passthrough does" in answered(full_run, "throughput")
+    assert "a remote get takes 210 µs, 0.808x Redis's 260 µs" in answered(full_run, "state_access_latency")
+    assert "2,200 kops, 2.44x Redis's 900" in answered(full_run, "state_access_latency")
+
+
+def test_peers_are_answered_where_the_placements_are_missing(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "peers", repeats=1, leave_out=("integrated", "integrated:hashed"))
+    for name, said in (("throughput", "x what nftables does and 0.9x"), ("state_access_latency", "Redis's 260")):
+        answer = answered(run, name)
+        assert answer.startswith("Not answered: ")
+        assert said in answer
+        assert answer.endswith(".")
+        assert ".." not in answer
+
+
+def test_network_functions_measured_on_one_topology_leave_no_gap_on_the_other(tmp_path: Path) -> None:
+    kept = {("rack", "traffic_counter"), ("back_to_back", "firewall")}
+    lines = [line for line in throughput_trials(0) if (line["topology"], line["nf"]) in kept]
+    draw_figures(synthetic_run(tmp_path / "ragged", trials=lines), ["throughput", "cpu_per_packet"])
+    panels = {
+        name: set(pd.read_csv(tmp_path / "ragged" / "figures" / f"{name}.csv")["panel"])
+        for name in ("throughput", "cpu_per_packet")
+    }
+    assert panels["throughput"] == {"rack, traffic_counter", "back_to_back, firewall"}
+    assert panels["cpu_per_packet"] == {"rack, traffic_counter, 50 kpps", "back_to_back, firewall, 150 kpps"}
+    with Image.open(tmp_path / "ragged" / "figures" / "throughput.png") as image:
+        assert image.width <= style.ONE_COLUMN_IN * PNG_DPI + 1  # one panel wide, not three with two left blank
 
 
 # Style
