@@ -4,11 +4,12 @@ from experiments.harness.spec import Experiment
 
 ACCESS = {"topology": ("rack",), "nf": ("traffic_counter",), "placement": ("integrated", "centralized")}
 REDIS = {"topology": ("rack",), "placement": ("redis",)}
+DIRECT = {"topology": ("back_to_back",), "placement": ("centralized", "redis"), "settings": {"operations": ()}}
 
 EXPERIMENT = Experiment(
     question="How long does one read, one write and one read-modify-write of the state take, beside the NF and across the rack?",
     procedure="state_access",
-    sweeps=(ACCESS, REDIS),
+    sweeps=(ACCESS, REDIS, DIRECT),
     traffic={"flows": 1000, "frame_bytes": 128, "arrivals": "poisson"},
     seed=1,
     profiles={

@@ -74,20 +74,18 @@ class Bench:
         procedure = importlib.import_module(f"experiments.harness.procedures.{self.experiment.procedure}")
         return {**procedure.SETTINGS, **self.experiment.settings, **self.trial.settings, **self.trial.sweep, **self.overrides}
 
-    def start(self, workload: bool = True) -> None:
-        """Start stores, NFs (or the peer), steering and, if wanted, the workload; returns when all are ready."""
+    def start(self) -> None:
+        """Start all of it: state, network functions, workload; returns when everything is ready."""
+        self.start_state()
+        self.start_functions()
+        self.start_workload()
+
+    def start_state(self) -> None:
+        """Start the store processes, or the peer in their place."""
         if self.is_peer:
             self.peer = importlib.import_module(f"experiments.peers.{self.trial.placement}").start(self)
         else:
             self._start_stores()
-            if self.trial.nf:
-                self._start_functions()
-        if self.network.switch:
-            steering = self.steering
-            for host in self.nf_hosts:
-                self.network.steer([p for p in range(PARTITIONS) if steering[p] == host.name], host.name)
-        if workload:
-            self._start_workload()
 
     def wait_ready(self, processes: list[RunningProcess]) -> None:
         """Wait until each process says so. Raises NearstateError naming the first that does not."""
@@ -124,6 +122,15 @@ class Bench:
         storage = self.network.hosts[host].interfaces.get("storage")
         return str(storage.ipv4).partition("/")[0] if storage else "127.0.0.1"
 
+    def start_functions(self) -> None:
+        """Start an NF process on every NF host, if the trial has an NF, and steer the partitions to them."""
+        if self.trial.nf and not self.is_peer:
+            self._start_functions()
+        if self.network.switch:
+            steering = self.steering
+            for host in self.nf_hosts:
+                self.network.steer([p for p in range(PARTITIONS) if steering[p] == host.name], host.name)
+
     def _start_functions(self) -> None:
         for number, host in enumerate(self.nf_hosts):
             self.functions[host.name] = self.launcher.spawn(
@@ -140,7 +147,8 @@ class Bench:
                 "stores": [{"host": name, "address": self.storage_address(name), "port": STORE_PORT} for name in self.stores],
                 "spin_us": 5.0 if (os.cpu_count() or 1) < 8 else 50.0}  # fmt: skip
 
-    def _start_workload(self) -> None:
+    def start_workload(self) -> None:
+        """Start sink and generator."""
         client, server = (self.network.hosts[name] for name in ("client", "server"))
         kind = {"interface": "net", "port_kind": self.settings["port_kind"]}
         next_hop = self.peer.next_hop_mac if self.peer else server.interfaces["net"].mac

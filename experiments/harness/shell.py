@@ -37,7 +37,8 @@ def open_shell(topology: str, placement: str, nf: str, nf_hosts: int) -> None:
         bench = Bench(trial, experiment, network, launcher)
         try:
             network.start()
-            bench.start(workload=False)
+            bench.start_state()
+            bench.start_functions()
             hosts = ", ".join(host.name for host in bench.nf_hosts)
             print(HINTS.format(placement=placement, nf=nf, hosts=hosts, python=".venv/bin/python"))
             network.shell()

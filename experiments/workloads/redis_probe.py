@@ -24,14 +24,19 @@ CONNECT_S = 10.0
 
 
 @jit
-def exchange(fd: int, requests: np.ndarray, start: int, end: int, answers: np.ndarray, wanted: int, scratch: np.ndarray,
-             waits: np.ndarray) -> int:  # fmt: skip
-    """Send bytes `start` to `end` of `requests` and take `wanted` bytes of answers; returns 0, or -1 on a broken connection."""
+def send_all(fd: int, data: np.ndarray, start: int, end: int) -> int:
+    """Send bytes `start` to `end`; returns 0, or -1 on a broken connection."""
     while start < end:
-        sent = send(fd, requests, start, end)
+        sent = send(fd, data, start, end)
         if sent < 0 and sent != -EAGAIN:
             return -1
         start += max(0, sent)
+    return 0
+
+
+@jit
+def receive_all(fd: int, answers: np.ndarray, wanted: int, scratch: np.ndarray, waits: np.ndarray) -> int:
+    """Take `wanted` bytes of answers; returns 0, or -1 on a broken connection."""
     got = 0
     while got < wanted:
         count = recv(fd, answers, got, wanted)
@@ -46,15 +51,22 @@ def exchange(fd: int, requests: np.ndarray, start: int, end: int, answers: np.nd
 
 
 @jit
-def probe(fd: int, requests: np.ndarray, request_bytes: int, keys: int, depth: int, count: int, answer_bytes: int,
-          gap_ns: int, answers: np.ndarray, counts: np.ndarray, scratch: np.ndarray, waits: np.ndarray) -> int:  # fmt: skip
-    """Time `count` exchanges of `depth` gets each; returns 0, or -1 on a broken connection."""
-    for i in range(count):
-        first = (i * depth) % (keys - depth + 1)
+def probe(fd: int, requests: np.ndarray, request_bytes: int, keys: int, depth: int, batches: int, count: int,
+          answer_bytes: int, gap_ns: int, answers: np.ndarray, counts: np.ndarray, scratch: np.ndarray,
+          waits: np.ndarray) -> int:  # fmt: skip
+    """Do `count` batches of `depth` operations, up to `batches` of them under way; returns 0, or -1 on a broken connection.
+
+    With one under way, each is timed into `counts` from its sending to its last answer, `gap_ns` apart.
+    """
+    sent = 0
+    for taken in range(count):
         started = now_ns(scratch)
-        wanted = depth * answer_bytes
-        end = (first + depth) * request_bytes
-        if exchange(fd, requests, first * request_bytes, end, answers, wanted, scratch, waits) != 0:
+        while sent < count and sent - taken < batches:
+            first = sent * depth % (keys - depth + 1)
+            if send_all(fd, requests, first * request_bytes, (first + depth) * request_bytes) != 0:
+                return -1
+            sent += 1
+        if receive_all(fd, answers, depth * answer_bytes, scratch, waits) != 0:
             return -1
         record_ns(counts, now_ns(scratch) - started)
         if gap_ns > 0:
@@ -102,13 +114,13 @@ class Probe:
                 time.sleep(0.05)
 
     def measure(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Answer {"operation": "read" or "write", "count", "gap_us"} or {"pipeline": depth, "count"}."""
-        depth = message.get("pipeline", 1)
+        """Answer {"operation": "read" or "write", "count", "gap_us"} or {"pipeline": depth, "frames", "count"}."""
+        depth, batches = message.get("pipeline", 1), message.get("frames", 1)
         operation = message.get("operation", "read")
         counts, started = make_counts(), time.monotonic()
         request_bytes, answer_bytes = self.lengths[operation]
         gap_ns = int(message.get("gap_us", 0) * 1000)
-        code = probe(self.connection.fileno(), self.requests[operation], request_bytes, self.keys, depth,
+        code = probe(self.connection.fileno(), self.requests[operation], request_bytes, self.keys, depth, batches,
                      message["count"] // depth, answer_bytes, gap_ns, self.answers, counts, self.scratch, self.waits)  # fmt: skip
         elapsed = time.monotonic() - started
         return {"refused": -code, "latency": summary_us(counts), "histogram": encode(counts),
@@ -126,4 +138,4 @@ def main(config: dict[str, Any], control: Any) -> None:
 def warm() -> None:
     """Compile the probe: no exchange at all."""
     empty = np.zeros(8, np.uint8)
-    probe(-1, empty, 1, 1, 1, 0, 1, 0, empty, make_counts(), np.zeros(8, np.int64), np.zeros(2, np.int64))
+    probe(-1, empty, 1, 1, 1, 1, 0, 1, 0, empty, make_counts(), np.zeros(8, np.int64), np.zeros(2, np.int64))

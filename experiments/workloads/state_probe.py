@@ -100,8 +100,9 @@ def answer_of(client: ClientState, host: int, scratch: np.ndarray, waits: np.nda
             return -1
         if ready > 0:
             continue
+        flush(client, host)
         waits[0] = pollfd(client.control[host, DESCRIPTOR], POLLIN)
-        poll(waits, 1, 1_000_000_000, scratch)
+        poll(waits, 1, 1_000_000, scratch)
 
 
 @jit
@@ -147,21 +148,26 @@ def probe_there(client: ClientState, hosts: np.ndarray, keys: np.ndarray, stamps
 
 
 @jit
-def pipeline_there(client: ClientState, hosts: np.ndarray, keys: np.ndarray, depth: int, count: int, values: np.ndarray,
-                   scratch: np.ndarray, waits: np.ndarray) -> int:  # fmt: skip
-    """Get `count` records of one host, always `depth` at a time in one frame; returns how many answers were not OK, or -1."""
-    refused = 0
+def pipeline_there(client: ClientState, hosts: np.ndarray, keys: np.ndarray, depth: int, frames: int, count: int,
+                   values: np.ndarray, scratch: np.ndarray, waits: np.ndarray) -> int:  # fmt: skip
+    """Get `count` records of one host, `depth` in a frame and up to `frames` frames under way.
+
+    Returns how many answers were not OK, or -1 when the connection broke. count: a multiple of depth.
+    """
+    refused = sent = taken = 0
     host = hosts[0]
-    for first in range(0, count, depth):
-        for i in range(first, first + depth):
-            at = i % keys.shape[0]
-            request(client, host, operations.GET, keys[at, 1], keys[at, 0], np.uint64(0), values, 0, i)
-        flush(client, host)
-        for _ in range(depth):
-            slot = answer_of(client, host, scratch, waits)
-            if slot < 0:
-                return -1
-            refused += answer_status(client, host, slot) != statuses.OK
+    while taken < count:
+        while sent < count and sent - taken <= depth * (frames - 1):
+            for i in range(sent, sent + depth):
+                at = i % keys.shape[0]
+                request(client, host, operations.GET, keys[at, 1], keys[at, 0], np.uint64(0), values, 0, i)
+            flush(client, host)
+            sent += depth
+        slot = answer_of(client, host, scratch, waits)
+        if slot < 0:
+            return -1
+        refused += answer_status(client, host, slot) != statuses.OK
+        taken += 1
     return refused
 
 
@@ -214,12 +220,14 @@ class Probe:
                                counts, self.scratch, self.waits))  # fmt: skip
 
     def measure(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Answer one request: {"operation", "count", "gap_us"} or {"pipeline": depth, "count"}."""
+        """Answer one request: {"operation", "count", "gap_us"} or {"pipeline": depth, "frames", "count"}."""
         started = time.monotonic()
         if "pipeline" in message:
-            refused = int(pipeline_there(self.client.state, self.hosts, self.keys, message["pipeline"], message["count"],
+            depth = message["pipeline"]
+            count = message["count"] // depth * depth
+            refused = int(pipeline_there(self.client.state, self.hosts, self.keys, depth, message["frames"], count,
                                          self.values, self.scratch, self.waits))  # fmt: skip
-            return {"refused": refused, "operations_kops": message["count"] / (time.monotonic() - started) / 1e3}
+            return {"refused": refused, "operations_kops": count / (time.monotonic() - started) / 1e3}
         counts = make_counts()
         refused = self.run(OPERATIONS[message["operation"]], message["count"], int(message["gap_us"] * 1000), counts)
         elapsed = time.monotonic() - started
@@ -244,5 +252,5 @@ def warm() -> None:
     state = Client([("127.0.0.1", 1)], 1, 8, 1, 1).state
     probe_here(table.words, 0, 1, keys, READ, 0, 0, counts, scratch, waits)
     probe_there(state, hosts, keys, values.copy(), READ, 0, 0, values, counts, scratch, waits)
-    pipeline_there(state, hosts, keys, 1, 0, values, scratch, waits)
+    pipeline_there(state, hosts, keys, 1, 1, 0, values, scratch, waits)
     ask(state, 0, operations.GET, np.uint64(0), np.uint64(0), np.uint64(0), values, scratch, waits)

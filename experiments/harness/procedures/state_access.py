@@ -11,7 +11,7 @@ from topologies.emulation.processes import RunningProcess
 
 SETTINGS = {**COMMON_SETTINGS, "operations": ("read", "write", "read_modify_write"), "count_here": 200_000,
             "count_there": 3000, "gap_us": 0.0, "keys": 10_000, "background_kpps": 10.0, "background_seconds": 0.6,
-            "loaded_share": 0.5, "pipeline": 64, "pipeline_count": 128_000}  # fmt: skip
+            "loaded_share": 0.5, "pipeline": 64, "frames": 4, "pipeline_count": 256_000}  # fmt: skip
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
@@ -19,21 +19,20 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
 
     The load is packets through the trial's NF, which keeps its own records in the same store.
     """
-    peer = bench.is_peer
-    bench.start(workload=not peer)
+    bench.start_state()
     probe = start_probe(bench)
-    points = []
-    operations = [name for name in bench.settings["operations"] if not (peer and name == "read_modify_write")]
-    here = not peer and "nf1" in bench.stores
+    here = "nf1" in bench.stores
     count = bench.settings["count_here" if here else "count_there"]
-    for operation in operations:
-        points.append(access_point(bench, probe, operation, "alone", count))
+    operations = [name for name in bench.settings["operations"] if not (bench.is_peer and name == "read_modify_write")]
+    points = [access_point(bench, probe, operation, "alone", count) for operation in operations]
     if not here:
         points += [pipeline_point(bench, probe, depth) for depth in (1, bench.settings["pipeline"])]
-    if not peer:
+    if bench.trial.nf and not bench.is_peer:
+        bench.start_functions()
+        bench.start_workload()
         bench.warm_up()
-        for operation in operations:
-            points.append(loaded_point(bench, probe, operation, max(500, int(count * bench.settings["loaded_share"]))))
+        loaded_count = max(500, int(count * bench.settings["loaded_share"]))
+        points += [loaded_point(bench, probe, operation, loaded_count) for operation in operations]
     points[-1]["metrics"] |= bench.memory()
     return points
 
@@ -92,11 +91,11 @@ def loaded_point(bench: Bench, probe: RunningProcess, operation: str, count: int
 
 
 def pipeline_point(bench: Bench, probe: RunningProcess, depth: int) -> dict[str, Any]:
-    """Get records `depth` at a time: operations per second; at depth 1 also the latency of each."""
+    """Get records `depth` a frame, a few frames under way: operations per second; at depth 1 one at a time, with its latency."""
     if depth == 1:
         answer = ask(probe, {"operation": "read", "count": bench.settings["count_there"], "gap_us": 0.0})
         return point(
             {"operation": "get", "pipeline": 1}, answer, answer["latency"] | {"operations_kops": answer["operations_kops"]}
         )
-    answer = ask(probe, {"pipeline": depth, "count": bench.settings["pipeline_count"]})
+    answer = ask(probe, {"pipeline": depth, "frames": bench.settings["frames"], "count": bench.settings["pipeline_count"]})
     return point({"operation": "get", "pipeline": depth}, answer, {"operations_kops": answer["operations_kops"]})

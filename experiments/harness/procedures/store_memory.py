@@ -17,7 +17,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     settings = bench.settings
     records = int(settings["records"])
     bench.overrides = {"capacity": math.ceil(records / settings["fill"]), "keys": records}
-    bench.start(workload=False)
+    bench.start_state()
     start_probe(bench)
     store = next(iter(bench.stores.values()))
     store.send({"statistics": True})
