@@ -35,7 +35,7 @@ MAGIC, LAYOUT, VALUE_WORDS, BUCKETS, PARTITION_COUNT, FIRST, STRIDE, BUCKETS_OFF
 SECRETS = 8
 SLOT_WORDS, BUCKET_WORDS = 13, 14
 # Header: what the store process and the tools read.
-EPOCH, SERVER_PID, CLUSTER, CLIENTS, WINDOW, CLIENTS_AT, CLIENT_STRIDE, TOTAL_WORDS, CAPACITY, ADDRESS, PORT = range(16, 27)
+EPOCH, CLUSTER, CLIENTS, WINDOW, CLIENTS_AT, CLIENT_STRIDE, TOTAL_WORDS, CAPACITY, ADDRESS, PORT = range(16, 26)
 # Header: counters.
 STATUS_COUNTS = 32
 TAKEOVERS, ROLLBACKS, EXPIRED, FRAMES, OPERATIONS, CONNECTIONS, REPEATED = range(48, 55)
@@ -43,7 +43,7 @@ COUNTERS = {
     "lock_takeovers": TAKEOVERS, "rollbacks": ROLLBACKS, "expired": EXPIRED, "frames": FRAMES, "operations": OPERATIONS,
     "connections": CONNECTIONS, "answered_again": REPEATED,
 }  # fmt: skip
-# Header: the process behind each owner number.
+# Header: the process behind each owner number; behind number 0 the store process.
 OWNER_PIDS = 64
 OWNERS = 63
 """Owner numbers are 1 to 63; 0 is nobody."""

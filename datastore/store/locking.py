@@ -232,10 +232,10 @@ def register(words: np.ndarray, path: str) -> int:
 
 
 def living_owners(words: np.ndarray, path: str) -> dict[int, int]:
-    """Return the pid behind each owner number whose process lives."""
+    """Return the pid behind each owner number whose process lives; behind 0 that of the store process."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return {n: int(words[OWNER_PIDS + n]) for n in range(1, OWNERS + 1) if _is_locked(descriptor, n)}
+        return {n: int(words[OWNER_PIDS + n]) for n in range(OWNERS + 1) if _is_locked(descriptor, n)}
     finally:
         os.close(descriptor)
 

@@ -165,10 +165,12 @@ def highest_sequence(words: np.ndarray, client: int) -> Any:
 
 
 @jit
-def hello(words: np.ndarray, client: int, request: np.ndarray, at: int, answer: np.ndarray, answer_at: int) -> int:
-    """Answer a HELLO; return its status. client: the slot, or -1 when there is none left."""
+def hello(words: np.ndarray, client: int, cluster: int, request: np.ndarray, at: int, answer: np.ndarray, answer_at: int) -> int:
+    """Answer a HELLO; return its status. client: the slot, or -1 when there is none left. cluster: the client's, uint64."""
     status = OK
-    if request[at] >> np.uint64(32) > words[VALUE_WORDS] << np.uint64(3):
+    if cluster != words[CLUSTER]:
+        status = WRONG_CLUSTER
+    elif request[at] >> np.uint64(32) > words[VALUE_WORDS] << np.uint64(3):
         status = OVERSIZED
     elif request[at + OPERATION_STAMP] == U0 or request[at + OPERATION_STAMP] > words[WINDOW]:
         status = BAD_OPERATION

@@ -7,7 +7,6 @@ its send buffer has room again. Between requests a bounded number of buckets is 
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
@@ -29,7 +28,6 @@ from datastore.store.layout import (
     EPOCH,
     PARTITION_COUNT,
     PORT,
-    SERVER_PID,
     VALUE_WORDS,
     word,
 )
@@ -152,13 +150,12 @@ def greet(server: ServerState, n: int, now_s: int, at: int, answer_at: int) -> i
     An older connection of the same client is closed: what it still has in flight comes again on this one.
     """
     words = server.words
-    client_id = server.receive_words[at + 2]
+    requests, answers, operation = server.receive_words, server.send_words, at + FRAME_HEADER_WORDS
+    client_id, cluster = requests[at + 2], requests[at + 3]
     client = -1
-    if client_id != np.uint64(0) and server.receive_words[at + 3] == words[CLUSTER]:
+    if client_id != np.uint64(0) and cluster == words[CLUSTER]:
         client = find_client(words, client_id, now_s, server.connected)
-    status = hello(
-        words, client, server.receive_words, at + FRAME_HEADER_WORDS, server.send_words, answer_at + FRAME_HEADER_WORDS
-    )
+    status = hello(words, client, cluster, requests, operation, answers, answer_at + FRAME_HEADER_WORDS)
     if status == OK:
         for other in range(CONNECTION_LIMIT):
             if other != n and server.connections[other, DESCRIPTOR] >= 0 and server.connections[other, CLIENT] == client:
@@ -365,7 +362,7 @@ class StoreProcess:
             raise
         address, self.port = self._listener.getsockname()
         words = self.table.words
-        words[SERVER_PID], words[PORT] = os.getpid(), self.port
+        words[PORT] = self.port
         words[ADDRESS] = int.from_bytes(socket.inet_aton(address), "big")
         self.state = new_state(words, self._listener.fileno(), waker)
         serve(self.state, self.owner, 0)  # compiled before anybody is told that the store is ready
@@ -381,7 +378,6 @@ class StoreProcess:
                 if self.state.connections[n, DESCRIPTOR] >= 0:
                     disconnect(self.state, n)
             self._listener.close()
-            self.table.words[SERVER_PID] = 0
         self.table.close()
         if self._created:
             self.table.unlink()

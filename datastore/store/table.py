@@ -65,13 +65,13 @@ from datastore.store.layout import (
     MAGIC_NUMBER,
     ONE_VERSION,
     OVERFLOW_SHIFT,
+    OWNER_PIDS,
     PARTITION_COUNT,
     PORT,
     REMOVE,
     RENEW,
     ROLE,
     SECRETS,
-    SERVER_PID,
     SLOT_WORDS,
     SLOTS,
     STAMP,
@@ -540,9 +540,10 @@ class Table:
         descriptor = locking.claim(f"/proc/self/fd/{self._descriptor}", 0)
         if descriptor is None:
             raise NearstateError(
-                f"table {self.name!r} is served already by process {int(self.words[SERVER_PID])}: stop that one first"
+                f"table {self.name!r} is served already by process {int(self.words[OWNER_PIDS])}: stop that one first"
             )
         self._owners.append(descriptor << 16)
+        self.words[OWNER_PIDS] = os.getpid()
 
     def set_role(self, partition: int, primary: bool, epoch: int) -> None:
         """Say whether this host is the partition's primary in `epoch`; an open record of it is finished first."""
@@ -572,9 +573,10 @@ class Table:
         return int(self.words[first + COUNT : first + self.partitions * stride : stride].sum())
 
     def statistics(self) -> dict[str, Any]:
-        """Return sizes, fill, counters and living owners as a JSON object; reads only."""
+        """Return sizes, fill, counters and living owners (number: pid) as a JSON object; reads only. server_pid 0: none."""
         words = self.words
         records, slots = self.count(), self.partitions * int(words[BUCKETS]) * SLOTS
+        owners = locking.living_owners(words, f"/proc/self/fd/{self._descriptor}")
         primary = [p for p in range(self.partitions) if int(words[_base(words, p) + ROLE]) & 1]
         return {
             "name": self.name,
@@ -588,10 +590,10 @@ class Table:
             "primary_partitions": len(primary),
             "epoch": int(words[EPOCH]),
             "cluster": int(words[CLUSTER]),
-            "server_pid": int(words[SERVER_PID]),
+            "server_pid": owners.pop(0, 0),
             "address": ".".join(str(int(words[ADDRESS]) >> shift & 0xFF) for shift in (24, 16, 8, 0)),
             "port": int(words[PORT]),
-            "owners": locking.living_owners(words, f"/proc/self/fd/{self._descriptor}"),
+            "owners": owners,
             "statuses": {NAMES[n]: int(words[STATUS_COUNTS + n]) for n in range(1, STATUSES)},
             "counters": {name: int(words[at]) for name, at in COUNTERS.items()},
         }

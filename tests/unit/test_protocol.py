@@ -202,7 +202,7 @@ def greet(wire: Wire, client_id: int, value_bytes: int = 16, window: int = 8, no
     request = wire.frame([HELLO, 0, value_bytes, 0, 0, 0, window], client=client_id)
     answer = np.zeros(WORDS, np.uint64)
     slot = int(find_client(wire.words, np.uint64(client_id), now_s, wire.connected))
-    hello(wire.words, slot, request, FRAME_HEADER_WORDS, answer, 0)
+    hello(wire.words, slot, request[3], request, FRAME_HEADER_WORDS, answer, 0)
     return int(answer[0]) >> 8 & 0xFF, int(answer[0]) >> 16 & 0xFFFF, int(answer[2])
 
 

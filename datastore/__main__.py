@@ -1,0 +1,222 @@
+"""The command line: python -m datastore {list,statistics,records,serve}.
+
+`statistics` and `records` look at the shared memory of a running store without making anybody wait: records are copied without
+a lock and copied again when someone was at work on them (`Table.records`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Sheet
+
+from datastore.native.errors import NearstateError, unknown
+from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.store.table import SHARED_MEMORY, Record, Table
+
+EXAMPLES = """examples:
+  python -m datastore list
+  python -m datastore statistics
+  python -m datastore statistics my-table --json
+  python -m datastore records --partition 7 --limit 20
+  python -m datastore serve --table my-table --capacity 100000 --value-bytes 32 --port 7700
+
+NAME is a table's name as `list` shows it; it may be left out when there is one table only.
+"""
+HOST = "here"
+"""What `serve` calls its host: it is primary of every partition."""
+
+
+def tables() -> list[Table]:
+    """Return the tables in this host's shared memory, by name; what is none, or not ours to open, is left out."""
+    found = []
+    for path in sorted(SHARED_MEMORY.iterdir()):
+        if path.is_file() and os.access(path, os.R_OK | os.W_OK):
+            try:
+                found.append(Table.attach(path.name))
+            except NearstateError:
+                continue
+    return found
+
+
+def chosen(name: str | None) -> Table:
+    """Return the table called `name`, or the only one. Raises NearstateError when that is none or not clear."""
+    found = tables()
+    names = [table.name for table in found]
+    if name is None and len(found) == 1:
+        return found[0]
+    if name is None:
+        raise NearstateError(f"which table? there are {len(found)} here: {', '.join(names) or 'none; is a store running?'}")
+    if name not in names:
+        raise unknown("table", name, names)
+    return found[names.index(name)]
+
+
+def list_stores(arguments: argparse.Namespace) -> None:
+    """Print every table here, and who serves it."""
+    found = [table.statistics() for table in tables()]
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    if not found:
+        print("no store runs here")
+        return
+    sheet = Sheet("table", "store process", "listens on", "records", "capacity", "fill", "value", "epoch", "primary of")
+    for each in found:
+        sheet.add_row(
+            each["name"],
+            str(each["server_pid"] or "none"),
+            f"{each['address']}:{each['port']}" if each["port"] else "nobody",
+            f"{each['records']:,}",
+            f"{each['capacity']:,}",
+            f"{each['fill_ratio']:.0%}",
+            f"{each['value_bytes']} B",
+            str(each["epoch"]),
+            f"{each['primary_partitions']} of {each['partitions']}",
+        )
+    console().print(sheet)
+
+
+def print_statistics(arguments: argparse.Namespace) -> None:
+    """Print sizes, counters and owners of a table."""
+    statistics = chosen(arguments.table).statistics()
+    if arguments.json:
+        print(json.dumps(statistics))
+        return
+    sheet = Sheet("statistic", "value", title=statistics["name"], title_justify="left")
+    for name, value in statistics.items():
+        if name in ("name", "owners", "statuses", "counters"):
+            continue
+        sheet.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    sheet.add_row("owners", ", ".join(f"{number}: pid {pid}" for number, pid in statistics["owners"].items()) or "none")
+    for group in ("counters", "statuses"):
+        sheet.add_section()
+        for name, count in statistics[group].items():
+            sheet.add_row(name, f"{count:,}")
+    console().print(sheet)
+
+
+def print_records(arguments: argparse.Namespace) -> None:
+    """Print records, their keys taken apart into flows."""
+    table = chosen(arguments.table)
+    records = list(itertools.islice(table.records(arguments.partition), arguments.limit))
+    if arguments.json:
+        print(json.dumps([as_json(record) for record in records]))
+        return
+    sheet = Sheet("partition", "kind", "key", "version", "expires", "value")
+    for record in records:
+        left_s = record.expires_in_s
+        expires = "never" if left_s is None else f"in {left_s} s" if left_s > 0 else "expired"
+        key = record.key
+        sheet.add_row(str(key.partition), str(key.kind), str(key), str(record.version), expires, record.value.hex(" ", 8))
+    console().print(sheet)
+    total = table.count() if arguments.partition is None else None
+    if total is not None and total > len(records):
+        print(f"{len(records):,} of {total:,} records; more with --limit")
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """Return a record as a JSON object; the value in hexadecimal."""
+    key = record.key
+    return {
+        "partition": key.partition,
+        "kind": key.kind,
+        "protocol": key.protocol,
+        "client": f"{key.client}:{key.client_port}",
+        "server": f"{key.server}:{key.server_port}",
+        "key": f"{record.high:016x}{record.low:016x}",
+        "version": record.version,
+        "expires_in_s": record.expires_in_s,
+        "value": record.value.hex(),
+    }
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Run a store process in the foreground until SIGTERM or Ctrl-C."""
+    from datastore.store.server import StoreProcess, stop_at_signals
+
+    stopping = stop_at_signals()
+    config = {
+        "host": HOST, "table": arguments.table, "capacity": arguments.capacity, "value_bytes": arguments.value_bytes,
+        "address": arguments.address, "port": arguments.port, "cluster": arguments.cluster,
+        "map": PartitionMap(arguments.epoch, ((HOST,),) * PARTITIONS).to_json(), "create": not arguments.attach,
+        "keep": arguments.keep,
+    }  # fmt: skip
+    store = StoreProcess(config)
+    try:
+        print(f"table {arguments.table} is served on {arguments.address}:{store.port}; stop with Ctrl-C", flush=True)
+        while not stopping:
+            store.turn()
+    finally:
+        store.close()
+
+
+def console() -> Console:
+    """Return where tables are printed: as wide as they are when the output is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def positive(text: str) -> int:
+    """Return an argument as a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m datastore", description="Look into the stores that run on this host, or run one.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, json_too: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        added.set_defaults(function=function)
+        if json_too:
+            added.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+        return added
+
+    command("list", list_stores)
+    command("statistics", print_statistics).add_argument("table", nargs="?", metavar="NAME")
+    records = command("records", print_records)
+    records.add_argument("table", nargs="?", metavar="NAME")
+    records.add_argument("--limit", type=positive, default=50, help="print at most so many (default: %(default)s)")
+    records.add_argument("--partition", type=int, help="only this partition (default: all)")
+    server = command("serve", serve, json_too=False)
+    server.add_argument("--table", required=True, metavar="NAME", help="name of the table in shared memory")
+    server.add_argument("--capacity", type=positive, default=65536, help="records (default: %(default)s)")
+    server.add_argument("--value-bytes", type=positive, default=32, help="bytes of a value (default: %(default)s)")
+    server.add_argument("--address", default="127.0.0.1", help="IPv4 address to listen on (default: %(default)s)")
+    server.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
+    server.add_argument("--cluster", type=int, default=0, help="cluster id its clients must name (default: %(default)s)")
+    server.add_argument("--epoch", type=positive, default=1, help="epoch of the partition map (default: %(default)s)")
+    server.add_argument("--attach", action="store_true", help="serve a table that exists instead of making one")
+    server.add_argument("--keep", action="store_true", help="leave the table in shared memory at the end")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        parsed.function(parsed)
+    except NearstateError as error:
+        print(f"datastore: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
