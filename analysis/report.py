@@ -23,7 +23,7 @@ from analysis.figures import Definition, definitions
 from analysis.redraw import draw_figure
 from analysis.results import Run, measurements, read_run
 from analysis.sheet import PNG_DPI
-from analysis.summary import better, summarize
+from analysis.summary import better, summarize, unit
 from analysis.topology import picture
 
 PAIRS = (("centralized", "integrated"), ("redis", "centralized"), ("nftables", "local"))
@@ -61,8 +61,17 @@ def _template() -> jinja2.Template:
     )
     environment.filters["digits"] = digits
     environment.filters["title"] = lambda name: name.replace("_", " ")
+    environment.filters["measure"] = _measure
     environment.filters["label"] = lambda placement: style.look(placement).label
     return environment.get_template("report.html.j2")
+
+
+def _measure(name: str) -> str:
+    """Return a metric's name as a table's heading: `generator_lateness_p99_us` -> `generator lateness p99 (µs)`."""
+    words, _, suffix = name.rpartition("_")
+    return (
+        f"{words.replace('_', ' ')} ({unit(name).replace('us', 'µs')})" if unit(name) != "count" else f"{words} {suffix}".strip()
+    )
 
 
 def _experiments(run: Run) -> list[str]:

@@ -79,6 +79,7 @@ PAPER = {
     "legend.handlelength": 2.6,
     "figure.constrained_layout.h_pad": 0.03,
     "figure.constrained_layout.w_pad": 0.03,
+    "figure.constrained_layout.hspace": 0.06,
 }
 
 

@@ -67,4 +67,4 @@ def _against_redis(frame: pd.DataFrame) -> str:
         said.append(
             f"64 to a frame it answers {digits(ours_kops)} kops, {times(ours_kops, redis_kops)} Redis's {digits(redis_kops)}"
         )
-    return f"a remote get {' and '.join(said)}" if len(said) == 2 else f"of remote gets, {said[0]}" if said else ""
+    return f"a remote get {', and '.join(said)}" if len(said) == 2 else f"of remote gets, {said[0]}" if said else ""
