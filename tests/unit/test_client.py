@@ -180,8 +180,9 @@ def test_lost_connections_lose_and_double_nothing(start):
     with store.client(window=64) as client:
 
         def disturb(_: int) -> None:
-            if rng.random() < 0.02:
-                remote.flush(client.state, 0)  # on its way, and perhaps done, when the connection breaks
+            if rng.random() < 0.3:
+                remote.flush(client.state, 0)  # on its way, or done, when the connection breaks
+                time.sleep(rng.choice([0, 0.003]))
                 client.disconnect()
 
         assert pump(client, 5000, disturb) == list(range(1, 5001))

@@ -42,7 +42,7 @@ def served() -> Iterator[subprocess.Popen[str]]:
             client.connect()
             client.insert(FLOW_LOW, FLOW_HIGH, b"\x2a", expiry=(int(time.monotonic()) + 300) % (1 << 20))
             for n in range(120):
-                client.insert(n << 32 | 17 << 24 | n, n, bytes([n]))
+                client.insert(n << 32 | 17 << 24 | n + 100, n, bytes([n]))
         yield process
     finally:
         process.terminate()
