@@ -133,7 +133,8 @@ def test_verdicts_do_not_depend_on_where_the_state_is(emulation: tuple[Journal, 
     bench = Bench(trial, EXPERIMENT, network, launcher)
     try:
         network.start()
-        bench.start(workload=False)
+        bench.start_state()
+        bench.start_functions()
         assert verdicts(bench) == expected_verdicts()
         statistics = bench.function_statistics()
     finally:
