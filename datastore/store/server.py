@@ -432,3 +432,9 @@ def _obey(store: StoreProcess, control: Any) -> bool:
     if "statistics" in message:
         control.send({"statistics": store.table.statistics()})
     return "stop" not in message
+
+
+def warm() -> None:
+    """Compile the server: serve nobody for no time."""
+    table = Table.private(PARTITIONS * 8, 8)
+    serve(new_state(table.words, -1), 0, 0)
