@@ -147,7 +147,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     Answers {"step": n, "offered_kpps": x, "seconds": s} with what was sent and how late; ends at {"stop": true}.
     """
     C.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)  # sleeps end when they should
-    frames = make_frames(4096)
+    frames = make_frames(8192)
     opened = open_port(config["interface"], frames, config.get("port_kind", "auto"))
     source = make_source(Traffic.of(**config["traffic"]), config["source_mac"], config["next_hop_mac"], config["server"])
     control.send({"ready": True, "port_kind": opened.kind})

@@ -6,6 +6,7 @@ RFC 4737 defines it (a sequence number smaller than one already seen), over all 
 
 from __future__ import annotations
 
+import ctypes as C
 import time
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from datastore.native import jit
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
 from datastore.native.libc import POLLIN, now_ns, poll, pollfd
 from datastore.native.memory import load16, load64
-from experiments.workloads.generator import DENSE_GAP_NS, NAP_NS, STAMP_AT, STAMP_BYTES, doze
+from experiments.workloads.generator import DENSE_GAP_NS, NAP_NS, PR_SET_TIMERSLACK, STAMP_AT, STAMP_BYTES, doze
 from nfs.dataplane.frames import Frames, give_frame, make_frames
 from nfs.dataplane.port import BURST, FD, Port, closed_port, open_port, refill, rx_burst
 
@@ -106,8 +107,9 @@ def collect(sink: Sink, port: Port, frames: Frames, until_ns: int) -> None:
 
 def main(config: dict[str, Any], control: Any) -> None:
     """Process target: {"interface", "port_kind"}. {"step": n, "packets": p} starts counting, {"collect": n} answers."""
-    frames = make_frames(8192)
+    frames = make_frames(16384)
     opened = open_port(config["interface"], frames, config.get("port_kind", "auto"))
+    C.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     sink, drops = make_sink(1, 0), opened.statistics()
     refill(opened.port, frames)
     control.send({"ready": True, "port_kind": opened.kind})

@@ -22,7 +22,7 @@ from datastore.native.libc import EBUSY
 from nfs.dataplane.frames import FRAME_BYTES, Frames
 from nfs.dataplane.port import AFXDP, FD, KIND, RESERVE, TX_PRODUCER, OpenPort, Port
 
-RING_SLOTS = 2048
+RING_SLOTS = 4096
 AF_XDP = 44
 SOL_XDP, XDP_STATISTICS, XDP_MAX_TX_SKB_BUDGET = 283, 7, 9
 BIND_NEED_WAKEUP = 1 << 3

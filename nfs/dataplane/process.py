@@ -36,7 +36,7 @@ class Process:
     def __init__(self, config: dict[str, Any]) -> None:
         self.function = declaration.load(config["nf"])
         self.config = config
-        self.frames: Frames = make_frames(config.get("frames", 8192))
+        self.frames: Frames = make_frames(config.get("frames", 16384))
         interfaces = [config["inside"], config["outside"]]
         self.opened: list[OpenPort] = open_ports(interfaces, self.frames, config.get("port_kind", "auto"))
         self.table, self.stores, primary, epoch = self._find_state()
