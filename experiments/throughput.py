@@ -5,13 +5,19 @@ from experiments.packet_latency import FUNCTIONS, PLACEMENTS
 
 RACK = {"topology": ("rack",), "nf": FUNCTIONS, "placement": PLACEMENTS}
 DIRECT = {"settings": {"search_high_kpps": 1600.0, "saturate": True, "ladder_kpps": (100, 200, 400, 800), "warmup_kpps": 100.0}}
-BACK_TO_BACK = {"topology": ("back_to_back",), "nf": FUNCTIONS, "placement": ("local", "integrated", "centralized"), **DIRECT}
+PATH = {"topology": ("back_to_back",), "nf": ("passthrough",), "placement": ("local",), **DIRECT}
+BACK_TO_BACK = {
+    "topology": ("back_to_back",),
+    "nf": ("firewall", "traffic_counter"),
+    "placement": ("local", "integrated", "centralized"),
+    **DIRECT,
+}
 KERNEL = {"topology": ("back_to_back",), "nf": ("firewall",), "placement": ("nftables",), **DIRECT}
 
 EXPERIMENT = Experiment(
     question="How much traffic does each placement carry without loss, and what CPU time does a packet cost on each host?",
     procedure="throughput",
-    sweeps=(RACK, BACK_TO_BACK, KERNEL),
+    sweeps=(RACK, PATH, BACK_TO_BACK, KERNEL),
     settings={"seconds": 0.4, "search_seconds": 0.3, "search_steps": 6},
     traffic={"flows": 10_000, "frame_bytes": 64},
     seed=1,
