@@ -99,6 +99,13 @@ def pollfd(fd: int, events: int) -> Any:
     return np.int64(fd) & np.int64(0xFFFFFFFF) | np.int64(events) << np.int64(32)
 
 
+@inline
+def doze(entries: np.ndarray, duration_ns: int, scratch: np.ndarray) -> None:
+    """Sleep for `duration_ns`; entries: int64[>= 1] and scratch: int64[>= 2] are overwritten."""
+    entries[0] = pollfd(-1, POLLIN)
+    poll(entries, 1, duration_ns, scratch)
+
+
 if INTERPRETED:
 
     def now_ns(scratch: np.ndarray) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from datastore.native import jit
 from datastore.native.histogram import make_counts, record_ns, summary_us
-from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
+from datastore.native.libc import doze, now_ns, sched_yield
 from datastore.native.memory import copy, put_network16, put_network32, store16, store64
 from experiments.workloads.traffic import (
     CHOICES,
@@ -85,13 +85,6 @@ def write_frame(source: Source, memory: np.ndarray, at: int, length: int, slot: 
     store64(memory, at + STAMP_AT, np.uint64(source.control[STEP]) << np.uint64(48) | np.uint64(sequence))
     store64(memory, at + STAMP_AT + 8, np.uint64(intended_ns))
     store16(memory, at + STAMP_AT + 16, slot & 0xFFFF)
-
-
-@jit
-def doze(entries: np.ndarray, duration_ns: int, scratch: np.ndarray) -> None:
-    """Sleep; entries: int64[>= 1], scratch: int64[>= 2]."""
-    entries[0] = pollfd(-1, POLLIN)
-    poll(entries, 1, duration_ns, scratch)
 
 
 @jit

@@ -16,7 +16,7 @@ import redis
 from datastore.native import jit
 from datastore.native.errors import NearstateError
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
-from datastore.native.libc import EAGAIN, POLLIN, now_ns, poll, pollfd, recv, send
+from datastore.native.libc import EAGAIN, POLLIN, doze, now_ns, poll, pollfd, recv, send
 
 VALUE_BYTES = 32
 ANSWER_BYTES = len(b"$32\r\n") + VALUE_BYTES + len(b"\r\n")
@@ -70,8 +70,7 @@ def probe(fd: int, requests: np.ndarray, request_bytes: int, keys: int, depth: i
             return -1
         record_ns(counts, now_ns(scratch) - started)
         if gap_ns > 0:
-            waits[0] = pollfd(-1, POLLIN)
-            poll(waits, 1, gap_ns, scratch)
+            doze(waits, gap_ns, scratch)
     return 0
 
 

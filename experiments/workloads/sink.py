@@ -14,9 +14,9 @@ import numpy as np
 
 from datastore.native import jit
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
-from datastore.native.libc import POLLIN, now_ns, poll, pollfd
+from datastore.native.libc import POLLIN, doze, now_ns, poll, pollfd
 from datastore.native.memory import load16, load64
-from experiments.workloads.generator import DENSE_GAP_NS, NAP_NS, PR_SET_TIMERSLACK, STAMP_AT, STAMP_BYTES, doze
+from experiments.workloads.generator import DENSE_GAP_NS, NAP_NS, PR_SET_TIMERSLACK, STAMP_AT, STAMP_BYTES
 from nfs.dataplane.frames import Frames, give_frame, make_frames
 from nfs.dataplane.port import BURST, FD, Port, closed_port, open_port, refill, rx_burst
 

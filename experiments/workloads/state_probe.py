@@ -16,7 +16,7 @@ import numpy as np
 
 from datastore.native import jit
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
-from datastore.native.libc import POLLIN, now_ns, poll, pollfd
+from datastore.native.libc import POLLIN, doze, now_ns, poll, pollfd
 from datastore.store import operations, statuses
 from datastore.store.client import (
     DESCRIPTOR,
@@ -83,8 +83,7 @@ def probe_here(words: np.ndarray, owner: int, epoch: int, keys: np.ndarray, oper
         record_ns(counts, now - started)
         refused += status != 0
         if gap_ns > 0:
-            idle[0] = pollfd(-1, POLLIN)
-            poll(idle, 1, gap_ns, scratch)
+            doze(idle, gap_ns, scratch)
     return refused
 
 
@@ -142,8 +141,7 @@ def probe_there(client: ClientState, hosts: np.ndarray, keys: np.ndarray, stamps
             stamps[at] = answer_stamp(client, host, slot)
         record_ns(counts, now_ns(scratch) - started)
         if gap_ns > 0:
-            waits[0] = pollfd(-1, POLLIN)
-            poll(waits, 1, gap_ns, scratch)
+            doze(waits, gap_ns, scratch)
     return refused
 
 

@@ -26,7 +26,6 @@ RING_SLOTS = 4096
 AF_XDP = 44
 SOL_XDP, XDP_STATISTICS, XDP_MAX_TX_SKB_BUDGET = 283, 7, 9
 BIND_NEED_WAKEUP = 1 << 3
-BIND_COPY = 1 << 1
 BUSY_S = 1.0
 HANDLE = 0
 """Where `OpenPort.keep` has libxdp's socket."""
@@ -72,15 +71,11 @@ def library() -> Any:
     return loaded
 
 
-def _ring_pair() -> tuple[Ring, Ring]:
-    return Ring(), Ring()
-
-
 class Umem:
     """The frames as the kernel knows them; the first port's fill and completion rings come with it."""
 
     def __init__(self, frames: Frames) -> None:
-        self.fill, self.completion = _ring_pair()
+        self.fill, self.completion = Ring(), Ring()
         self.handle = C.c_void_p()
         self.taken = False
         code = library().xsk_umem__create(
@@ -94,7 +89,7 @@ class Umem:
     def rings(self) -> tuple[Ring, Ring]:
         """Return a fill and a completion ring for one more port."""
         if self.taken:
-            return _ring_pair()
+            return Ring(), Ring()
         self.taken = True
         return self.fill, self.completion
 
@@ -133,7 +128,7 @@ def open_ports(interfaces: list[str], frames: Frames) -> list[OpenPort]:
 
 def _open_port(interface: str, frames: Frames, umem: Umem) -> OpenPort:
     fill, completion = umem.rings()
-    rx, tx = _ring_pair()
+    rx, tx = Ring(), Ring()
     handle = C.c_void_p()
     config = SocketConfig(RING_SLOTS, RING_SLOTS, 0, 0, BIND_NEED_WAKEUP)
     code = library().xsk_socket__create_shared(

@@ -42,6 +42,7 @@ from datastore.store.client import (
     request,
     room,
 )
+from datastore.store.layout import EXPIRY_BITS
 from datastore.store.table import VALUE, commit_record, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import DROP, ENV, FORWARD, NetworkFunction
@@ -62,7 +63,7 @@ CONFLICTS, FETCHES, WRITES, BURSTS = range(14, 18)
 # words of a flight
 PHASE, HOST, NEXT, WAITING_HEAD, WAITING_TAIL, BATCH_HEAD, BATCH_TAIL, ABSENT, SINCE_NS = range(9)
 FETCHING, COMMITTING = 1, 2
-STAMP_SECONDS = (1 << 20) - 1
+STAMP_SECONDS = (1 << EXPIRY_BITS) - 1
 """Low bits of a record's stamp: the second, modulo 2^20, at which it expires; 0: never."""
 
 

@@ -11,21 +11,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.store.partitions import flow_partition, hashed_partition
+from datastore.native import jit
+from datastore.store.partitions import flow_partition, hashed_partition, key_high, key_low
 from nfs.dataplane.headers import INSIDE
 
 NONE, FLOW, TUPLE, SOURCE = range(4)
 """Key functions: no state at all; both directions of a connection alike; as seen on the wire; the sender's address."""
-KEY_NAMES = {"NONE": NONE, "FLOW": FLOW, "TUPLE": TUPLE, "SOURCE": SOURCE}
-
-
-@inline
-def _words(first: int, second: int, first_port: int, second_port: int, protocol: int, kind: int) -> tuple[int, int]:
-    """Return the key's high and low word, the low one still without its partition."""
-    high = np.uint64(first) << np.uint64(32) | np.uint64(second)
-    ports = np.uint64(first_port) << np.uint64(48) | np.uint64(second_port) << np.uint64(32)
-    return high, ports | np.uint64(protocol) << np.uint64(24) | np.uint64(kind) << np.uint64(16)
 
 
 @jit
@@ -38,16 +29,15 @@ def make_key(key: int, kind: int, packets: np.ndarray, index: int) -> None:
     if not inside:
         client, server = server, client
         client_port, server_port = server_port, client_port
+    partition = flow_partition(client, client_port, packet.has_ports)
     if key == SOURCE:
-        high, low = _words(packet.source_address, 0, 0, 0, 0, kind)
+        high, low = key_high(packet.source_address, 0), key_low(0, 0, 0, kind, 0)
         partition = hashed_partition(high, low)
+    elif key == TUPLE:
+        high = key_high(packet.source_address, packet.destination_address)
+        low = key_low(packet.source_port, packet.destination_port, packet.protocol, kind, 0)
     else:
-        partition = flow_partition(client, client_port, packet.has_ports)
-        if key == TUPLE:
-            high, low = _words(packet.source_address, packet.destination_address, packet.source_port,
-                               packet.destination_port, packet.protocol, kind)  # fmt: skip
-        else:
-            high, low = _words(client, server, client_port, server_port, packet.protocol, kind)
+        high, low = key_high(client, server), key_low(client_port, server_port, packet.protocol, kind, 0)
     packet.key_high = high
     packet.key_low = low | np.uint64(partition)
     packet.partition = partition
