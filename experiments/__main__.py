@@ -44,11 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(folder: Any, baseline: str, other: str) -> None:
     """Write summary, figures and report of a run and print the table of two placements."""
-    from analysis.report import write_report
-
     from analysis.compare import compare as compare_placements
     from analysis.compare import print_comparison
     from analysis.redraw import draw_figures
+    from analysis.report import write_report
     from analysis.summary import write_summary
 
     write_summary(folder)
@@ -71,9 +70,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def figures(arguments: argparse.Namespace) -> None:
     """Redraw a run's figures and its report, without running anything."""
-    from analysis.report import write_report
-
     from analysis.redraw import draw_figures
+    from analysis.report import write_report
     from analysis.summary import write_summary
     from experiments.harness.record import Record
 
