@@ -36,8 +36,8 @@ STAMP_BYTES = 18
 STEP, SENT, BLOCKED, CURSOR, NEXT_FLOW, YIELDS = range(6)
 PR_SET_TIMERSLACK = 29
 DENSE_GAP_NS, NAP_NS = 20_000.0, 20_000
-"""Above 50 kpps generator and sink nap for 20 us between bursts instead of watching the clock: their cores are needed by
-what is measured. Both cost latency, which is why latencies are compared at loads below."""
+"""Above 50 kpps the generator naps for 20 us between bursts instead of watching the clock: its core is needed by what is
+measured. That costs latency, which is why latencies are compared at loads below."""
 LATEST = 1.5
 """A step ends after this many times its length, whether or not all its packets have gone."""
 SLEEP_MARGIN_NS = 60_000
