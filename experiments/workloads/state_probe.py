@@ -101,7 +101,7 @@ def answer_of(client: ClientState, host: int, scratch: np.ndarray, waits: np.nda
             continue
         flush(client, host)
         waits[0] = pollfd(client.control[host, DESCRIPTOR], POLLIN)
-        poll(waits, 1, 1_000_000, scratch)
+        poll(waits, 1, 1_000_000_000, scratch)
 
 
 @jit
