@@ -4,7 +4,7 @@ from experiments.harness.spec import Experiment
 from experiments.packet_latency import FUNCTIONS, PLACEMENTS
 
 RACK = {"topology": ("rack",), "nf": FUNCTIONS, "placement": PLACEMENTS}
-DIRECT = {"settings": {"search_high_kpps": 1600.0, "saturate": True, "ladder_kpps": (100, 200, 400, 800), "warmup_kpps": 100.0}}
+DIRECT = {"settings": {"search_high_kpps": 1600.0, "saturate": True, "ladder_kpps": (200, 400, 800), "warmup_kpps": 100.0}}
 PATH = {"topology": ("back_to_back",), "nf": ("passthrough",), "placement": ("local",), **DIRECT}
 BACK_TO_BACK = {
     "topology": ("back_to_back",),
@@ -29,6 +29,17 @@ EXPERIMENT = Experiment(
                 KERNEL,
             ),
             "settings": {"ladder_kpps": (20, 80), "seconds": 0.3, "search_steps": 3, "search_seconds": 0.2},
+        },
+        "quick": {  # repeated where ratios are taken: one measurement of a rate moves by a fifth
+            "sweeps": (
+                {**RACK, "nf": ("firewall", "traffic_counter")},
+                {**RACK, "nf": ("passthrough",), "placement": ("local",)},
+                {**PATH, "repeats": 3},
+                {**BACK_TO_BACK, "placement": ("local", "integrated"), "repeats": 3},
+                {**BACK_TO_BACK, "placement": ("centralized",)},
+                {**KERNEL, "repeats": 3},
+            ),
+            "settings": {"ladder_kpps": (40, 80, 160)},
         },
         "paper": {"repeats": 5, "settings": {"seconds": 5.0, "search_seconds": 5.0, "search_steps": 9}},
     },

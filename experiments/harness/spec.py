@@ -18,6 +18,8 @@ PROFILES = ("smoke", "quick", "paper")
 FOLDER = Path(__file__).resolve().parents[1]
 GRID_KEYS = ("topology", "nf", "placement", "replicas")
 """Sweep keys with a meaning of their own; every other key is passed to the procedure as a setting."""
+NOT_SWEPT = ("settings", "repeats")
+"""What a grid says of its trials besides the values it sweeps."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class Experiment:
     """One question and how it is answered.
 
     procedure: file of `experiments/harness/procedures/` that measures one trial. sweeps: grids, each {parameter: values};
-    trials are the union of the grids' products; a grid's "settings" hold for its trials and are not swept. settings: the
-    procedure's parameters. traffic: the workload's. network: the topology's. profiles: for each profile what differs
-    ("sweeps", "settings", "traffic", "network", "repeats"). seed: of shuffling and workload.
+    trials are the union of the grids' products; a grid's "settings" hold for its trials and are not swept, its "repeats"
+    stand in place of the experiment's. settings: the procedure's parameters. traffic: the workload's. network: the
+    topology's. profiles: for each profile what differs ("sweeps", "settings", "traffic", "network", "repeats"). seed: of
+    shuffling and workload.
     """
 
     question: str
@@ -115,8 +118,9 @@ def check(name: str, experiment: Experiment) -> None:
 
     if experiment.procedure not in procedure_names():
         raise unknown(f"procedure of experiment {name!r}", experiment.procedure, procedure_names())
-    if experiment.repeats < 1:
-        raise NearstateError(f"experiment {name!r}: repeats={experiment.repeats}; at least 1 is needed")
+    for repeats in (experiment.repeats, *(grid.get("repeats", 1) for grid in experiment.sweeps)):
+        if repeats < 1:
+            raise NearstateError(f"experiment {name!r}: repeats={repeats}; at least 1 is needed")
     Traffic.of(**{**experiment.traffic, "seed": experiment.seed})
     procedure = importlib.import_module(f"experiments.harness.procedures.{experiment.procedure}")
     for key in experiment.settings:
@@ -125,7 +129,7 @@ def check(name: str, experiment: Experiment) -> None:
     known = {"topology": topology_names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
     for grid in experiment.sweeps:
         for key in (*grid, *grid.get("settings", ())):
-            if key not in (*GRID_KEYS, "settings") and key not in procedure.SETTINGS:
+            if key not in (*GRID_KEYS, *NOT_SWEPT) and key not in procedure.SETTINGS:
                 raise unknown(f"sweep parameter of experiment {name!r}", key, (*GRID_KEYS, *procedure.SETTINGS))
         for key, names in known.items():
             for value in grid.get(key, ()):
@@ -136,11 +140,11 @@ def check(name: str, experiment: Experiment) -> None:
 def trials(name: str, experiment: Experiment) -> Iterator[Trial]:
     """Yield every trial of an experiment, in the order of its grids."""
     for grid in experiment.sweeps:
-        swept = {key: values for key, values in grid.items() if key != "settings"}
+        swept = {key: values for key, values in grid.items() if key not in NOT_SWEPT}
         for values in itertools.product(*swept.values()):
             chosen = dict(zip(swept, values, strict=True))
             fixed = {key: chosen.pop(key) for key in GRID_KEYS if key in chosen}
-            for repeat in range(experiment.repeats):
+            for repeat in range(grid.get("repeats", experiment.repeats)):
                 yield Trial(
                     name, fixed.get("topology", "rack"), fixed.get("nf", ""), fixed.get("placement", ""),
                     fixed.get("replicas", 1), chosen, grid.get("settings", {}), repeat, experiment.seed + repeat,

@@ -33,6 +33,7 @@ def test_a_right_experiment_passes() -> None:
     [
         ({"procedure": "packet_latensy"}, "unknown procedure of experiment 'mine' 'packet_latensy': did you mean packet_latency"),
         ({"repeats": 0}, "experiment 'mine': repeats=0; at least 1"),
+        ({"sweeps": ({"nf": ("firewall",), "repeats": 0},)}, "experiment 'mine': repeats=0; at least 1"),
         ({"settings": {"ofered_kpps": 1}}, "unknown setting of experiment 'mine' 'ofered_kpps': did you mean offered_kpps"),
         ({"traffic": {"flow": 1}}, "unknown traffic parameter 'flow': did you mean flows"),
         ({"traffic": {"frame_bytes": 9000}}, "traffic frame_bytes=9000: 64 to 1518"),
@@ -87,3 +88,9 @@ def test_trials_are_the_product_of_every_grid_named_once_and_seeded_apart() -> N
     assert [trial.name for trial in found] == [trial.name for trial in trials("mine", replace(RIGHT, sweeps=sweeps))]
     assert found[0].name == "mine/rack/local/firewall/r1/0"
     assert found[4].sweep == {"offered_kpps": 1}
+
+
+def test_a_grid_may_have_repeats_of_its_own() -> None:
+    grids = ({"placement": ("local",), "repeats": 3}, {"placement": ("centralized",)})
+    found = [trial.placement for trial in trials("mine", replace(RIGHT, sweeps=grids))]
+    assert found == ["local"] * 3 + ["centralized"] * 2
