@@ -3,18 +3,20 @@
 from experiments.harness.spec import Experiment
 
 PLACEMENTS = ("local", "integrated", "integrated:hashed", "centralized")
-FUNCTIONS = ("passthrough", "firewall", "traffic_counter")
+STATEFUL = {"topology": ("rack",), "nf": ("firewall", "traffic_counter"), "placement": PLACEMENTS}
+STATELESS = {"topology": ("rack",), "nf": ("passthrough",), "placement": ("local",)}
+"""The floor: without state, every placement is the same."""
 
 EXPERIMENT = Experiment(
     question="How long does a packet take through the rack when its state is local, beside the NF, or on a store host?",
     procedure="packet_latency",
-    sweeps=({"topology": ("rack",), "nf": FUNCTIONS, "placement": PLACEMENTS},),
+    sweeps=(STATEFUL, STATELESS),
     settings={"offered_kpps": 10.0, "seconds": 1.5},
     traffic={"flows": 1000, "frame_bytes": 128, "arrivals": "poisson"},
     seed=1,
     profiles={
         "smoke": {
-            "sweeps": ({"topology": ("rack",), "nf": ("traffic_counter",), "placement": ("integrated", "centralized")},),
+            "sweeps": ({**STATEFUL, "nf": ("traffic_counter",), "placement": ("integrated", "centralized")},),
             "settings": {"seconds": 0.5},
         },
         "paper": {"repeats": 5, "settings": {"seconds": 10.0}, "traffic": {"flows": 10_000}},

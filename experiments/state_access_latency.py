@@ -15,6 +15,6 @@ EXPERIMENT = Experiment(
     profiles={
         "smoke": {"settings": {"count_here": 50_000, "count_there": 1000, "pipeline_count": 32_000, "keys": 2000}},
         "quick": {"repeats": 2},
-        "paper": {"repeats": 5, "settings": {"count_here": 2_000_000, "count_there": 20_000, "pipeline_count": 1_280_000}},
+        "paper": {"repeats": 5, "settings": {"count_here": 2_000_000, "count_there": 20_000, "pipeline_count": 6_400_000}},
     },
 )

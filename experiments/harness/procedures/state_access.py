@@ -11,7 +11,7 @@ from topologies.emulation.processes import RunningProcess
 
 SETTINGS = {**COMMON_SETTINGS, "operations": ("read", "write", "read_modify_write"), "count_here": 200_000,
             "count_there": 3000, "gap_us": 0.0, "keys": 10_000, "background_kpps": 10.0, "background_seconds": 0.6,
-            "loaded_share": 0.5, "pipeline": 64, "frames": 4, "pipeline_count": 256_000}  # fmt: skip
+            "loaded_share": 0.5, "pipeline": 64, "frames": 4, "pipeline_count": 1_280_000}  # fmt: skip
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
