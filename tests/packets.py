@@ -31,6 +31,7 @@ from datastore.native.errors import NearstateError  # noqa: E402
 from nfs.dataplane import declaration, headers  # noqa: E402
 from nfs.dataplane.headers import INSIDE, OUTSIDE  # noqa: E402
 from nfs.dataplane.keys import make_key  # noqa: E402
+from nfs.dataplane.rewrite import write_back  # noqa: E402
 
 CLIENT, SERVER = "10.0.1.7", "10.128.0.1"
 CLIENT_PORT, SERVER_PORT = 40002, 80
@@ -165,43 +166,110 @@ def _address(dotted: str) -> int:
     return int.from_bytes(bytes(map(int, dotted.split("."))), "big")
 
 
+def checksums_hold(frame: bytes) -> bool:
+    """Tell whether every checksum of a frame, also of a packet it quotes, is what scapy computes; cut quotations aside."""
+    packet = Ether(frame)
+    again = Ether(frame)
+    for layer in (IP, TCP, UDP, ICMP):
+        if layer in again and not (layer is UDP and packet[UDP].chksum == 0):
+            del again[layer].chksum
+    return bytes(again) == frame
+
+
 @dataclass
 class Instance:
     """A network function with records of its own, fed with frames: the engine's contract without its loop.
 
-    A record is forgotten `idle_timeout_s` after the last packet that set it; `now_s` is the clock.
+    A record is forgotten `idle_timeout_s` after the last packet that set it; `now_s` is the clock. sent: the frame as it left,
+    after the last packet that was not dropped. cause: why the last one was dropped, 0 for the function's verdict.
     """
 
     function: declaration.NetworkFunction
+    env: np.ndarray
     now_s: float = 1000.0
     records: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     expires_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    counters: dict[tuple[int, int, int], int] = field(default_factory=dict)
     idle_timeout_s: int = 0
+    cause: int = 0
+    sent: bytes = b""
 
     @classmethod
-    def of(cls, name: str) -> Instance:
-        return cls(declaration.load(name))
+    def of(cls, name: str, **settings: Any) -> Instance:
+        function = declaration.load(name)
+        return cls(function, function.make_env(settings))
 
     def __call__(self, frame: bytes, arrived_from: int = INSIDE) -> int:
-        """Return the verdict on a frame."""
-        packets = parsed(frame, arrived_from)
+        """Return the verdict on a frame; one that is turned comes back from the other side once."""
+        self.sent, self.cause = frame, 0
+        verdict = self._pass(arrived_from)
+        if verdict == declaration.TURN:
+            verdict = self._pass(1 - arrived_from)
+            verdict = declaration.DROP if verdict == declaration.TURN else verdict
+        return verdict
+
+    def _pass(self, arrived_from: int) -> int:
+        packets = parsed(self.sent, arrived_from)
         status = int(packets[0]["status"])
         if status:
+            self.cause = status
             return self.function.passes_mask >> status & 1
-        env = np.zeros(1, declaration.ENV)
-        env["now_ns"] = int(self.now_s * 1e9)
         make_key(self.function.key, self.function.kind, packets, 0)
         key = (int(packets[0]["key_high"]), int(packets[0]["key_low"]))
+        for attempt in range(1 << 20):
+            packet, state = packets.copy(), self._read(key).copy()
+            for name in ("idle_timeout_s", "cause", "claim_timeout_s", "add_count"):
+                self.env[name] = 0
+            self.env["now_ns"], self.env["attempt"] = int(self.now_s * 1e9), attempt
+            verdict = self.function.process(packet, 0, state, self.env)
+            if self._claim():
+                break
+        self._commit(key, state, verdict)
+        if verdict != declaration.DROP and self.function.rewrites:
+            memory = np.frombuffer(self.sent, np.uint8).copy()
+            write_back(memory, packet, 0)
+            self.sent = memory.tobytes()
+        return verdict
+
+    def _read(self, key: tuple[int, int]) -> np.ndarray:
         if self.expires_s.get(key, self.now_s) < self.now_s:
             del self.records[key], self.expires_s[key]
-        state = self.records.get(key, np.zeros(1, self.function.state)).copy()
-        verdict = self.function.process(packets, 0, state, env)
-        self.idle_timeout_s = int(env[0]["idle_timeout_s"])
-        if key in self.records or state.tobytes().strip(b"\0"):
+        return self.records.get(key, np.zeros(1, self.function.state))
+
+    def _claim(self) -> bool:
+        """Commit what the function claimed; False when another has it."""
+        env = self.env[0]
+        if env["claim_timeout_s"] == 0:
+            return True
+        key = (int(env["claim_high"]), int(env["claim_low"]))
+        there = self._read(key).tobytes()
+        wanted = env["claim_words"].tobytes()[: self.function.state.itemsize]
+        if key in self.records and there[:8] != wanted[:8]:
+            return False
+        self.records[key] = np.frombuffer(wanted, self.function.state).copy()
+        self.expires_s[key] = self.now_s + int(env["claim_timeout_s"])
+        return True
+
+    def _commit(self, key: tuple[int, int], state: np.ndarray, verdict: int) -> None:
+        env = self.env[0]
+        self.idle_timeout_s = int(env["idle_timeout_s"])
+        self.cause = int(env["cause"]) if verdict == declaration.DROP else 0
+        if not self.function.stateless and (key in self.records or state.tobytes().strip(b"\0")):
             self.records[key] = state
             if self.idle_timeout_s:
                 self.expires_s[key] = self.now_s + self.idle_timeout_s
-        return verdict
+        for n in range(int(env["add_count"])):
+            place = (int(env["add_high"][n]), int(env["add_low"][n]), int(env["add_word"][n]))
+            self.counters[place] = (self.counters.get(place, 0) + int(env["add_delta"][n])) % 2**64
+
+    def housekeep(self) -> None:
+        """Call the function's housekeeping with the counters as they are."""
+        assert self.function.housekeep
+
+        def read(key_high: int, key_low: int) -> np.ndarray:
+            return np.array([self.counters.get((key_high, key_low, word), 0) for word in range(8)], np.uint64)
+
+        self.function.housekeep(self.env, read, self.now_s)
 
     def outside(self, frame: bytes) -> int:
         """Return the verdict on a frame that arrives from outside."""

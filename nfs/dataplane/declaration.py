@@ -1,8 +1,11 @@
 """How a network function is declared: one Python function, the record it keeps, and the key it keeps it under.
 
-The decorated function gets `(packet, record, env)` and returns DROP or FORWARD. It sees one packet and its record at a
+The decorated function gets `(packet, record, env)` and returns DROP, FORWARD or TURN. It sees one packet and its record at a
 time and cannot know where the record lives. Compiled, it is a C function that the engine calls by address (3 ns, so one
 engine serves all); with NUMBA_DISABLE_JIT=1 the same function runs as ordinary Python.
+
+The function may be called again for a packet whose record, or claim, somebody else took meanwhile: only its last run counts.
+What it may ask for beyond its record, by `claim`, `add` and the fields of `env`, is in `requests.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import ctypes
 import dis
 import importlib
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,21 +28,16 @@ from datastore.native.errors import NearstateError, unknown
 from nfs.dataplane import ledger
 from nfs.dataplane.headers import PACKET
 from nfs.dataplane.keys import NONE
+from nfs.dataplane.settings import Prepare, Settings, env_layout, make_env
 
-DROP, FORWARD = 0, 1
+DROP, FORWARD, TURN = 0, 1, 2
+"""TURN: back through the network functions, as if the packet had come from the other side (a NAT's hairpin)."""
 MAX_RECORD_BYTES = 64
 KINDS = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")
 EXCEPTIONS = {"truncated": ledger.TRUNCATED, "oversized": ledger.OVERSIZED, "malformed": ledger.MALFORMED,
               "not_ip": ledger.NOT_IP, "fragment": ledger.FRAGMENT}  # fmt: skip
 
-ENV = np.dtype(
-    [
-        ("now_ns", "i8"),  # CLOCK_MONOTONIC, read once per burst
-        ("idle_timeout_s", "i8"),  # set by the function: forget the record after this many idle seconds; 0: keep as it is
-    ],
-    align=True,
-)
-"""What a network function knows and may ask for beyond its packet and its record."""
+Housekeep = Callable[[np.ndarray, Callable[[int, int], np.ndarray], float], None]
 
 
 def record(**fields: str) -> np.dtype:
@@ -72,11 +70,15 @@ class NetworkFunction:
     state: np.dtype
     passes: frozenset[int]
     question: str
+    rewrites: bool = False
+    settings: Settings = field(default_factory=dict)
+    prepare: Prepare | None = None
+    housekeep: Housekeep | None = None
 
     @property
     def kind(self) -> int:
         """Number of the record type, 1 to 254: keeps the records of different functions apart in one store."""
-        return zlib.crc32(self.name.encode()) % 254 + 1
+        return kind_of(self.name)
 
     @property
     def stateless(self) -> bool:
@@ -89,9 +91,18 @@ class NetworkFunction:
         return sum(1 << status for status in self.passes)
 
     @cached_property
+    def env_layout(self) -> np.dtype:
+        """The layout of this function's `env`: `ENV`, then its settings."""
+        return env_layout(self.settings)
+
+    def make_env(self, given: Mapping[str, Any] | None = None) -> np.ndarray:
+        """Return a one-element env with the settings `given`, else the defaults. Raises NearstateError for a wrong one."""
+        return make_env(self.name, self.settings, self.prepare, given or {})
+
+    @cached_property
     def compiled(self) -> Any:
         """The C function `int32 f(packet *, record *, env *)`. Raises NearstateError with file and line that do not compile."""
-        signature = numba.types.int32(*(numba.from_dtype(layout) for layout in (PACKET, self.state, ENV)))
+        signature = numba.types.int32(*(numba.from_dtype(layout) for layout in (PACKET, self.state, self.env_layout)))
         try:
             return numba.cfunc(signature, cache=True, nopython=True)(self.function)
         except (numba.core.errors.NumbaError, KeyError) as error:
@@ -124,12 +135,17 @@ def _compile_error(function: Callable[..., int], error: Exception) -> tuple[int,
 
 
 def network_function(
-    key: int, state: np.dtype | None = None, passes: Iterable[str] = ()
-) -> Callable[[Callable[[Any, Any, Any], int]], NetworkFunction]:
+    key: int, state: np.dtype | None = None, passes: Iterable[str] = (), rewrites: bool = False,
+    settings: Settings | None = None, prepare: Prepare | None = None, housekeep: Housekeep | None = None,
+) -> Callable[[Callable[[Any, Any, Any], int]], NetworkFunction]:  # fmt: skip
     """Declare the decorated function a network function.
 
-    key: FLOW, TUPLE, SOURCE or NONE. state: its record's layout, made by `record`. passes: what it lets through although
-    it is no packet of a flow ("not_ip", "fragment", "malformed", ...); everything else of that kind is dropped and counted.
+    key: FLOW, ENDPOINT, TUPLE, SOURCE or NONE. state: its record's layout, made by `record`. passes: what it lets through
+    although it is no packet of a flow ("not_ip", "fragment", "malformed", ...); everything else of that kind is dropped and
+    counted. rewrites: addresses and ports that it sets in `packet` are written into the frame. settings: {name: (kind,
+    default)}, what a user can choose; the function finds them in `env` (see `settings.py`). prepare: from what the user gives
+    to what the fields hold. housekeep: called about ten times a second, in Python, with `(env, read, now_s)`: it may read
+    counters that all instances share, `read(key_high, key_low)` gives a record's words, and change settings in `env[name][0]`.
     """
     wrong = [name for name in passes if name not in EXCEPTIONS]
     if wrong:
@@ -140,9 +156,15 @@ def network_function(
     def declare(function: Callable[[Any, Any, Any], int]) -> NetworkFunction:
         text = importlib.import_module(function.__module__).__doc__ or ""
         return NetworkFunction(function.__name__, function, key, NO_STATE if state is None else state,
-                               frozenset(EXCEPTIONS[name] for name in passes), text.strip().split("\n")[0])  # fmt: skip
+                               frozenset(EXCEPTIONS[name] for name in passes), text.strip().split("\n")[0],
+                               rewrites, settings or {}, prepare, housekeep)  # fmt: skip
 
     return declare
+
+
+def kind_of(name: str) -> int:
+    """Return the number of the record type of the network function called `name`; claims of its own carry it too."""
+    return zlib.crc32(name.encode()) % 254 + 1
 
 
 def names() -> list[str]:

@@ -45,12 +45,13 @@ from datastore.store.client import (
 from datastore.store.layout import EXPIRY_BITS
 from datastore.store.table import VALUE, commit_record, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
-from nfs.dataplane.declaration import DROP, ENV, FORWARD, NetworkFunction
+from nfs.dataplane.declaration import DROP, FORWARD, NetworkFunction
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
 from nfs.dataplane.keys import NONE, make_key
 from nfs.dataplane.ledger import make_ledger
 from nfs.dataplane.port import BURST, Port, reclaim, refill, rx_burst, tx_flush, tx_push, unsent
+from nfs.dataplane.requests import ENV
 
 HERE = -1
 """In `primary`: the partition's primary is the store on this host, so access is in place."""

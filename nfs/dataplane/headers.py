@@ -22,6 +22,7 @@ _FIELDS = (
     ("frame", "i8"),  # byte offset of the packet in the frames
     ("key_high", "u8"),
     ("key_low", "u8"),
+    ("next_hop", "u8"),  # destination MAC address for the frame to leave with; 0: the one it has
     ("length", "u4"),  # bytes of the whole frame, without the frame check sequence
     ("source_address", "u4"),
     ("destination_address", "u4"),
@@ -77,7 +78,7 @@ def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: 
     packet.source_port = packet.destination_port = 0
     packet.tcp_flags = packet.icmp_type = packet.icmp_code = packet.icmp_error = packet.has_ports = 0
     packet.protocol = packet.fragment_offset = packet.payload_bytes = packet.time_to_live = 0
-    packet.network_offset = packet.transport_offset = 0
+    packet.network_offset = packet.transport_offset = packet.next_hop = 0
     packet.tcp_sequence = packet.tcp_acknowledgment = packet.tcp_window = 0
     status = _parse_ethernet(memory, at, length, packets, index)
     packet.status = status

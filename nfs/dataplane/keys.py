@@ -9,14 +9,23 @@ the partition is computed from the same header bits the switches steer by (`data
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from datastore.native import jit
+from datastore.native import inline, jit
 from datastore.store.partitions import flow_partition, hashed_partition, key_high, key_low
 from nfs.dataplane.headers import INSIDE
 
-NONE, FLOW, TUPLE, SOURCE = range(4)
-"""Key functions: no state at all; both directions of a connection alike; as seen on the wire; the sender's address."""
+NONE, FLOW, TUPLE, SOURCE, ENDPOINT = range(5)
+"""Key functions: no state at all; both directions of a connection alike; as seen on the wire; the sender's address; the inside
+party's address and port as this side sees them (inside its own, outside what a NAT made of them)."""
+
+
+@inline
+def endpoint_key(address: int, port: int, protocol: int, side: int, kind: int, partition: int) -> Any:
+    """Return (high, low) of the key of an endpoint as seen from `side`, INSIDE or OUTSIDE."""
+    return key_high(address, side), key_low(port, 0, protocol, kind, partition)
 
 
 @jit
@@ -36,6 +45,8 @@ def make_key(key: int, kind: int, packets: np.ndarray, index: int) -> None:
     elif key == TUPLE:
         high = key_high(packet.source_address, packet.destination_address)
         low = key_low(packet.source_port, packet.destination_port, packet.protocol, kind, 0)
+    elif key == ENDPOINT:
+        high, low = endpoint_key(client, client_port, packet.protocol, packet.arrived_from, kind, 0)
     else:
         high, low = key_high(client, server), key_low(client_port, server_port, packet.protocol, kind, 0)
     packet.key_high = high

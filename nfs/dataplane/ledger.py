@@ -24,10 +24,18 @@ CAUSES = (
     "waiting_room_full",  # too many packets already wait for remote state
     "state_refused",  # the store answered with an error: see its statistics
     "transmit_ring_full",
+    # what a network function may name when it drops (`env.cause`)
+    "refused_by_rule",
+    "out_of_window",  # TCP: not what the other side can take now
+    "ports_exhausted",
+    "no_backend",
+    "rate_exceeded",
+    "blocked_source",
     "waiting",  # still inside when the count was taken; not a drop
 )
 RECEIVED, FORWARDED, BY_VERDICT, TRUNCATED, OVERSIZED, MALFORMED, NOT_IP, FRAGMENT = range(8)
-TABLE_FULL, STATE_UNREACHABLE, WAITING_ROOM_FULL, STATE_REFUSED, TRANSMIT_RING_FULL, WAITING = range(8, 14)
+TABLE_FULL, STATE_UNREACHABLE, WAITING_ROOM_FULL, STATE_REFUSED, TRANSMIT_RING_FULL = range(8, 13)
+REFUSED_BY_RULE, OUT_OF_WINDOW, PORTS_EXHAUSTED, NO_BACKEND, RATE_EXCEEDED, BLOCKED_SOURCE, WAITING = range(13, 20)
 
 
 def make_ledger() -> np.ndarray:

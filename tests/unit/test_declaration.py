@@ -12,7 +12,7 @@ import pytest
 from datastore import placements
 from datastore.native.errors import NearstateError
 from experiments.harness import spec
-from nfs.dataplane import DROP, FLOW, FORWARD, NONE, declaration, network_function, record
+from nfs.dataplane import DROP, FLOW, FORWARD, NONE, declaration, network_function, record, requests
 from topologies.emulation import topology
 
 
@@ -125,7 +125,7 @@ def test_a_new_function_runs_on_its_record(written) -> None:
             state.share = state.packets / 2
             return FORWARD if state.packets % 2 == 0 else DROP
         ''')  # fmt: skip
-    packets, state, env = np.zeros(1, declaration.PACKET), np.zeros(1, function.state), np.zeros(1, declaration.ENV)
+    packets, state, env = np.zeros(1, declaration.PACKET), np.zeros(1, function.state), np.zeros(1, requests.ENV)
     assert [function.process(packets, 0, state, env) for _ in range(4)] == [DROP, FORWARD, DROP, FORWARD]
     assert state[0]["share"] == 2.0
     assert function.question == "Every second packet passes."
