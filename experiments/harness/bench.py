@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datastore import placements
-from datastore.native.errors import NearstateError
+from datastore.native.errors import NearstateError, unknown
 from datastore.placements import Cluster
 from datastore.store.partitions import PARTITIONS
 from experiments.harness import accounting
@@ -30,6 +30,8 @@ READY_S = 60.0
 SATURATION_KPPS = 3000.0
 """More than any path here carries: bounds the sink's bit map when the load is "as fast as possible"."""
 LATENESS_LIMIT_US = 500.0
+SYMMETRIC, ASYMMETRIC = PATHS = ("symmetric", "asymmetric")
+"""Whether the answers of a partition come back by the NF host that its packets went out by, or by another one."""
 
 
 class Bench:
@@ -53,6 +55,20 @@ class Bench:
         """The NF host each partition's packets are sent to: round robin."""
         hosts = self.nf_hosts
         return [hosts[partition % len(hosts)].name for partition in range(PARTITIONS)]
+
+    def return_steering(self, paths: str) -> list[str]:
+        """Return the NF host that each partition's answers are sent to: the same, or with asymmetric paths the one after it.
+
+        Raises NearstateError for other paths, and for asymmetric ones with a single NF host.
+        """
+        if paths not in PATHS:
+            raise unknown("value of setting paths", paths, PATHS)
+        names = [host.name for host in self.nf_hosts]
+        if paths == SYMMETRIC:
+            return self.steering
+        if len(names) < 2:
+            raise NearstateError(f"paths={paths!r} with {len(names)} NF host: answers need another one, so at least 2")
+        return [names[(names.index(name) + 1) % len(names)] for name in self.steering]
 
     def _hosts(self, role: str) -> list[EmulatedHost]:
         return [host for host in self.network.hosts.values() if host.role == role]
@@ -126,10 +142,13 @@ class Bench:
         """Start an NF process on every NF host, if the trial has an NF, and steer the partitions to them."""
         if self.trial.nf and not self.is_peer:
             self._start_functions()
-        if self.network.switch:
-            steering = self.steering
-            for host in self.nf_hosts:
-                self.network.steer([p for p in range(PARTITIONS) if steering[p] == host.name], host.name)
+        self.steer(self.settings["paths"])
+
+    def steer(self, paths: str) -> None:
+        """Steer every partition, its answers back the same way or by another NF host (`return_steering`)."""
+        ways = list(zip(self.steering, self.return_steering(paths), strict=True))
+        for forward, back in sorted(set(ways)) if self.network.switch else ():
+            self.network.steer([p for p in range(PARTITIONS) if ways[p] == (forward, back)], forward, back)
 
     def _start_functions(self) -> None:
         for number, host in enumerate(self.nf_hosts):
@@ -241,5 +260,6 @@ def busy_seconds() -> float:
 
 
 COMMON_SETTINGS: Mapping[str, Any] = {"capacity": 1 << 16, "value_bytes": 32, "port_kind": "auto", "warmup_kpps": 20.0,
-                                      "lateness_limit_us": LATENESS_LIMIT_US}  # fmt: skip
-"""Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness."""
+                                      "lateness_limit_us": LATENESS_LIMIT_US, "paths": SYMMETRIC}  # fmt: skip
+"""Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness,
+and by which NF host answers come back."""

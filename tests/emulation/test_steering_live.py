@@ -87,7 +87,7 @@ class Taps:
 
 def assert_steered(network: Network, partitions: list[int]) -> None:
     """Send a packet of every kind and direction for each partition; each must come out once, at its instance's right side."""
-    instances = network.steering()
+    shown = network.show()
     nfs = [host.name for host in network.hosts.values() if host.role == "nf"]
     taps = Taps(network, [(nf, side) for nf in nfs for side in ("inside", "outside")] + [("client", "net"), ("server", "net")])
     client, server = taps.sockets["client", "net"], taps.sockets["server", "net"]
@@ -98,9 +98,9 @@ def assert_steered(network: Network, partitions: list[int]) -> None:
             for number, kind in enumerate(KINDS):
                 client.send(packet(kind, partition, True, (mac["server"], mac["client"])))
                 server.send(packet(kind, partition, False, (mac["client"], mac["server"])))
-                for from_client, side in ((1, "inside"), (0, "outside")):
+                for from_client, side, way in ((1, "inside", "instances"), (0, "outside", "returns")):
                     tag = struct.pack(">4sBBH", b"nstt", number, from_client, partition)
-                    expected[tag] = [(instances[partition], side)]
+                    expected[tag] = [(shown[way][partition], side)]
         assert taps.collect(len(expected)) == expected
     for tap in taps.sockets.values():
         tap.close()
@@ -119,6 +119,18 @@ def test_moved_partitions_follow_and_the_others_stay(rack: Network) -> None:
     assert_steered(rack, [*range(40), *range(216, 256)])
 
 
+def test_answers_meet_another_instance_when_asked_to_and_the_same_again_afterwards(rack: Network) -> None:
+    apart = list(range(100, 116))
+    rack.steer(apart, "nf1", returning="nf2")
+    shown = rack.show()
+    assert {(shown["instances"][p], shown["returns"][p]) for p in apart} == {("nf1", "nf2")}
+    assert_steered(rack, [99, *apart, 116])
+    rack.steer(apart, "nf3")
+    shown = rack.show()
+    assert {(shown["instances"][p], shown["returns"][p]) for p in apart} == {("nf3", "nf3")}
+    assert_steered(rack, apart)
+
+
 def test_what_leaves_an_instance_reaches_the_other_party(rack: Network) -> None:
     ends = [("nf2", "inside"), ("nf2", "outside"), ("client", "net"), ("server", "net")]
     taps = Taps(rack, ends)
@@ -133,7 +145,9 @@ def test_what_leaves_an_instance_reaches_the_other_party(rack: Network) -> None:
 
 
 def test_wrong_commands_are_answered_and_change_nothing(rack: Network) -> None:
-    before = rack.steering()
+    before = rack.show()
+    with pytest.raises(NearstateError, match="unknown instance 'nf22': did you mean nf2"):
+        rack.steer([1], "nf1", returning="nf22")
     with pytest.raises(NearstateError, match="unknown instance 'nf33': did you mean nf3"):
         rack.steer([1], "nf33")
     with pytest.raises(NearstateError, match="partition 256 is not one of 0 to 255"):
@@ -142,13 +156,16 @@ def test_wrong_commands_are_answered_and_change_nothing(rack: Network) -> None:
         (b"not json", "Expecting value"), (b"[]", "unknown command"), (b'{"command": "steal"}', "unknown command"),
         (b'{"command": "steer"}', "unknown instance None"), (b'{"command": "steer", "instance": "nf1"}', "must be a list"),
         (b'{"command": "steer", "instance": ["nf1"], "partitions": [1]}', "unknown instance"),
+        (b'{"command": "steer", "instance": "nf1", "return": "nf9", "partitions": [1]}', "unknown instance 'nf9'"),
+        (b'{"command": "steer", "instance": "nf1", "return": null, "partitions": [1]}', "unknown instance None"),
     ):  # fmt: skip
         with socket.socket(socket.AF_UNIX) as commands:
             commands.settimeout(5)
             commands.connect(str(rack.commands_path()))
             commands.sendall(line + b"\n")
             assert reason in json.loads(commands.recv(65536))["error"]
-    assert rack.steering() == before
+    after = rack.show()
+    assert (after["instances"], after["returns"]) == (before["instances"], before["returns"])
 
 
 def test_frames_nobody_may_have_are_dropped_and_counted(rack: Network) -> None:

@@ -45,7 +45,8 @@ def ip(in_port: int, client: int, server: int, protocol: int, client_port: int =
 
 @pytest.fixture(scope="module")
 def rules() -> list[Rule]:
-    return steering.all_rules(PORTS, steering.evenly(PORTS.instances))
+    instances = steering.evenly(PORTS.instances)
+    return steering.all_rules(PORTS, instances, instances)
 
 
 def test_every_partition_meets_one_instance_in_both_directions(rules: list[Rule]) -> None:
@@ -84,11 +85,32 @@ def test_storage_frames_go_to_their_address_and_nothing_else_passes(rules: list[
 
 
 def test_a_move_replaces_exactly_the_rules_of_its_partition() -> None:
-    before, after = (steering.partition_rules(PORTS, 13, name) for name in ("nf1", "nf2"))
+    before, after = (steering.partition_rules(PORTS, 13, name, name) for name in ("nf1", "nf2"))
     assert [(rule.priority, rule.match) for rule in before] == [(rule.priority, rule.match) for rule in after]
     assert all(old.output != new.output for old, new in zip(before, after, strict=True))
-    others = {rule.match for p in range(256) if p != 13 for rule in steering.partition_rules(PORTS, p, "nf1")}
+    others = {rule.match for p in range(256) if p != 13 for rule in steering.partition_rules(PORTS, p, "nf1", "nf1")}
     assert others.isdisjoint(rule.match for rule in after)
+
+
+def test_answers_may_meet_another_instance() -> None:
+    forward = steering.evenly(PORTS.instances)
+    back = ["nf2" if name == "nf1" else "nf1" for name in forward]
+    rules = steering.all_rules(PORTS, forward, back)
+    for partition in range(steering.PARTITIONS):
+        (inside, _), (_, outside) = PORTS.instances[forward[partition]], PORTS.instances[back[partition]]
+        for protocol in (TCP, UDP):
+            assert output(rules, ip(1, 0x0A000001, 0x0A800001, protocol, 0xC000 | partition << 1)) == inside
+            assert output(rules, ip(2, 0x0A000001, 0x0A800001, protocol, 0xC000 | partition << 1)) == outside
+        for protocol, later in ((1, False), (TCP, True)):
+            assert output(rules, ip(1, 0x0A000000 | partition, 0x0A800001, protocol, 5, later)) == inside
+            assert output(rules, ip(2, 0x0A000000 | partition, 0x0A800001, protocol, 5, later)) == outside
+
+
+def test_asymmetric_rules_replace_symmetric_ones_and_only_for_answers() -> None:
+    before, after = (steering.partition_rules(PORTS, 13, "nf1", back) for back in ("nf1", "nf2"))
+    assert [(rule.priority, rule.match) for rule in before] == [(rule.priority, rule.match) for rule in after]
+    changed = {dict(old.match)["in_port"] for old, new in zip(before, after, strict=True) if old.output != new.output}
+    assert changed == {PORTS.server}
 
 
 def test_steered_changes_what_it_names_and_not_its_argument() -> None:

@@ -6,7 +6,9 @@ found nobody would be repeated a second later only).
 
 Commands, one JSON object a line, each answered by one line:
     {"command": "steer", "partitions": [3, 4], "instance": "nf2"} -> {"steered": 2}   once the switch confirmed (barrier)
-    {"command": "show"}  -> {"instances": ["nf1", ...256], "rules": 1555, "refused_packets": 0, "connected": true}
+        "return": "nf1" sends their answers, from the server to the client, to another instance; without it both go to one
+    {"command": "show"}  -> {"instances": ["nf1", ...256], "returns": ["nf1", ...256], "rules": 1555, "refused_packets": 0,
+                             "connected": true}
     {"command": "ready"} -> {"rules": 1555}                                          once all rules are confirmed
 A command that is wrong is answered {"error": reason} and changes nothing.
 """
@@ -46,7 +48,8 @@ class Steering(OSKenApp):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ports = steering.Ports.from_json(self.topology)
-        self.instances = steering.evenly(self.ports.instances)
+        self.forward = steering.evenly(self.ports.instances)
+        self.back = list(self.forward)
         self.datapath: Any = None
         self.changing = threading.Lock()  # one change of rules at a time
         self.installed = threading.Event()
@@ -91,7 +94,7 @@ class Steering(OSKenApp):
     def _install_all(self) -> None:
         with self.changing:
             try:
-                self._install(steering.all_rules(self.ports, self.instances))
+                self._install(steering.all_rules(self.ports, self.forward, self.back))
                 self.installed.set()
             except ValueError as error:
                 LOG.error("installing the rules: %s", error)
@@ -137,22 +140,26 @@ class Steering(OSKenApp):
     def _steer(self, request: dict[str, Any]) -> dict[str, Any]:
         instance = request.get("instance")
         with self.changing:
-            changed = steering.steered(self.instances, request.get("partitions"), instance, self.ports.instances)
+            forward, back = (
+                steering.steered(before, request.get("partitions"), wanted, self.ports.instances)
+                for before, wanted in ((self.forward, instance), (self.back, request.get("return", instance)))
+            )
             partitions = sorted(set(request["partitions"]))
-            self._install([rule for p in partitions for rule in steering.partition_rules(self.ports, p, changed[p])])
-            self.instances = changed
+            self._install([rule for p in partitions for rule in steering.partition_rules(self.ports, p, forward[p], back[p])])
+            self.forward, self.back = forward, back
         return {"steered": len(partitions)}
 
     def _ready(self, _: dict[str, Any]) -> dict[str, Any]:
         if not self.installed.wait(2 * CONFIRM_S):
             raise ValueError(self.refusals[0] if self.refusals else "the switch has not connected")
-        return {"rules": len(steering.all_rules(self.ports, self.instances))}
+        return {"rules": len(steering.all_rules(self.ports, self.forward, self.back))}
 
     def _show(self, _: dict[str, Any]) -> dict[str, Any]:
         counted = self._refused_packets() if self.datapath else None
         return {
-            "instances": self.instances,
-            "rules": len(steering.all_rules(self.ports, self.instances)),
+            "instances": self.forward,
+            "returns": self.back,
+            "rules": len(steering.all_rules(self.ports, self.forward, self.back)),
             "refused_packets": counted,
             "connected": self.datapath is not None,
         }

@@ -8,6 +8,9 @@ address, names the partition in both directions, so both meet the same instance)
     10.128.0.1:80 -> 10.0.0.1:26    in at server        tcp_dst & 0x1fe = 26   out at nf2.outside
                                     in at nf2.inside                           out at client
 
+Where the return path differs (asymmetric paths), only the two outputs of the answer change: in at server, out at nf1.outside,
+in at nf1.inside, out at client.
+
 Rules match whole frames of header bits only, so every later packet of a partition is decided without the controller. A later
 fragment carries no ports (Open vSwitch then matches them as 0), hence the port rules ask for "not a later fragment" and all
 that have no ports go by the address: TCP and UDP fragments, ICMP, any other IP protocol.
@@ -65,9 +68,12 @@ class Ports:
         )
 
 
-def partition_rules(ports: Ports, partition: int, instance: str) -> list[Rule]:
-    """Return the 6 rules that steer one partition to an instance. Those of another instance have equal matches: they replace."""
-    inside, outside = ports.instances[instance]
+def partition_rules(ports: Ports, partition: int, forward: str, back: str) -> list[Rule]:
+    """Return the 6 rules that steer one partition: what the client sends to instance `forward`, the answers to `back`.
+
+    Rules for other instances have equal matches: they replace.
+    """
+    inside, outside = ports.instances[forward][0], ports.instances[back][1]
     rules = []
     for port, side, address, output in ((ports.client, "src", "ipv4_src", inside), (ports.server, "dst", "ipv4_dst", outside)):
         for protocol, name in ((TCP, "tcp"), (UDP, "udp")):
@@ -94,11 +100,11 @@ def fixed_rules(ports: Ports) -> list[Rule]:
     return rules
 
 
-def all_rules(ports: Ports, instances: Sequence[str]) -> list[Rule]:
-    """Return every rule of a switch whose partition p is steered to `instances[p]`."""
+def all_rules(ports: Ports, forward: Sequence[str], back: Sequence[str]) -> list[Rule]:
+    """Return every rule of a switch that steers partition p to `forward[p]`, and its answers to `back[p]`."""
     rules = fixed_rules(ports)
-    for partition, instance in enumerate(instances):
-        rules += partition_rules(ports, partition, instance)
+    for partition, (out, home) in enumerate(zip(forward, back, strict=True)):
+        rules += partition_rules(ports, partition, out, home)
     return rules
 
 

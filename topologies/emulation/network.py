@@ -404,23 +404,28 @@ class Network:
             raise NearstateError(f"controller: {request['command']}: {parsed['error']}")
         return dict(parsed)
 
-    def steer(self, partitions: Sequence[int], instance: str) -> None:
-        """Send these partitions to an NF host; returns when the switch has confirmed the rules."""
+    def steer(self, partitions: Sequence[int], instance: str, returning: str | None = None) -> None:
+        """Send these partitions to an NF host; returns when the switch has confirmed the rules.
+
+        returning: the NF host that the answers, from the server to the client, go to; None: the same.
+        """
         if self.switch is None and instance in self.hosts:
             return  # back to back: everything meets the one instance anyway
         known = [host.name for host in self.hosts.values() if host.role == "nf"]
-        if instance not in known:
-            raise unknown("instance", instance, known)
-        self._command({"command": "steer", "partitions": [int(p) for p in partitions], "instance": instance})
+        for name in (instance, returning or instance):
+            if name not in known:
+                raise unknown("instance", name, known)
+        self._command({"command": "steer", "partitions": [int(p) for p in partitions], "instance": instance,
+                       "return": returning or instance})  # fmt: skip
 
     def steering(self) -> list[str]:
-        """Return the instance in charge of each partition."""
+        """Return the instance that gets what clients send, for each partition."""
         if self.switch is None:
             return ["nf1"] * PARTITIONS
         return list(self._command({"command": "show"})["instances"])
 
     def show(self) -> dict[str, Any]:
-        """Return the controller's picture: instances, rules, refused_packets, connected."""
+        """Return the controller's picture: instances, returns, rules, refused_packets, connected."""
         return self._command({"command": "show"})
 
     # measuring and telling
