@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,16 +15,14 @@ from experiments.harness.runner import network_parameters
 from experiments.harness.spec import Experiment, Trial
 from nfs.dataplane.headers import INSIDE
 from nfs.dataplane.ledger import imbalance
-from tests.conftest import ETH_P_ALL, received
+from tests.conftest import received
 from tests.packets import Instance, echo, icmp_error, tcp, udp
-from topologies.emulation import system
+from tests.rack import ARRIVAL_S, forwarded, open_sockets
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
 
 EXPERIMENT = Experiment(question="Are verdicts the same everywhere?", procedure="packet_latency", sweeps=())
-ARRIVAL_S = 10.0
-"""Longest wait for a packet: a switch that others of this machine use too may pause for half a second."""
 PORTS = (40_002, 40_004, 40_006, 50_000, 50_010)
 """Client ports in partitions of both NF hosts."""
 
@@ -75,30 +71,6 @@ def expected_verdicts() -> list[tuple[str, int, bool]]:
     firewall = Instance.of("firewall")
     return [(name, port, bool(firewall(make(port), INSIDE) if inside else firewall.outside(make(port))))
             for name, inside, make in STEPS for port in PORTS]  # fmt: skip
-
-
-def open_sockets(bench: Bench) -> tuple[list[socket.socket], list[str]]:
-    """Return raw sockets and MAC addresses of client and server."""
-    sockets, macs = [], []
-    for name in ("client", "server"):
-        host = bench.network.hosts[name]
-        with system.network_namespace(host.pid):
-            system.run(["ip", "address", "flush", "dev", "net"], dict(os.environ))  # the kernel must not answer for us
-            sockets.append(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
-        sockets[-1].bind(("net", ETH_P_ALL))
-        macs.append(host.interfaces["net"].mac)
-    return sockets, macs
-
-
-def forwarded(bench: Bench, sent: int) -> int:
-    """Return how many packets all instances forwarded, once they received `sent` and none waits."""
-    deadline = time.monotonic() + ARRIVAL_S
-    while True:
-        ledgers = [statistics["ledger"] for statistics in bench.function_statistics().values()]
-        if sum(ledger["received"] for ledger in ledgers) == sent and not any(ledger["waiting"] for ledger in ledgers):
-            return sum(int(ledger["forwarded"]) for ledger in ledgers)
-        assert time.monotonic() < deadline, f"{ledgers}: {sent} packets were sent"
-        time.sleep(0.01)
 
 
 def verdicts(bench: Bench) -> list[tuple[str, int, bool]]:
