@@ -40,14 +40,21 @@ def without_zeros(counters: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value}
 
 
+def instance_ledger(functions: Mapping[str, Any]) -> dict[str, int]:
+    """Return the causes of all NF processes together, from their statistics."""
+    nf = dict.fromkeys(("received", "forwarded"), 0)
+    for statistics in functions.values():
+        for cause, count in statistics["ledger"].items():
+            nf[cause] = nf.get(cause, 0) + count
+    return nf
+
+
 def path_ledger(sent: Mapping[str, Any], arrived: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, Any]:
     """Return where the step's packets went; `growth`: the counters' growth over the step."""
-    nf = dict.fromkeys(("received", "forwarded"), 0)
+    nf = instance_ledger(growth["functions"])
     kernel: dict[str, int] = {}
     devices = {"generator": sent["devices"]["sent"]}
     for name, statistics in growth["functions"].items():
-        for cause, count in statistics["ledger"].items():
-            nf[cause] = nf.get(cause, 0) + count
         for counts in statistics["kernel"].values():
             for reason, count in counts.items():
                 kernel[reason] = kernel.get(reason, 0) + count
@@ -60,13 +67,19 @@ def path_ledger(sent: Mapping[str, Any], arrived: Mapping[str, Any], growth: Map
             "foreign": arrived["foreign"], "unaccounted": unaccounted}  # fmt: skip
 
 
-def doubts(offered: float, lateness_limit_us: float, sent: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return why a step cannot be believed; empty when it can. offered: kpps, 0 for "as fast as the path takes it"."""
+def imbalances(functions: Mapping[str, Any]) -> list[str]:
+    """Return a reason for every NF process whose ledger does not balance; `functions`: their statistics."""
     found = []
-    for name, statistics in after["functions"].items():
+    for name, statistics in functions.items():
         missing = imbalance(statistics["ledger"])
         if missing or statistics["missing_frames"]:
             found.append(f"ledger of {name} does not balance: {missing} packets, {statistics['missing_frames']} frames")
+    return found
+
+
+def doubts(offered: float, lateness_limit_us: float, sent: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return why a step cannot be believed; empty when it can. offered: kpps, 0 for "as fast as the path takes it"."""
+    found = imbalances(after["functions"])
     sent_kpps = sent["sent"] / sent["elapsed_s"] / 1e3
     if offered and sent_kpps < SENT_LEAST * offered:
         found.append(f"generator sent {sent_kpps:.1f} of {offered:g} kpps: the machine or the path took no more")
