@@ -14,6 +14,14 @@ the NF on all that wait; if the record changed it is written back on condition t
 the packets leave only when that is answered (output commit). If another instance wrote meanwhile, the answer brings the
 current record and the NF runs on it again.
 
+A chain of network functions is a sequence of *steps*, each with one record: functions that keep their records under the same
+key share one, so that they cost one access. A packet takes the steps in order, from outside in the opposite one, and begins
+a step when its state of the step before is committed. A function's *claim* (see `requests.py`) is committed before its record:
+
+    run the functions -> claim -> commit the record -> add to counters -> next step, or leave
+          ^                |            |
+          +--- conflict ---+------------+
+
 Everything is in arrays made once; the loop allocates nothing. It returns to Python about ten times a second.
 """
 
@@ -43,27 +51,50 @@ from datastore.store.client import (
     room,
 )
 from datastore.store.layout import EXPIRY_BITS
-from datastore.store.table import VALUE, commit_record, open_record, prefetch_record
+from datastore.store.partitions import PARTITION_BITS
+from datastore.store.table import VALUE, abort_record, commit_record, is_new, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
-from nfs.dataplane.declaration import DROP, FORWARD, NetworkFunction
+from nfs.dataplane.declaration import DROP, FORWARD, TURN
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
 from nfs.dataplane.keys import NONE, make_key
 from nfs.dataplane.ledger import make_ledger
+from nfs.dataplane.pending import Pending, make_pending, nearly_full, put_pending, send_pending
 from nfs.dataplane.port import BURST, Port, reclaim, refill, rx_burst, tx_flush, tx_push, unsent
-from nfs.dataplane.requests import ENV
+from nfs.dataplane.requests import ADD_COUNT, ADDS, ATTEMPT, CAUSE, CLAIM_LOW, CLAIM_TIMEOUT_S, CLAIM_WORDS, IDLE_TIMEOUT_S
+from nfs.dataplane.requests import NOW_NS as ENV_NOW_NS
+from nfs.dataplane.rewrite import turn_around, write_back
+from nfs.dataplane.steps import ENV_AT, FUNCTION, KEY, KIND, MEMBERS, MEMBERS_END, OFFSET, REWRITES, Chain
 
 HERE = -1
 """In `primary`: the partition's primary is the store on this host, so access is in place."""
 
 # words of `Engine.control`
-(NF, KEY, RECORD_KIND, PASSES, VALUE_WORDS, OWNER, EPOCH, NOW_NS, FLIGHTS_FREE, WAITING, WAITING_LIMIT, HOSTS, DOWN, SPIN_NS) = (
-    range(14)
-)
-CONFLICTS, FETCHES, WRITES, BURSTS = range(14, 18)
+PASSES, VALUE_WORDS, OWNER, EPOCH, NOW_NS, FLIGHTS_FREE, WAITING, WAITING_LIMIT, HOSTS, DOWN, SPIN_NS = range(11)
+CONFLICTS, FETCHES, WRITES, BURSTS = range(11, 15)
+STEPS, FIRST_ATTEMPT, TIMEOUT_S, CLAIMER, ADDING, HERE_FLIGHTS = range(15, 21)
+"""TIMEOUT_S, CLAIMER, ADDING: what the last run of a step's functions asked for (its time-out, the env that claims or -1,
+whether it adds). HERE_FLIGHTS: flights of records on this host, which wait for a claim elsewhere."""
 # words of a flight
-PHASE, HOST, NEXT, WAITING_HEAD, WAITING_TAIL, BATCH_HEAD, BATCH_TAIL, ABSENT, SINCE_NS = range(9)
-FETCHING, COMMITTING = 1, 2
+PHASE, HOST, NEXT, WAITING_HEAD, WAITING_TAIL, BATCH_HEAD, BATCH_TAIL, ABSENT, SINCE_NS, STEP, ATTEMPTS, BATCH_TIMEOUT_S = range(
+    12
+)
+FLIGHT_WORDS = 12
+FETCHING, CLAIMING, RENEWING, COMMITTING = 1, 2, 3, 4
+# where `drive` goes on
+RUN, CLAIM, COMMIT, COMMITTED = range(4)
+# how a claim ends, or that its answer is awaited
+TAKEN, CONFLICT, AWAITED, REFUSED = range(4)
+# words of a claim, as it waits in a flight
+C_TIMEOUT_S, C_HIGH, C_LOW, C_VALUE = 0, 1, 2, 3
+DROP_CAUSE = 16
+"""A verdict code of DROP_CAUSE + n is DROP with the ledger's cause n."""
+WAITS = 255
+"""A verdict code: the packet waits in a flight."""
+MOST_ATTEMPTS = 4096
+"""Runs of a function on one packet; far above what any function should claim."""
+TURNED = 1 << 8
+NO_TAG = -1
 RECLAIM_NS = 10_000_000
 """How long the loop sleeps at most while the kernel has frames of ours. Longer than the scheduler's tick (4 ms): an earlier
 timer is programmed at every sleep, which costs 15 us on a virtual machine (measured), four times the sleep itself."""
@@ -74,21 +105,30 @@ STAMP_SECONDS = (1 << EXPIRY_BITS) - 1
 class Engine(NamedTuple):
     """State of one packet loop.
 
-    packets: PACKET[frames], by frame number; next_packet: int64[frames], the packet that waits behind this one.
-    primary: int64[partitions], HERE or the number of the store host. flights: int64[limit, 9], keys and stamps uint64
-    [limit, 3], values uint64[limit, 2 * value words]: the record the NF works on, and the one last committed.
-    heads: int64[buckets], hash index of the flights by key.
+    packets: PACKET[frames], by frame number; originals: the same before a function that rewrites saw them; next_packet:
+    int64[frames], the packet that waits behind this one; stages: int64[frames], steps taken. steps, members: see `steps.py`.
+    env: int64[n], what the functions know and ask for. primary: int64[partitions], HERE or the number of the store host.
+    flights: int64[limit, FLIGHT_WORDS], keys and stamps uint64[limit, 3], values uint64[limit + 1, 2 * value words]: the
+    record the functions work on, and the one last committed (the last row is scratch). claims: uint64[limit, 7]. adds:
+    int64[frames, ...], the counters a waiting packet adds to. heads: int64[buckets], hash index of the flights by key.
     """
 
     control: np.ndarray
     ledger: np.ndarray
     packets: np.ndarray
+    originals: np.ndarray
     next_packet: np.ndarray
-    primary: np.ndarray
+    stages: np.ndarray
+    steps: np.ndarray
+    members: np.ndarray
     env: np.ndarray
+    primary: np.ndarray
     flights: np.ndarray
     flight_keys: np.ndarray
     values: np.ndarray
+    claims: np.ndarray
+    adds: np.ndarray
+    pending: Pending
     free_flights: np.ndarray
     heads: np.ndarray
     addresses: np.ndarray
@@ -97,22 +137,26 @@ class Engine(NamedTuple):
     pollfds: np.ndarray
 
 
-def make_engine(function: NetworkFunction, frames: Frames, primary: np.ndarray, owner: int, epoch: int,
+def make_engine(chain: Chain, frames: Frames, primary: np.ndarray, owner: int, epoch: int,
                 value_words: int, hosts: int, flights: int = 1000, spin_us: float = 5.0) -> Engine:  # fmt: skip
-    """Return an engine that runs `function`; `primary` says for each partition HERE or which of `hosts` stores has it."""
+    """Return an engine that runs `chain`; `primary` says for each partition HERE or which of `hosts` stores has it.
+
+    flights: fewer than the client's window (1,024 operations a host), so that a flight always finds room for its next request.
+    """
     count = frames.stack.size
     control = np.zeros(32, np.int64)
-    control[NF] = function.compiled.address
-    control[KEY], control[RECORD_KIND], control[PASSES] = function.key, function.kind, function.passes_mask
+    control[PASSES], control[STEPS] = chain.passes_mask, len(chain.steps)
     control[VALUE_WORDS], control[OWNER], control[EPOCH] = value_words, owner, epoch
     control[FLIGHTS_FREE], control[WAITING_LIMIT], control[HOSTS] = flights, count // 2, hosts
     control[SPIN_NS] = int(spin_us * 1000)
-    return Engine(control, make_ledger(), np.zeros(count, PACKET), np.full(count, -1, np.int64),
-                  primary.astype(np.int64), np.zeros(1, ENV), np.full((flights, 9), -1, np.int64),
-                  np.zeros((flights, 3), np.uint64), np.zeros((flights, 2 * value_words), np.uint64),
-                  np.arange(flights, dtype=np.int64), np.full(4 * flights, -1, np.int64),
-                  np.zeros(BURST, np.int64), np.zeros(BURST, np.int64), np.zeros(8, np.int64),
-                  np.zeros(4 + hosts, np.int64))  # fmt: skip
+    index, waiting = np.full(count, -1, np.int64), np.zeros(count, np.int64)
+    return Engine(control, make_ledger(), np.zeros(count, PACKET), np.zeros(count if chain.rewrites else 1, PACKET), index,
+                  waiting, chain.steps, chain.members, chain.env, primary.astype(np.int64),
+                  np.full((flights, FLIGHT_WORDS), -1, np.int64), np.zeros((flights, 3), np.uint64),
+                  np.zeros((flights + 1, 2 * value_words), np.uint64), np.zeros((flights, 3 + CLAIM_WORDS), np.uint64),
+                  np.zeros((count, 1 + 4 * ADDS), np.int64), make_pending(), np.arange(flights, dtype=np.int64),
+                  np.full(4 * flights, -1, np.int64), np.zeros(BURST, np.int64), np.zeros(BURST, np.int64),
+                  np.zeros(8, np.int64), np.zeros(4 + hosts, np.int64))  # fmt: skip
 
 
 @intrinsic
@@ -126,21 +170,50 @@ def _call(typingctx, function, packet, record, env):
 
 
 @inline
-def call_nf(engine: Engine, index: int, words: np.ndarray, at: int) -> Any:
-    """Run the NF on packet `index` and the record at word `at` of `words`; returns its verdict."""
-    function = np.uintp(engine.control[NF])
-    return np.int64(_call(function, address(engine.packets, index), address(words, at), address(engine.env, 0)))
+def step_of(engine: Engine, index: int) -> Any:
+    """Return the number of the step that packet `index` is at; there is one."""
+    stage = engine.stages[index] & (TURNED - 1)
+    return stage if engine.packets[index].arrived_from == INSIDE else engine.control[STEPS] - 1 - stage
 
 
 @jit
-def leave(engine: Engine, inside: Port, outside: Port, frames: Frames, index: int, verdict: int) -> None:
-    """Forward or drop packet `index` and account for it; its frame is handed on or given back."""
+def run_functions(engine: Engine, index: int, step: int, words: np.ndarray, at: int, attempt: int) -> int:
+    """Run a step's functions on packet `index` and the record at word `at` of `words`; returns the verdict's code.
+
+    What they ask for is in `control` (TIMEOUT_S, CLAIMER, ADDING) and in their envs.
+    """
+    control, env, members = engine.control, engine.env, engine.members
+    control[TIMEOUT_S], control[CLAIMER], control[ADDING] = 0, -1, 0
+    first, end = engine.steps[step, MEMBERS], engine.steps[step, MEMBERS_END]
+    inside = engine.packets[index].arrived_from == INSIDE
+    code = np.int64(FORWARD)
+    for n in range(first, end):
+        member = n if inside else end - 1 - (n - first)
+        at_env = members[member, ENV_AT]
+        env[at_env + ENV_NOW_NS] = control[NOW_NS]
+        env[at_env + IDLE_TIMEOUT_S] = env[at_env + CAUSE] = env[at_env + CLAIM_TIMEOUT_S] = env[at_env + ADD_COUNT] = 0
+        env[at_env + ATTEMPT] = attempt
+        code = np.int64(_call(np.uintp(members[member, FUNCTION]), address(engine.packets, index),
+                              address(words, at + members[member, OFFSET]), address(env, at_env)))  # fmt: skip
+        control[TIMEOUT_S] = max(control[TIMEOUT_S], env[at_env + IDLE_TIMEOUT_S])
+        if env[at_env + CLAIM_TIMEOUT_S] > 0:
+            control[CLAIMER] = at_env
+        control[ADDING] |= env[at_env + ADD_COUNT]
+        if code != FORWARD:
+            cause = env[at_env + CAUSE]
+            if code == DROP and cause > causes.FORWARDED and cause < causes.WAITING:
+                code = DROP_CAUSE + cause
+            for after in range(n + 1, end):
+                env[members[after if inside else end - 1 - (after - first), ENV_AT] + ADD_COUNT] = 0
+            break
+    return code
+
+
+@jit
+def leave(engine: Engine, inside: Port, outside: Port, frames: Frames, index: int) -> None:
+    """Forward packet `index` and account for it; its frame is handed on."""
     packet = engine.packets[index]
     at = packet.frame
-    if verdict == DROP:
-        engine.ledger[causes.BY_VERDICT] += 1
-        give_frame(frames, at)
-        return
     port = outside if packet.arrived_from == INSIDE else inside
     if tx_push(port, frames, at, np.int64(packet.length)):
         engine.ledger[causes.FORWARDED] += 1
@@ -156,22 +229,225 @@ def drop(engine: Engine, frames: Frames, index: int, cause: int) -> None:
     give_frame(frames, engine.packets[index].frame)
 
 
+@inline
+def cause_of(status: int) -> Any:
+    """Return the ledger's cause for a store's status that is an error."""
+    return causes.TABLE_FULL if status == statuses.TABLE_FULL else causes.STATE_REFUSED
+
+
 @jit
-def process_here(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, index: int) -> None:
-    """Run the NF on the packet's record in the store's memory on this host."""
-    packet = engine.packets[index]
+def step_taken(engine: Engine, frames: Frames, index: int, step: int, code: int) -> bool:
+    """Do what the verdict of a step says, now that its state is committed; returns False when the packet was dropped."""
+    if code != FORWARD and code != TURN:
+        drop(engine, frames, index, code - DROP_CAUSE if code >= DROP_CAUSE else causes.BY_VERDICT)
+        return False
+    if engine.steps[step, REWRITES]:
+        write_back(frames.memory, engine.packets, index)
+    engine.stages[index] += 1
+    if code == TURN:
+        if engine.stages[index] & TURNED or engine.packets[index].icmp_error:
+            drop(engine, frames, index, causes.BY_VERDICT)
+            return False
+        turn_around(frames.memory, engine.packets, index)
+        engine.stages[index] = TURNED
+    return True
+
+
+@jit
+def add_to_counters(engine: Engine, words: np.ndarray, source: np.ndarray, at: int) -> None:
+    """Do the additions listed from `source[at]` on (count, then keys, words and deltas as in ENV); elsewhere: soon."""
+    control = engine.control
+    for n in range(min(source[at], ADDS)):
+        high, low = np.uint64(source[at + 1 + n]), np.uint64(source[at + 1 + ADDS + n])
+        field, delta = source[at + 1 + 2 * ADDS + n], np.uint64(source[at + 1 + 3 * ADDS + n])
+        partition = np.int64(low & PARTITION_BITS)
+        if field < 0 or field >= control[VALUE_WORDS] or partition >= engine.primary.size:
+            continue
+        if engine.primary[partition] != HERE:
+            put_pending(engine.pending, high, low, field, delta)
+            continue
+        slot = open_record(words, control[OWNER], low, high, control[EPOCH], control[NOW_NS] // 1_000_000_000)
+        if slot >= 0:
+            words[slot + VALUE + field] += delta
+            commit_record(words, control[OWNER], slot, 0)
+
+
+@jit
+def add_now(engine: Engine, words: np.ndarray, step: int) -> None:
+    """Do the additions of a step's last run."""
+    for member in range(engine.steps[step, MEMBERS], engine.steps[step, MEMBERS_END]):
+        add_to_counters(engine, words, engine.env, engine.members[member, ENV_AT] + ADD_COUNT)
+
+
+@jit
+def keep_adds(engine: Engine, index: int, step: int) -> None:
+    """Remember the additions of a step's last run until packet `index` leaves its flight. The first function that adds counts."""
+    engine.adds[index, 0] = 0
+    for member in range(engine.steps[step, MEMBERS], engine.steps[step, MEMBERS_END]):
+        at = engine.members[member, ENV_AT] + ADD_COUNT
+        if engine.env[at] > 0 and engine.adds[index, 0] == 0:
+            for n in range(1 + 4 * ADDS):
+                engine.adds[index, n] = engine.env[at + n]
+
+
+@jit
+def claim_here(engine: Engine, words: np.ndarray, claim: np.ndarray, at: int) -> int:
+    """Let the key of the claim at `claim[at]` hold its words, in the table on this host: TAKEN, CONFLICT or REFUSED."""
     control = engine.control
     now_s = control[NOW_NS] // 1_000_000_000
-    slot = open_record(words, control[OWNER], packet.key_low, packet.key_high, control[EPOCH], now_s)
+    slot = open_record(words, control[OWNER], np.uint64(claim[at + C_LOW]), np.uint64(claim[at + C_HIGH]), control[EPOCH], now_s)
     if slot < 0:
-        drop(engine, frames, index, causes.TABLE_FULL if -slot == statuses.TABLE_FULL else causes.STATE_REFUSED)
-        return
-    engine.env[0].idle_timeout_s = 0
-    verdict = call_nf(engine, index, words, slot + VALUE)
-    timeout = engine.env[0].idle_timeout_s
-    expires = 0 if timeout == 0 else now_s + timeout
-    commit_record(words, control[OWNER], slot, expires)
-    leave(engine, inside, outside, frames, index, verdict)
+        return REFUSED
+    if not is_new(words, slot) and words[slot + VALUE] != np.uint64(claim[at + C_VALUE]):
+        abort_record(words, control[OWNER], slot)
+        return CONFLICT
+    for n in range(control[VALUE_WORDS]):
+        words[slot + VALUE + n] = np.uint64(claim[at + C_VALUE + n]) if n < CLAIM_WORDS else np.uint64(0)
+    commit_record(words, control[OWNER], slot, now_s + np.int64(claim[at + C_TIMEOUT_S]))
+    return TAKEN
+
+
+@inline
+def expiry_of(engine: Engine) -> Any:
+    """Return the second at which a record that was just used expires; 0: as before."""
+    timeout = engine.control[TIMEOUT_S]
+    return np.int64(0) if timeout == 0 else engine.control[NOW_NS] // 1_000_000_000 + timeout
+
+
+@jit
+def process_here(engine: Engine, words: np.ndarray, client: ClientState, index: int, step: int) -> int:
+    """Run a step's functions on the packet's record in the store's memory on this host; returns the verdict's code."""
+    packet = engine.packets[index]
+    control = engine.control
+    if engine.steps[step, REWRITES]:
+        engine.originals[index] = engine.packets[index]
+    if control[HERE_FLIGHTS] > 0:
+        flight = find_flight(engine, packet.key_high, packet.key_low)
+        if flight >= 0:
+            return wait_behind(engine, index, flight)
+    slot = open_record(words, control[OWNER], packet.key_low, packet.key_high, control[EPOCH], control[NOW_NS] // 1_000_000_000)
+    if slot < 0:
+        return DROP_CAUSE + cause_of(-slot)
+    code = run_functions(engine, index, step, words, slot + VALUE, 0)
+    if control[CLAIMER] >= 0:
+        return claim_and_commit(engine, words, client, index, step, slot, code)
+    commit_record(words, control[OWNER], slot, expiry_of(engine))
+    if control[ADDING]:
+        add_now(engine, words, step)
+    return code
+
+
+@jit
+def set_aside(engine: Engine, words: np.ndarray, slot: int, row: int) -> None:
+    """Move the changed value of an open record to row `row` of `values`, the one before behind it, and put the record back."""
+    count = engine.control[VALUE_WORDS]
+    for n in range(count):
+        engine.values[row, n] = words[slot + VALUE + n]
+    new = is_new(words, slot)
+    abort_record(words, engine.control[OWNER], slot)
+    for n in range(count):
+        engine.values[row, count + n] = np.uint64(0) if new else words[slot + VALUE + n]
+
+
+@jit
+def put_here(engine: Engine, words: np.ndarray, low: int, high: int, row: int) -> int:
+    """Write row `row` of `values` into a record of this host if it still is as it was: OK, VERSION_MISMATCH or another status.
+
+    On a mismatch the row's second half becomes the record as it is.
+    """
+    control, values = engine.control, engine.values
+    count = control[VALUE_WORDS]
+    slot = open_record(words, control[OWNER], low, high, control[EPOCH], control[NOW_NS] // 1_000_000_000)
+    if slot < 0:
+        return -slot
+    differs = False
+    for n in range(count):
+        differs |= words[slot + VALUE + n] != values[row, count + n]
+        values[row, count + n] = words[slot + VALUE + n]
+    if differs:
+        abort_record(words, control[OWNER], slot)
+        return statuses.VERSION_MISMATCH
+    for n in range(count):
+        words[slot + VALUE + n] = values[row, n]
+    commit_record(words, control[OWNER], slot, expiry_of(engine))
+    return statuses.OK
+
+
+@jit
+def claim_and_commit(engine: Engine, words: np.ndarray, client: ClientState, index: int, step: int, slot: int, code: int) -> int:
+    """`process_here` for a run that claims: without the lock, as long as it takes; returns the verdict's code or WAITS."""
+    packet = engine.packets[index]
+    control, row = engine.control, engine.values.shape[0] - 1
+    attempt = np.int64(0)
+    for _ in range(MOST_ATTEMPTS):
+        if control[CLAIMER] < 0:
+            commit_record(words, control[OWNER], slot, expiry_of(engine))
+            break
+        set_aside(engine, words, slot, row)
+        at = control[CLAIMER] + CLAIM_TIMEOUT_S
+        host = claim_host(engine, np.uint64(engine.env[at + C_LOW]))
+        if host != HERE:
+            return claim_there(engine, client, index, step, code)
+        outcome = claim_here(engine, words, engine.env, at)
+        if outcome == REFUSED:
+            return DROP_CAUSE + causes.TABLE_FULL
+        if outcome == TAKEN:
+            status = put_here(engine, words, packet.key_low, packet.key_high, row)
+            if status == statuses.OK:
+                break
+            if status != statuses.VERSION_MISMATCH:
+                return DROP_CAUSE + cause_of(status)
+        control[CONFLICTS] += 1
+        attempt += outcome == CONFLICT
+        if engine.steps[step, REWRITES]:
+            engine.packets[index] = engine.originals[index]
+        slot = open_record(words, control[OWNER], packet.key_low, packet.key_high, control[EPOCH],
+                           control[NOW_NS] // 1_000_000_000)  # fmt: skip
+        if slot < 0:
+            return DROP_CAUSE + cause_of(-slot)
+        code = run_functions(engine, index, step, words, slot + VALUE, attempt)
+    if control[ADDING]:
+        add_now(engine, words, step)
+    return code
+
+
+@inline
+def claim_host(engine: Engine, low: int) -> Any:
+    """Return where the primary of a claim's partition is; a partition that does not exist is taken modulo."""
+    return engine.primary[np.int64(low & PARTITION_BITS) % engine.primary.size]
+
+
+@jit
+def claim_there(engine: Engine, client: ClientState, index: int, step: int, code: int) -> int:
+    """Let a packet whose record is here, set aside in the scratch row, wait for a claim elsewhere; returns WAITS or a drop."""
+    control, packet = engine.control, engine.packets[index]
+    host = claim_host(engine, np.uint64(engine.env[control[CLAIMER] + CLAIM_LOW]))
+    if control[DOWN] >> host & 1:
+        return DROP_CAUSE + causes.STATE_UNREACHABLE
+    if control[FLIGHTS_FREE] == 0 or room(client, host) == 0:
+        return DROP_CAUSE + causes.WAITING_ROOM_FULL
+    flight = new_flight(engine, packet.key_high, packet.key_low, HERE, step)
+    control[HERE_FLIGHTS] += 1
+    row = engine.values.shape[0] - 1
+    for n in range(engine.values.shape[1]):
+        engine.values[flight, n] = engine.values[row, n]
+    engine.packets[index].verdict = code
+    keep_adds(engine, index, step)
+    keep_claim(engine, flight)
+    engine.flights[flight, BATCH_HEAD] = engine.flights[flight, BATCH_TAIL] = index
+    engine.flights[flight, BATCH_TIMEOUT_S] = control[TIMEOUT_S]
+    engine.next_packet[index] = -1
+    control[WAITING] += 1
+    request_claim(engine, client, flight, host)
+    return WAITS
+
+
+@jit
+def keep_claim(engine: Engine, flight: int) -> None:
+    """Copy the claim of the last run into the flight."""
+    at = engine.control[CLAIMER] + CLAIM_TIMEOUT_S
+    for n in range(3 + CLAIM_WORDS):
+        engine.claims[flight, n] = np.uint64(engine.env[at + n])
 
 
 @inline
@@ -192,17 +468,25 @@ def find_flight(engine: Engine, high: int, low: int) -> int:
 
 
 @jit
-def start_flight(engine: Engine, client: ClientState, high: int, low: int, host: int) -> int:
-    """Ask `host` for the record of this key; returns the new flight. The caller made sure that there is room."""
+def new_flight(engine: Engine, high: int, low: int, host: int, step: int) -> int:
+    """Return a new flight for this key. The caller made sure that there is one left."""
     engine.control[FLIGHTS_FREE] -= 1
     flight = engine.free_flights[engine.control[FLIGHTS_FREE]]
     bucket = _bucket(engine, high, low)
     engine.flight_keys[flight, 0], engine.flight_keys[flight, 1] = high, low
-    engine.flights[flight, :] = -1
+    for n in range(FLIGHT_WORDS):
+        engine.flights[flight, n] = -1
     engine.flights[flight, NEXT] = engine.heads[bucket]
-    engine.flights[flight, PHASE], engine.flights[flight, HOST] = FETCHING, host
-    engine.flights[flight, SINCE_NS] = engine.control[NOW_NS]
+    engine.flights[flight, PHASE], engine.flights[flight, HOST], engine.flights[flight, STEP] = FETCHING, host, step
+    engine.flights[flight, SINCE_NS], engine.flights[flight, ATTEMPTS] = engine.control[NOW_NS], 0
     engine.heads[bucket] = flight
+    return flight
+
+
+@jit
+def start_flight(engine: Engine, client: ClientState, high: int, low: int, host: int, step: int) -> int:
+    """Ask `host` for the record of this key; returns the new flight. The caller made sure that there is room."""
+    flight = new_flight(engine, high, low, host, step)
     engine.control[FETCHES] += 1
     request(client, host, operations.GET, low, high, np.uint64(0), engine.values[flight], 0, flight)
     return flight
@@ -220,28 +504,36 @@ def end_flight(engine: Engine, flight: int) -> None:
             before = engine.flights[before, NEXT]
         engine.flights[before, NEXT] = engine.flights[flight, NEXT]
     engine.flights[flight, PHASE] = 0
+    if engine.flights[flight, HOST] == HERE:
+        engine.control[HERE_FLIGHTS] -= 1
     engine.free_flights[engine.control[FLIGHTS_FREE]] = flight
     engine.control[FLIGHTS_FREE] += 1
 
 
 @jit
-def process_there(engine: Engine, frames: Frames, client: ClientState, index: int) -> None:
-    """Let the packet wait for its record from the partition's primary."""
+def process_there(engine: Engine, client: ClientState, index: int, step: int) -> int:
+    """Let the packet wait for its record from the partition's primary; returns WAITS, or the code of a drop."""
     packet = engine.packets[index]
     control = engine.control
+    if engine.steps[step, REWRITES]:
+        engine.originals[index] = engine.packets[index]
     flight = find_flight(engine, packet.key_high, packet.key_low)
     if flight < 0:
         host = engine.primary[packet.partition]
         if control[DOWN] >> host & 1:
-            drop(engine, frames, index, causes.STATE_UNREACHABLE)
-            return
+            return DROP_CAUSE + causes.STATE_UNREACHABLE
         if control[FLIGHTS_FREE] == 0 or room(client, host) == 0 or control[WAITING] >= control[WAITING_LIMIT]:
-            drop(engine, frames, index, causes.WAITING_ROOM_FULL)
-            return
-        flight = start_flight(engine, client, packet.key_high, packet.key_low, host)
-    elif control[WAITING] >= control[WAITING_LIMIT]:
-        drop(engine, frames, index, causes.WAITING_ROOM_FULL)
-        return
+            return DROP_CAUSE + causes.WAITING_ROOM_FULL
+        flight = start_flight(engine, client, packet.key_high, packet.key_low, host, step)
+    return wait_behind(engine, index, flight)
+
+
+@jit
+def wait_behind(engine: Engine, index: int, flight: int) -> int:
+    """Let the packet wait in a flight; returns WAITS, or the code of a drop."""
+    control = engine.control
+    if control[WAITING] >= control[WAITING_LIMIT]:
+        return DROP_CAUSE + causes.WAITING_ROOM_FULL
     engine.next_packet[index] = -1
     tail = engine.flights[flight, WAITING_TAIL]
     if tail < 0:
@@ -250,6 +542,33 @@ def process_there(engine: Engine, frames: Frames, client: ClientState, index: in
         engine.next_packet[tail] = index
     engine.flights[flight, WAITING_TAIL] = index
     control[WAITING] += 1
+    return WAITS
+
+
+@jit
+def advance(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState, index: int,
+            keyed: bool) -> None:  # fmt: skip
+    """Take a packet through the steps it has before it, until it leaves, is dropped, or waits. keyed: its key is known."""
+    steps = engine.steps
+    while engine.stages[index] & (TURNED - 1) < engine.control[STEPS]:
+        step = step_of(engine, index)
+        if steps[step, KEY] == NONE:
+            code = run_functions(engine, index, step, engine.values[engine.values.shape[0] - 1], 0, 0)
+            if engine.control[ADDING]:
+                add_now(engine, words, step)
+        else:
+            if not keyed:
+                make_key(steps[step, KEY], steps[step, KIND], engine.packets, index)
+            if engine.primary[engine.packets[index].partition] == HERE:
+                code = process_here(engine, words, client, index, step)
+            else:
+                code = process_there(engine, client, index, step)
+            if code == WAITS:
+                return
+        keyed = False
+        if not step_taken(engine, frames, index, step, code):
+            return
+    leave(engine, inside, outside, frames, index)
 
 
 @inline
@@ -264,50 +583,172 @@ def _due(stamp: int, now_s: int, timeout: int) -> bool:
 
 
 @jit
-def run_batch(engine: Engine, inside: Port, outside: Port, frames: Frames, client: ClientState, flight: int) -> None:
-    """Run the NF on every packet that waits in `flight`, on the record just read; write it back if it changed."""
+def run_batch(engine: Engine, flight: int) -> bool:
+    """Run a step's functions on every packet that waits in `flight`, on the record in it; returns whether they claim."""
     flights, values, words = engine.flights, engine.values, engine.control[VALUE_WORDS]
-    for i in range(words):
-        values[flight, words + i] = values[flight, i]
-    timeout = np.int64(0)
+    step = flights[flight, STEP]
+    for n in range(words):
+        values[flight, words + n] = values[flight, n]
+    timeout, claims = np.int64(0), False
     index = flights[flight, WAITING_HEAD]
     while index >= 0:
-        engine.env[0].idle_timeout_s = 0
-        engine.packets[index].verdict = call_nf(engine, index, values, flight * values.shape[1])
-        if engine.env[0].idle_timeout_s != 0:
-            timeout = engine.env[0].idle_timeout_s
+        if engine.steps[step, REWRITES]:
+            engine.packets[index] = engine.originals[index]
+        code = run_functions(engine, index, step, values[flight], 0, flights[flight, ATTEMPTS])
+        engine.packets[index].verdict = code
+        engine.adds[index, 0] = 0
+        if engine.control[ADDING]:
+            keep_adds(engine, index, step)
+        if engine.control[CLAIMER] >= 0:
+            keep_claim(engine, flight)
+            claims = True
+        timeout = max(timeout, engine.control[TIMEOUT_S])
         index = engine.next_packet[index]
     flights[flight, BATCH_HEAD], flights[flight, BATCH_TAIL] = (flights[flight, WAITING_HEAD], flights[flight, WAITING_TAIL])
     flights[flight, WAITING_HEAD] = flights[flight, WAITING_TAIL] = -1
-    changed = False
-    for i in range(words):
-        changed |= values[flight, words + i] != values[flight, i]
-    stamp = engine.flight_keys[flight, 2]
-    absent = flights[flight, ABSENT] == 1
-    now_s = engine.control[NOW_NS] // 1_000_000_000
-    if not changed and (absent or not _due(stamp, now_s, timeout)):
-        release(engine, inside, outside, frames, flight)
-        end_flight(engine, flight)
-        return
-    expires = stamp & np.uint64(STAMP_SECONDS)
-    if timeout != 0:
-        expires = np.uint64(max(1, (now_s + timeout) & STAMP_SECONDS))
-    flights[flight, PHASE] = COMMITTING
-    engine.control[WRITES] += 1
-    request(client, flights[flight, HOST], operations.INSERT if absent else operations.PUT, engine.flight_keys[flight, 1],
-            engine.flight_keys[flight, 0], stamp & ~np.uint64(STAMP_SECONDS) | expires, values[flight], 0, flight)  # fmt: skip
+    flights[flight, BATCH_TIMEOUT_S] = timeout
+    return claims
 
 
 @jit
-def release(engine: Engine, inside: Port, outside: Port, frames: Frames, flight: int) -> None:
-    """Let the packets whose state is now committed leave, in order."""
+def expiring(engine: Engine, stamp: int, timeout: int) -> Any:
+    """Return a stamp with the expiry `timeout` seconds from now (0: the one it has)."""
+    if timeout == 0:
+        return stamp
+    expires = np.uint64(max(1, (engine.control[NOW_NS] // 1_000_000_000 + timeout) & STAMP_SECONDS))
+    return stamp & ~np.uint64(STAMP_SECONDS) | expires
+
+
+@jit
+def request_claim(engine: Engine, client: ClientState, flight: int, host: int) -> None:
+    """Ask `host` to insert the flight's claim."""
+    claim = engine.claims[flight]
+    engine.flights[flight, PHASE] = CLAIMING
+    engine.control[WRITES] += 1
+    write_claim(engine, flight)
+    request(client, host, operations.INSERT, claim[C_LOW], claim[C_HIGH],
+            expiring(engine, np.uint64(0), np.int64(claim[C_TIMEOUT_S])), engine.values[engine.values.shape[0] - 1], 0,
+            flight)  # fmt: skip
+
+
+@jit
+def write_claim(engine: Engine, flight: int) -> None:
+    """Write the words of a flight's claim into the scratch row, as a value."""
+    row = engine.values.shape[0] - 1
+    for n in range(engine.control[VALUE_WORDS]):
+        engine.values[row, n] = engine.claims[flight, C_VALUE + n] if n < CLAIM_WORDS else np.uint64(0)
+
+
+@jit
+def claim(engine: Engine, words: np.ndarray, client: ClientState, flight: int) -> int:
+    """Commit the flight's claim, here at once, elsewhere by asking: TAKEN, CONFLICT, REFUSED or AWAITED."""
+    host = claim_host(engine, engine.claims[flight, C_LOW])
+    if host == HERE:
+        return claim_here(engine, words, engine.claims[flight], 0)
+    if engine.control[DOWN] >> host & 1 or room(client, host) == 0:
+        return REFUSED
+    request_claim(engine, client, flight, host)
+    return AWAITED
+
+
+@jit
+def commit(engine: Engine, words: np.ndarray, client: ClientState, flight: int) -> int:
+    """Write the flight's record back if that is worth it: OK, AWAITED (negative), or the status of a write on this host."""
+    flights, values, count = engine.flights, engine.values, engine.control[VALUE_WORDS]
+    timeout = flights[flight, BATCH_TIMEOUT_S]
+    high, low, stamp = engine.flight_keys[flight, 0], engine.flight_keys[flight, 1], engine.flight_keys[flight, 2]
+    if flights[flight, HOST] == HERE:
+        engine.control[TIMEOUT_S] = timeout
+        return put_here(engine, words, low, high, flight)
+    changed = False
+    for n in range(count):
+        changed |= values[flight, count + n] != values[flight, n]
+    absent = flights[flight, ABSENT] == 1
+    if not changed and (absent or not _due(stamp, engine.control[NOW_NS] // 1_000_000_000, timeout)):
+        return statuses.OK
+    flights[flight, PHASE] = COMMITTING
+    engine.control[WRITES] += 1
+    request(client, flights[flight, HOST], operations.INSERT if absent else operations.PUT, low, high,
+            expiring(engine, stamp, timeout), values[flight], 0, flight)  # fmt: skip
+    return -AWAITED
+
+
+@jit
+def drive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState, flight: int,
+          state: int) -> None:  # fmt: skip
+    """Go on with a flight from `state` until it ends or waits for an answer."""
+    flights = engine.flights
+    while True:
+        if state == RUN:
+            state = CLAIM if run_batch(engine, flight) else COMMIT
+        if state == CLAIM:
+            outcome = claim(engine, words, client, flight)
+            if outcome == AWAITED:
+                return
+            if outcome == REFUSED:
+                abandon(engine, frames, flight, causes.STATE_REFUSED)
+                return
+            state = COMMIT if outcome == TAKEN else RUN
+            if outcome == CONFLICT and not another_attempt(engine, frames, flight):
+                return
+            continue
+        if state == COMMIT:
+            status = commit(engine, words, client, flight)
+            if status < 0:
+                return
+            if status == statuses.VERSION_MISMATCH:
+                engine.control[CONFLICTS] += 1
+                restore(engine, flight)
+                run_again(engine, flight)
+                state = RUN
+                continue
+            if status != statuses.OK:
+                abandon(engine, frames, flight, cause_of(status))
+                return
+        release(engine, inside, outside, frames, words, client, flight)
+        if flights[flight, WAITING_HEAD] < 0:
+            end_flight(engine, flight)
+            return
+        flights[flight, ATTEMPTS] = 0
+        state = RUN
+
+
+@jit
+def restore(engine: Engine, flight: int) -> None:
+    """Take back what the functions did to the flight's record."""
+    count = engine.control[VALUE_WORDS]
+    for n in range(count):
+        engine.values[flight, n] = engine.values[flight, count + n]
+
+
+@jit
+def another_attempt(engine: Engine, frames: Frames, flight: int) -> bool:
+    """After a claim that somebody else has: the record as it was, and the batch once more; False when it was given up."""
+    engine.control[CONFLICTS] += 1
+    engine.flights[flight, ATTEMPTS] += 1
+    if engine.flights[flight, ATTEMPTS] > MOST_ATTEMPTS:
+        abandon(engine, frames, flight, causes.STATE_REFUSED)
+        return False
+    restore(engine, flight)
+    run_again(engine, flight)
+    return True
+
+
+@jit
+def release(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+            flight: int) -> None:  # fmt: skip
+    """Let the packets whose state is now committed go on, in order."""
+    step = engine.flights[flight, STEP]
     index = engine.flights[flight, BATCH_HEAD]
+    engine.flights[flight, BATCH_HEAD] = engine.flights[flight, BATCH_TAIL] = -1
     while index >= 0:
         following = engine.next_packet[index]
         engine.control[WAITING] -= 1
-        leave(engine, inside, outside, frames, index, np.int64(engine.packets[index].verdict))
+        if engine.adds[index, 0] > 0:
+            add_to_counters(engine, words, engine.adds[index], 0)
+        if step_taken(engine, frames, index, step, np.int64(engine.packets[index].verdict)):
+            advance(engine, inside, outside, frames, words, client, index, False)
         index = following
-    engine.flights[flight, BATCH_HEAD] = engine.flights[flight, BATCH_TAIL] = -1
 
 
 @jit
@@ -347,34 +788,58 @@ def take_record(engine: Engine, client: ClientState, host: int, slot: int, fligh
 
 
 @jit
-def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, client: ClientState,
+def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
                 host: int, slot: int) -> None:  # fmt: skip
     """Go on with the flight that the answer in window slot `slot` of `host` belongs to."""
     flight = answer_tag(client, host, slot)
+    if flight == NO_TAG:  # an addition: nobody waits for it
+        return
     status = answer_status(client, host, slot)
     flights = engine.flights
-    if flights[flight, PHASE] == COMMITTING and status == statuses.OK:
-        engine.flight_keys[flight, 2] = answer_stamp(client, host, slot)
-        flights[flight, ABSENT] = 0
-        release(engine, inside, outside, frames, flight)
-        if flights[flight, WAITING_HEAD] < 0:
-            end_flight(engine, flight)
-        else:
-            run_batch(engine, inside, outside, frames, client, flight)
-        return
+    phase = flights[flight, PHASE]
     conflict = status == statuses.VERSION_MISMATCH or status == statuses.EXISTS
     if status != statuses.OK and status != statuses.ABSENT and not conflict:
-        abandon(engine, frames, flight, causes.TABLE_FULL if status == statuses.TABLE_FULL else causes.STATE_REFUSED)
+        abandon(engine, frames, flight, cause_of(status))
+        return
+    if phase in (CLAIMING, RENEWING):
+        state = claim_answered(engine, frames, client, host, slot, flight)
+        if state >= 0:
+            drive(engine, inside, outside, frames, words, client, flight, state)
+        return
+    if phase == COMMITTING and status == statuses.OK:
+        engine.flight_keys[flight, 2] = answer_stamp(client, host, slot)
+        flights[flight, ABSENT] = 0
+        drive(engine, inside, outside, frames, words, client, flight, COMMITTED)
         return
     take_record(engine, client, host, slot, flight)
-    if flights[flight, PHASE] == COMMITTING:
+    if phase == COMMITTING:
         engine.control[CONFLICTS] += 1
         run_again(engine, flight)
-    run_batch(engine, inside, outside, frames, client, flight)
+    drive(engine, inside, outside, frames, words, client, flight, RUN)
 
 
 @jit
-def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, client: ClientState) -> int:
+def claim_answered(engine: Engine, frames: Frames, client: ClientState, host: int, slot: int, flight: int) -> int:
+    """Return where `drive` goes on after the answer to a claim; negative when the flight waits again, or has ended."""
+    status = answer_status(client, host, slot)
+    if status == statuses.OK:
+        return COMMIT
+    row = engine.claims[flight]
+    if status == statuses.EXISTS and client.window[answer_value_at(client, host, slot)] == row[C_VALUE]:
+        engine.flights[flight, PHASE] = RENEWING
+        stamp = answer_stamp(client, host, slot)
+        write_claim(engine, flight)
+        request(client, host, operations.PUT, row[C_LOW], row[C_HIGH], expiring(engine, stamp, np.int64(row[C_TIMEOUT_S])),
+                engine.values[engine.values.shape[0] - 1], 0, flight)  # fmt: skip
+        return -1
+    if status != statuses.EXISTS:  # renewing: changed or gone in this moment
+        return CLAIM
+    return RUN if another_attempt(engine, frames, flight) else -1
+
+
+@jit
+def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray,
+                 client: ClientState) -> int:  # fmt: skip
     """Take every answer that has arrived; returns how many. A host that hung up gets its bit in `control[DOWN]`."""
     taken = 0
     for host in range(engine.control[HOSTS]):
@@ -385,7 +850,7 @@ def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, cl
             continue
         slot = next_answer(client, host)
         while slot >= 0:
-            take_answer(engine, inside, outside, frames, client, host, slot)
+            take_answer(engine, inside, outside, frames, words, client, host, slot)
             taken += 1
             slot = next_answer(client, host)
     return taken
@@ -394,6 +859,7 @@ def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, cl
 @jit
 def flush_requests(engine: Engine, client: ClientState) -> None:
     """Send each store host what this burst wants of it: one frame of operations."""
+    send_pending(engine.pending, client, engine.primary, engine.control[DOWN])
     for host in range(engine.control[HOSTS]):
         if not engine.control[DOWN] >> host & 1 and flush(client, host) < 0:
             engine.control[DOWN] |= 1 << host
@@ -404,31 +870,30 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
             client: ClientState, arrived_from: int) -> int:  # fmt: skip
     """Take one burst from one side through the NF; returns how many frames there were."""
     port = inside if arrived_from == INSIDE else outside
+    if nearly_full(engine.pending):
+        return 0
     count = rx_burst(port, frames, engine.addresses, engine.lengths, BURST)
     engine.ledger[causes.RECEIVED] += count
     control = engine.control
-    stateless = control[KEY] == NONE
+    first = 0 if arrived_from == INSIDE else control[STEPS] - 1
+    key, kind = engine.steps[first, KEY], engine.steps[first, KIND]
     for i in range(count):
         index = engine.addresses[i] // FRAME_BYTES
         status = parse(frames.memory, engine.addresses[i], engine.lengths[i], arrived_from, engine.packets, index)
-        if status == 0 and not stateless:
-            make_key(control[KEY], control[RECORD_KIND], engine.packets, index)
+        engine.stages[index] = 0
+        if status == 0 and key != NONE:
+            make_key(key, kind, engine.packets, index)
             if engine.primary[engine.packets[index].partition] == HERE:
                 prefetch_record(words, engine.packets[index].key_low, engine.packets[index].key_high)
     for i in range(count):
         index = engine.addresses[i] // FRAME_BYTES
         status = np.int64(engine.packets[index].status)
-        if status != 0:
-            if control[PASSES] >> status & 1:
-                leave(engine, inside, outside, frames, index, np.int64(FORWARD))
-            else:
-                drop(engine, frames, index, status)
-        elif stateless:
-            leave(engine, inside, outside, frames, index, call_nf(engine, index, engine.values, 0))
-        elif engine.primary[engine.packets[index].partition] == HERE:
-            process_here(engine, inside, outside, frames, words, index)
+        if status == 0:
+            advance(engine, inside, outside, frames, words, client, index, True)
+        elif control[PASSES] >> status & 1:
+            leave(engine, inside, outside, frames, index)
         else:
-            process_there(engine, frames, client, index)
+            drop(engine, frames, index, status)
     return count
 
 
@@ -462,7 +927,6 @@ def run(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.n
         if now - started >= duration_ns:
             break
         control[NOW_NS] = now
-        engine.env[0].now_ns = now
         reclaim(inside, frames)
         reclaim(outside, frames)
         refill(inside, frames)
@@ -470,7 +934,7 @@ def run(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.n
         work = receive(engine, inside, outside, frames, words, client, INSIDE)
         work += receive(engine, inside, outside, frames, words, client, OUTSIDE)
         if control[HOSTS] > 0:
-            work += take_answers(engine, inside, outside, frames, client)
+            work += take_answers(engine, inside, outside, frames, words, client)
             flush_requests(engine, client)
         tx_flush(outside, frames)
         tx_flush(inside, frames)
@@ -500,11 +964,11 @@ __all__ = ["HERE", "INSIDE", "OUTSIDE", "Engine", "conserved", "make_engine", "r
 
 def warm() -> None:
     """Compile the packet loop: run it for no time on ports that are open nowhere."""
-    from nfs.dataplane.declaration import load
     from nfs.dataplane.frames import make_frames
     from nfs.dataplane.port import closed_port
+    from nfs.dataplane.steps import load_chain
 
     frames, port = make_frames(1), closed_port()
-    engine = make_engine(load("passthrough"), frames, np.full(1, HERE), 0, 1, 1, 0)
+    engine = make_engine(load_chain(["passthrough"], {}, 8), frames, np.full(1, HERE), 0, 1, 1, 0)
     client = store_client.Client([], 1, 8, 1, 1)
     run(engine, port, port, frames, np.zeros(1, np.uint64), client.state, 0)

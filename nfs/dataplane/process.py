@@ -12,11 +12,11 @@ from datastore.native.errors import NearstateError
 from datastore.store.client import Client
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.table import Table
-from nfs.dataplane import declaration
 from nfs.dataplane.engine import CONFLICTS, DOWN, FETCHES, HERE, WRITES, Engine, conserved, make_engine, run, waiting
 from nfs.dataplane.frames import Frames, free_frames, make_frames
 from nfs.dataplane.ledger import device_drops, to_counts
 from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports, refill
+from nfs.dataplane.steps import load_chain
 
 SLICE_NS = 50_000_000
 """How long the packet loop runs before Python looks at messages."""
@@ -28,13 +28,14 @@ CONNECT_S = 0.1
 class Process:
     """One NF instance. config:
 
-    nf, host: names. inside, outside: interface names. port_kind: afxdp, afpacket, auto. value_bytes. capacity: records of a
+    chain: network functions, in the order in which packets from inside meet them. settings: of them, by name. host: its name.
+    inside, outside: interface names. port_kind: afxdp, afpacket, auto. value_bytes. capacity: records of a
     private table. map: PartitionMap as JSON, or None: all state is private. table: shared memory name of the store on this
     host, or None. stores: [{"host", "address", "port"}]. cluster, client_id: numbers. spin_us.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.function = declaration.load(config["nf"])
+        self.chain = load_chain(config["chain"], config.get("settings", {}), config["value_bytes"])
         self.config = config
         self.frames: Frames = make_frames(config.get("frames", 16384))
         interfaces = [config["inside"], config["outside"]]
@@ -42,12 +43,9 @@ class Process:
         self.table, self.stores, primary, epoch = self._find_state()
         self.owner = self.table.register_owner()
         value_words = config["value_bytes"] // 8
-        if self.function.state.itemsize > config["value_bytes"]:
-            raise NearstateError(f"records of {self.function.name} have {self.function.state.itemsize} bytes, the store's "
-                                 f"{config['value_bytes']}: start the store with larger values")  # fmt: skip
         self.client = Client([(store["address"], store["port"]) for store in self.stores], config["client_id"],
                              config["value_bytes"], config["cluster"], epoch, timeout_s=CONNECT_S)  # fmt: skip
-        self.engine: Engine = make_engine(self.function, self.frames, primary, self.owner, epoch, value_words,
+        self.engine: Engine = make_engine(self.chain, self.frames, primary, self.owner, epoch, value_words,
                                           len(self.stores), spin_us=config.get("spin_us", 5.0))  # fmt: skip
         self.tried_at = 0.0
 
@@ -90,6 +88,14 @@ class Process:
         inside, outside = (opened.port for opened in self.opened)
         run(self.engine, inside, outside, self.frames, self.table.words, self.client.state, duration_ns)
 
+    def change_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Give network functions other settings while they run; answers {"changed": true} or {"error": why not}."""
+        try:
+            self.chain.change_settings(settings)
+        except NearstateError as error:
+            return {"error": str(error)}
+        return {"changed": True}
+
     def statistics(self) -> dict[str, Any]:
         """Return the ledger, the kernel's drops, and what state access cost."""
         self.engine.ledger[-1] = waiting(self.engine)
@@ -105,7 +111,8 @@ class Process:
 
 
 def main(config: dict[str, Any], control: Any) -> None:
-    """Process target: sends {"ready": true}, answers {"statistics": true}, ends at {"stop": true}."""
+    """Process target: sends {"ready": true}, answers {"statistics": true} and {"settings": {function: {name: value}}}, ends at
+    {"stop": true}."""
     process = Process(config)
     process.connect()
     process.process_packets(0)
@@ -120,5 +127,7 @@ def main(config: dict[str, Any], control: Any) -> None:
             continue
         if message.get("stop"):
             return
-        if "statistics" in message:
+        if "settings" in message:
+            control.send(process.change_settings(message["settings"]))
+        elif "statistics" in message:
             control.send(process.statistics())

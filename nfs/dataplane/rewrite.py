@@ -19,7 +19,7 @@ import numpy as np
 
 from datastore.native import inline, jit
 from datastore.native.memory import network16, network32, put_network16
-from nfs.dataplane.headers import ICMP, OUTSIDE, TCP, UDP
+from nfs.dataplane.headers import ICMP, INSIDE, OUTSIDE, TCP, UDP
 
 NO_CHECKSUM = -1
 
@@ -94,6 +94,18 @@ def write_back(memory: np.ndarray, packets: np.ndarray, index: int) -> None:
         identifier = packet.destination_port if packet.arrived_from == OUTSIDE else packet.source_port
         if network16(memory, at + 4) != identifier:
             put_covered(memory, at + 4, identifier, at + 2, NO_CHECKSUM, False)
+
+
+@jit
+def turn_around(memory: np.ndarray, packets: np.ndarray, index: int) -> None:
+    """Let the packet have come from the other side: the frame's Ethernet addresses change places."""
+    packet = packets[index]
+    for n in range(3):
+        at = packet.frame + 2 * n
+        mine, others = np.int64(network16(memory, at)), np.int64(network16(memory, at + 6))
+        put_network16(memory, at, others)
+        put_network16(memory, at + 6, mine)
+    packet.arrived_from = INSIDE if packet.arrived_from == OUTSIDE else OUTSIDE
 
 
 @jit
