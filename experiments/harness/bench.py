@@ -20,7 +20,7 @@ from datastore.native.errors import NearstateError, unknown
 from datastore.placements import Cluster
 from datastore.store.partitions import PARTITIONS
 from experiments.harness import accounting
-from experiments.harness.spec import Experiment, Trial, peer_names
+from experiments.harness.spec import CHAIN, Experiment, Trial, peer_names
 from experiments.workloads.traffic import packets_in
 from topologies.emulation.network import EmulatedHost, Network
 from topologies.emulation.processes import Launcher, RunningProcess
@@ -159,7 +159,8 @@ class Bench:
 
     def function_config(self, host: str, number: int) -> dict[str, Any]:
         """Return the configuration of the NF process on `host`."""
-        return {"nf": self.trial.nf, "host": host, "inside": "inside", "outside": "outside",
+        return {"chain": self.trial.nf.split(CHAIN), "settings": self.settings["functions"], "host": host,
+                "inside": "inside", "outside": "outside",
                 "port_kind": self.settings["port_kind"], "value_bytes": self.settings["value_bytes"],
                 "capacity": self.settings["capacity"], "map": self.map, "client_id": number + 1, "cluster": self.cluster_id,
                 "table": self.table_name(host) if host in self.stores else None,
@@ -260,6 +261,7 @@ def busy_seconds() -> float:
 
 
 COMMON_SETTINGS: Mapping[str, Any] = {"capacity": 1 << 16, "value_bytes": 32, "port_kind": "auto", "warmup_kpps": 20.0,
-                                      "lateness_limit_us": LATENESS_LIMIT_US, "paths": SYMMETRIC}  # fmt: skip
-"""Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness,
-and by which NF host answers come back."""
+                                      "lateness_limit_us": LATENESS_LIMIT_US, "paths": SYMMETRIC,
+                                      "functions": {}}  # fmt: skip
+"""Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness, by
+which NF host answers come back, and the network functions' own settings by function and name."""

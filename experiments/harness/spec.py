@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ PROFILES = ("smoke", "quick", "paper")
 FOLDER = Path(__file__).resolve().parents[1]
 GRID_KEYS = ("topology", "nf", "placement", "replicas")
 """Sweep keys with a meaning of their own; every other key is passed to the procedure as a setting."""
-NOT_SWEPT = ("settings", "repeats")
+NOT_SWEPT = ("settings", "repeats", "chain")
 """What a grid says of its trials besides the values it sweeps."""
+CHAIN = "+"
+"""Joins the network functions of a chain to one name: "firewall+nat" is what chain=("firewall", "nat") runs."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Experiment:
 
     procedure: file of `experiments/harness/procedures/` that measures one trial. sweeps: grids, each {parameter: values};
     trials are the union of the grids' products; a grid's "settings" hold for its trials and are not swept, its "repeats"
-    stand in place of the experiment's. settings: the procedure's parameters. traffic: the workload's. network: the
-    topology's. profiles: for each profile what differs ("sweeps", "settings", "traffic", "network", "repeats"). seed: of
-    shuffling and workload.
+    stand in place of the experiment's, its "chain" names network functions that run one after the other. settings: the
+    procedure's parameters. traffic: the workload's. network: the topology's. profiles: for each profile what differs
+    ("sweeps", "settings", "traffic", "network", "repeats"). seed: of shuffling and workload.
     """
 
     question: str
@@ -132,15 +134,26 @@ def check(name: str, experiment: Experiment) -> None:
             if key not in (*GRID_KEYS, *NOT_SWEPT) and key not in procedure.SETTINGS:
                 raise unknown(f"sweep parameter of experiment {name!r}", key, (*GRID_KEYS, *procedure.SETTINGS))
         for key, names in known.items():
-            for value in grid.get(key, ()):
-                if value not in names:
-                    raise unknown(key if key != "nf" else "network function", value, names)
+            for value in values_of(grid, key):
+                for part in value.split(CHAIN) if key == "nf" else [value]:
+                    if part not in names:
+                        raise unknown(key if key != "nf" else "network function", part, names)
+
+
+def values_of(grid: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """Return the values a grid sweeps of `key`; a chain is one value of "nf"."""
+    if key == "nf" and "chain" in grid:
+        return (CHAIN.join(grid["chain"]),)
+    values: Sequence[Any] = grid.get(key, ())
+    return values
 
 
 def trials(name: str, experiment: Experiment) -> Iterator[Trial]:
     """Yield every trial of an experiment, in the order of its grids."""
     for grid in experiment.sweeps:
         swept = {key: values for key, values in grid.items() if key not in NOT_SWEPT}
+        if "chain" in grid:
+            swept["nf"] = values_of(grid, "nf")
         for values in itertools.product(*swept.values()):
             chosen = dict(zip(swept, values, strict=True))
             fixed = {key: chosen.pop(key) for key in GRID_KEYS if key in chosen}

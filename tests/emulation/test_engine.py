@@ -61,7 +61,7 @@ class Route:
         stores = [{"host": "store", "address": f"192.168.7{self.number}.2", "port": STORE_PORT}] if self.store else []
         return self.bench.spawn(
             f"nf-{name}", self.nf, "nfs.dataplane.process:main",
-            {"nf": name, "host": self.nf.name, "inside": "inside", "outside": "outside", "value_bytes": VALUE_BYTES,
+            {"chain": name.split("+"), "host": self.nf.name, "inside": "inside", "outside": "outside", "value_bytes": VALUE_BYTES,
              "capacity": 4096, "map": CENTRAL if self.store else None, "client_id": self.number + 1, "cluster": CLUSTER,
              "table": None, "stores": stores, **config})  # fmt: skip
 

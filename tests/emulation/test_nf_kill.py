@@ -58,7 +58,7 @@ def test_100_kills_under_load_leave_the_store_whole_and_serving(bench: Bench, ta
     store = bench.spawn("store", nf, "datastore.store.server:main",
                         {"host": "nf", "table": table, "capacity": 4096, "value_bytes": 32, "address": "127.0.0.1",
                          "port": STORE_PORT, "cluster": CLUSTER, "epoch": 1, "map": HERE, "create": True})  # fmt: skip
-    config = {"nf": "traffic_counter", "host": "nf", "inside": "inside", "outside": "outside", "port_kind": "afxdp",
+    config = {"chain": ["traffic_counter"], "host": "nf", "inside": "inside", "outside": "outside", "port_kind": "afxdp",
               "value_bytes": 32, "capacity": 1, "map": HERE, "client_id": 1, "cluster": CLUSTER, "table": table,
               "stores": [{"host": "nf", "address": "127.0.0.1", "port": STORE_PORT}]}  # fmt: skip
     generator = bench.spawn("generator", client, "experiments.workloads.generator:main",
