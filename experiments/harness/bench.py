@@ -191,7 +191,7 @@ class Bench:
         assert self.generator
         assert self.sink
         self.steps += 1
-        before = self._counters()
+        before = self.counters()
         self.sink.send({"step": self.steps, "packets": 2 * packets_in(offered_kpps or SATURATION_KPPS, seconds)})
         self.sink.receive(READY_S)
         self.generator.send({"step": self.steps, "offered_kpps": offered_kpps, "seconds": seconds})
@@ -199,7 +199,7 @@ class Bench:
         if sent is None:
             raise NearstateError(f"generator did not end a step of {seconds:g} s; its log is {self.generator.log}")
         arrived = self._drain(sent["sent"])
-        after = self._counters()
+        after = self.counters()
         growth = accounting.since(after, before)
         reasons = accounting.doubts(offered_kpps, self.settings["lateness_limit_us"], sent, after)
         return {"sweep": {"offered_kpps": offered_kpps} if offered_kpps else {"load": "saturated"},
@@ -226,7 +226,7 @@ class Bench:
             process.send({"statistics": True})
         return {name: process.receive(READY_S) or {} for name, process in self.functions.items()}
 
-    def _counters(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         """Return what is compared before and after a step."""
         cpu = {"nf_cpu_s": self.functions, "store_cpu_s": self.stores}
         counters = {name: sum(process.cpu_seconds() for process in group.values()) for name, group in cpu.items() if group}

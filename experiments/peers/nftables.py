@@ -10,13 +10,18 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
+
 from datastore.native.errors import NearstateError
+from topologies.emulation import system
 
 if TYPE_CHECKING:
     from experiments.harness.bench import Bench
 
 STORES = None
 INSIDE_GATEWAY, OUTSIDE_GATEWAY = "10.127.255.254/9", "10.255.255.254/9"
+CLIENTS = "10.0.1.0/24"
+"""The emulated clients (`workloads/traffic.py`), all behind the one client host."""
 RULES = """
 table ip nearstate {
   chain through {
@@ -33,6 +38,12 @@ class Kernel:
     """The running peer: it ends with its namespace."""
 
     next_hop_mac: str
+    pid: int
+
+    def forget(self) -> None:
+        """Remove all entries of connection tracking: the kernel's table has a limit, 262,144 by default, for all entries."""
+        with system.network_namespace(self.pid), NFCTSocket() as tracking:
+            tracking.flush()
 
     def stop(self) -> None:
         """Nothing to do: rules, addresses and conntrack entries are the namespace's."""
@@ -41,18 +52,21 @@ class Kernel:
 def start(bench: Bench) -> Kernel:
     """Let the kernel of nf1's namespace forward and filter. Raises NearstateError when nft is missing or refuses."""
     nf = bench.nf_hosts[0]
-    server = bench.network.hosts["server"].interfaces["net"]
+    client, server = (bench.network.hosts[name].interfaces["net"] for name in ("client", "server"))
     commands = [
         ["ip", "address", "add", INSIDE_GATEWAY, "dev", "inside"],
         ["ip", "address", "add", OUTSIDE_GATEWAY, "dev", "outside"],
         ["ip", "neighbour", "replace", str(server.ipv4).partition("/")[0], "lladdr", server.mac, "dev", "outside",
          "nud", "permanent"],
+        ["ip", "neighbour", "replace", str(client.ipv4).partition("/")[0], "lladdr", client.mac, "dev", "inside",
+         "nud", "permanent"],
+        ["ip", "route", "add", CLIENTS, "via", str(client.ipv4).partition("/")[0], "dev", "inside"],
         ["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0"],
         ["nft", "-f", "-"],
     ]  # fmt: skip
     for command in commands:
         _run(nf.pid, command, RULES if command[0] == "nft" else "")
-    return Kernel(nf.interfaces["inside"].mac)
+    return Kernel(nf.interfaces["inside"].mac, nf.pid)
 
 
 def _run(pid: int, command: list[str], text: str) -> None:

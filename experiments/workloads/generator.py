@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import jit
+from datastore.native import inline, jit
 from datastore.native.histogram import make_counts, record_ns, summary_us
 from datastore.native.libc import doze, now_ns, sched_yield
 from datastore.native.memory import copy, put_network16, put_network32, store16, store64
@@ -64,17 +64,23 @@ def make_source(traffic: Traffic, source_mac: str, next_hop_mac: str, server: st
                   control, make_counts(), np.zeros(8, np.int64), np.zeros(2, np.int64))  # fmt: skip
 
 
+@inline
+def flow_ends(flow: int) -> Any:
+    """Return client address, client port and server port of flow number `flow`, as `traffic.flow_tuple` does."""
+    client = np.int64(CLIENT_NETWORK) + (np.int64(np.uint64(flow) * np.uint64(2_654_435_761) >> np.uint64(24)) & 0xFF)
+    return client, 1024 + 2 * (flow % PORTS_PER_SERVER_PORT), 2000 + flow // PORTS_PER_SERVER_PORT % 60_000
+
+
 @jit
 def write_frame(source: Source, memory: np.ndarray, at: int, length: int, slot: int, sequence: int, intended_ns: int) -> None:
     """Write the packet of flow slot `slot` at byte `at`: headers, IP checksum (RFC 1071), stamp; the rest stays as it is."""
-    flow = source.flows[slot]
-    client = np.int64(CLIENT_NETWORK) + (np.int64(np.uint64(flow) * np.uint64(2_654_435_761) >> np.uint64(24)) & 0xFF)
+    client, client_port, server_port = flow_ends(source.flows[slot])
     copy(memory, at, source.template, 0, STAMP_AT)
     total = length - 14
     put_network16(memory, at + 16, total)
     put_network32(memory, at + 26, client)
-    put_network16(memory, at + 34, 1024 + 2 * (flow % PORTS_PER_SERVER_PORT))
-    put_network16(memory, at + 36, 2000 + flow // PORTS_PER_SERVER_PORT % 60_000)
+    put_network16(memory, at + 34, client_port)
+    put_network16(memory, at + 36, server_port)
     put_network16(memory, at + 38, total - 20)
     check = np.int64(0)
     for i in range(10):

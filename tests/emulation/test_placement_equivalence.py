@@ -238,8 +238,12 @@ def through(bench: Bench, trace: Trace, expected: list[bool]) -> list[bool]:
 def stored(bench: Bench, name: str) -> dict[str, Any]:
     """Return the fields of every record of the network function in all stores, by its key."""
     layout = Instance.of(name).function.state
-    tables = [Table.attach(bench.table_name(host)) for host in bench.stores]
-    return {str(record.key): np.frombuffer(record.value, layout, 1)[0].item() for table in tables for record in table.records()}
+    found: dict[str, Any] = {}
+    for host in bench.stores:
+        table = Table.attach(bench.table_name(host))
+        found |= {str(record.key): np.frombuffer(record.value, layout, 1)[0].item() for record in table.records()}
+        table.close()
+    return found
 
 
 def modelled(instance: Instance) -> dict[str, Any]:
@@ -260,6 +264,7 @@ def run(network: Network, name: str, placement: str, paths: str, trace: Trace, e
         records = stored(bench, name)
     finally:
         bench.stop()
+        network.launcher.kill_on(list(network.hosts))  # the network goes on: what ran on it is forgotten here
     for host, counts in statistics.items():
         assert imbalance(counts["ledger"]) == 0
         assert counts["missing_frames"] == 0

@@ -6,6 +6,7 @@ two cores, so a rate is held to fail only when it loses packets in `tries` steps
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from experiments.harness.bench import COMMON_SETTINGS, Bench
@@ -37,20 +38,35 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
 def search(bench: Bench) -> dict[str, Any]:
     """Return the point of the highest load without loss. Its resolution is the last step's width."""
     settings = bench.settings
-    low, high = 0.0, settings["search_high_kpps"]
-    candidate, best = settings["search_high_kpps"] / 4, None
-    for _ in range(settings["search_steps"]):
-        point = lossless_step(bench, candidate)
-        if point is not None:
-            low, best = candidate, point
-        else:
-            high = candidate
-        candidate = (low + high) / 2 if low else max(settings["search_low_kpps"], high / 4)
+    low, high, best = highest(
+        lambda offered: lossless_step(bench, offered),
+        settings["search_low_kpps"],
+        settings["search_high_kpps"],
+        settings["search_steps"],
+    )
     found = best or {"metrics": {}, "fidelity": {}, "ledger": {}}
     metrics = {"lossless_kpps": low, "resolution_kpps": high - low}
     metrics |= {name: value for name, value in found["metrics"].items() if name.endswith("_cpu_us") or name == "p99_us"}
     return {"sweep": {"search": "rfc2544"}, "metrics": metrics, "histograms": {}, "valid": True, "invalid_reasons": [],
             "fidelity": found["fidelity"], "ledger": found["ledger"]}  # fmt: skip
+
+
+def highest(
+    attempt: Callable[[float], dict[str, Any] | None], lowest: float, most: float, steps: int
+) -> tuple[float, float, dict[str, Any] | None]:
+    """Search the highest load at which `attempt` succeeds; return it, the lowest at which it failed, and its point.
+
+    The first load is a quarter of `most`; as long as none succeeded, the next is a quarter of the last, at least `lowest`.
+    """
+    low, high, candidate, best = 0.0, most, most / 4, None
+    for _ in range(steps):
+        point = attempt(candidate)
+        if point is not None:
+            low, best = candidate, point
+        else:
+            high = candidate
+        candidate = (low + high) / 2 if low else max(lowest, high / 4)
+    return low, high, best
 
 
 def lossless_step(bench: Bench, offered: float) -> dict[str, Any] | None:
