@@ -14,6 +14,7 @@ from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.table import Table
 from nfs.dataplane.engine import CONFLICTS, DOWN, FETCHES, HERE, WRITES, Engine, conserved, make_engine, run, waiting
 from nfs.dataplane.frames import Frames, free_frames, make_frames
+from nfs.dataplane.housekeeping import Housekeeper, Reader
 from nfs.dataplane.ledger import device_drops, to_counts
 from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports, refill
 from nfs.dataplane.steps import load_chain
@@ -23,6 +24,9 @@ SLICE_NS = 50_000_000
 RECONNECT_S = 0.2
 CONNECT_S = 0.1
 """Longest wait for a store to answer: the packet loop stands still meanwhile."""
+READ_S = 1.0
+READER_CLIENTS = 1 << 16
+"""Client ids of housekeeping begin here."""
 
 
 class Process:
@@ -47,7 +51,8 @@ class Process:
                              config["value_bytes"], config["cluster"], epoch, timeout_s=CONNECT_S)  # fmt: skip
         self.engine: Engine = make_engine(self.chain, self.frames, primary, self.owner, epoch, value_words,
                                           len(self.stores), spin_us=config.get("spin_us", 5.0))  # fmt: skip
-        self.tried_at = 0.0
+        self.primary, self.epoch, self.tried_at = primary, epoch, 0.0
+        self.housekeeper = Housekeeper(self.chain, self._make_reader)
 
     def _find_state(self) -> tuple[Table, list[dict[str, Any]], np.ndarray, int]:
         """Return the table on this host, the remote stores, the primaries by partition, and the map's epoch."""
@@ -61,6 +66,13 @@ class Process:
         numbers = {store["host"]: number for number, store in enumerate(stores)}
         primary = [numbers.get(group[0], HERE) for group in partition_map.replicas]
         return table, stores, np.array(primary), partition_map.epoch
+
+    def _make_reader(self) -> Reader:
+        """Return a reader of the state with connections of its own."""
+        config = self.config
+        client = Client([(store["address"], store["port"]) for store in self.stores], READER_CLIENTS + config["client_id"],
+                        config["value_bytes"], config["cluster"], self.epoch, timeout_s=READ_S)  # fmt: skip
+        return Reader(self.table, client, self.primary, self.epoch)
 
     def connect(self) -> None:
         """Connect to every store host; one that does not answer is marked down and tried again later."""

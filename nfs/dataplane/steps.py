@@ -91,7 +91,11 @@ def load_chain(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]], 
     """
     if not names or len(set(names)) != len(names):
         raise NearstateError(f"chain {list(names)}: name one or more network functions, each once")
-    functions = tuple(declaration.load(name) for name in names)
+    return make_chain([declaration.load(name) for name in names], settings, value_bytes)
+
+
+def make_chain(functions: Sequence[NetworkFunction], settings: Mapping[str, Mapping[str, Any]], value_bytes: int) -> Chain:
+    """`load_chain` of functions that are loaded."""
     check_names(functions, settings)
     for function in functions:
         if not function.stateless and function.state.itemsize > value_bytes:
@@ -114,4 +118,4 @@ def load_chain(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]], 
     mask = functions[0].passes_mask
     for function in functions[1:]:
         mask &= function.passes_mask
-    return Chain(functions, np.array(steps, np.int64), np.array(members, np.int64), np.concatenate(envs), mask)
+    return Chain(tuple(functions), np.array(steps, np.int64), np.array(members, np.int64), np.concatenate(envs), mask)

@@ -1,0 +1,99 @@
+"""The packet loop on rings of memory: frames in, frames out, no network and no root; the whole engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from datastore.store.client import Client
+from datastore.store.partitions import PARTITIONS
+from datastore.store.table import Table
+from nfs.dataplane import NetworkFunction
+from nfs.dataplane.engine import HERE, make_engine, run, waiting
+from nfs.dataplane.frames import free_frames, give_frame, make_frames, take_frame
+from nfs.dataplane.headers import INSIDE, OUTSIDE
+from nfs.dataplane.ledger import imbalance, to_counts
+from nfs.dataplane.port import AFXDP, FD, IN_FLIGHT, KIND, RESERVE, Port
+from nfs.dataplane.steps import make_chain
+
+SLOTS = 256
+VALUE_BYTES = 40
+
+
+def memory_port() -> Port:
+    """Return a port whose rings nobody else works on."""
+    words = [np.zeros(1, np.uint32) for _ in range(9)]
+    control = np.zeros(16, np.int64)
+    control[KIND], control[FD], control[RESERVE] = AFXDP, -1, 1 << 40  # never asks for frames to receive into
+    ring = [np.zeros(2 * SLOTS, np.uint64) for _ in range(5)]
+    return Port(control, words[0], words[1], ring[0], words[2], words[3], ring[1], words[4], words[5], words[6], ring[2],
+                words[7], words[8], ring[3], ring[4])  # fmt: skip
+
+
+class Rig:
+    """One engine with a private table and no stores, or with the `client` and `primary` given.
+
+    `rig(frame)` takes one frame through from inside, `rig.outside(frame)` from outside; both return what left, as a list of
+    (side it left by, bytes).
+    """
+
+    def __init__(
+        self, functions: Sequence[NetworkFunction], settings: Mapping[str, Any] | None = None, client: Client | None = None,
+        primary: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.frames = make_frames(512)
+        self.ports = (memory_port(), memory_port())
+        self.table = Table.private(4096, VALUE_BYTES)
+        self.chain = make_chain(functions, settings or {}, VALUE_BYTES)
+        self.client = client or Client([], 1, VALUE_BYTES, 1, 1)
+        hosts = len(self.client.addresses)
+        primary = np.full(PARTITIONS, HERE) if primary is None else primary
+        self.engine = make_engine(self.chain, self.frames, primary, self.table.register_owner(), 1, VALUE_BYTES // 8, hosts)
+
+    def __call__(self, frame: bytes, side: int = INSIDE) -> list[tuple[int, bytes]]:
+        return self.burst([frame], side)
+
+    def outside(self, frame: bytes) -> list[tuple[int, bytes]]:
+        return self(frame, OUTSIDE)
+
+    def burst(self, burst: Sequence[bytes], side: int = INSIDE, settle_ns: int = 2_000_000) -> list[tuple[int, bytes]]:
+        """Let frames arrive together and return what left until nothing waits any more."""
+        port = self.ports[side]
+        for frame in burst:
+            at = int(take_frame(self.frames)) + 256
+            self.frames.memory[at : at + len(frame)] = np.frombuffer(frame, np.uint8)
+            slot = int(port.rx_producer[0]) % SLOTS
+            port.rx_ring[2 * slot], port.rx_ring[2 * slot + 1] = at, len(frame)
+            port.rx_producer[0] += 1
+        left: list[tuple[int, bytes]] = []
+        for _ in range(100):
+            run(self.engine, *self.ports, self.frames, self.table.words, self.client.state, settle_ns)
+            left += self._collect()
+            if waiting(self.engine) == 0:
+                break
+        assert imbalance(self.counts()) == 0
+        assert int(free_frames(self.frames)) + waiting(self.engine) == self.frames.stack.size
+        return left
+
+    def _collect(self) -> list[tuple[int, bytes]]:
+        left = []
+        for side, port in enumerate(self.ports):
+            while port.tx_consumer[0] != port.tx_producer[0]:
+                slot = int(port.tx_consumer[0]) % SLOTS
+                at, length = int(port.tx_ring[2 * slot]), int(port.tx_ring[2 * slot + 1])
+                left.append((side, self.frames.memory[at : at + length].tobytes()))
+                give_frame(self.frames, at)
+                port.tx_consumer[0] += 1
+                port.control[IN_FLIGHT] -= 1
+        return left
+
+    def counts(self) -> dict[str, int]:
+        """Return the ledger, with what waits."""
+        self.engine.ledger[-1] = waiting(self.engine)
+        return to_counts(self.engine.ledger)
+
+    def records(self) -> dict[tuple[int, int], np.ndarray]:
+        """Return the words of every record in the private table, by key."""
+        return {(record.high, record.low): np.frombuffer(record.value, np.uint64) for record in self.table.records()}
