@@ -15,6 +15,7 @@ from datastore.store.partitions import PARTITIONS, key_low
 from nfs.dataplane import (
     DROP,
     ENDPOINT,
+    FLOW,
     FORWARD,
     INSIDE,
     NONE,
