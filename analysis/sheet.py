@@ -76,6 +76,19 @@ class Sheet:
         axes.bar(position, median, width, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
         axes.errorbar(position, median, yerr=[[median - low], [high - median]], color="black", elinewidth=0.7)
 
+    def bars(self, axes: Axes, groups: dict[str, pd.DataFrame], panel: str) -> None:
+        """Draw a group of bars for each entry, one bar a placement; the entries' names stand below, a word a line."""
+        placements = {placement for rows in groups.values() for placement in rows["placement"]}
+        step = 0.8 / max(3, len(placements))
+        for group, (name, rows) in enumerate(groups.items()):
+            present = list(by_placement(rows))
+            for place, (placement, bars) in enumerate(present):
+                position = group + (place - (len(present) - 1) / 2) * step
+                self.bar(axes, position, bars, placement, panel, name, 0.92 * step)
+        axes.set_xticks(range(len(groups)), [title(name).replace(" ", "\n") for name in groups])
+        axes.grid(axis="x", visible=False)
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+
     def stack(self, axes: Axes, position: float, parts: dict[str, pd.DataFrame], placement: str, panel: str) -> None:
         """Draw the medians of several metrics on top of each other, each in its component's shade and hatch."""
         below, high_above = 0.0, np.zeros(2)

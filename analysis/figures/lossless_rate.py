@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis import style
-from analysis.sheet import Sheet, by_placement, title
+from analysis.sheet import Sheet, title
 
 EXPERIMENT = "throughput"
 
@@ -27,16 +27,8 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
         return
     (panels,) = sheet.panels(1, len(shown), 2.1)
     for axes, (topology, kind, rows) in zip(panels, shown):
-        placements = style.order(rows["placement"])
-        nfs = style.order_nfs(rows["nf"])
-        step = 0.8 / max(3, len(placements))
-        for group, nf in enumerate(nfs):
-            present = list(by_placement(rows[rows["nf"] == nf]))
-            for place, (placement, bars) in enumerate(present):
-                position = group + (place - (len(present) - 1) / 2) * step
-                sheet.bar(axes, position, bars, placement, f"{topology}, {kind}", nf, 0.92 * step)
-        axes.set_xticks(range(len(nfs)), [title(nf).replace(" ", "\n") for nf in nfs])
-        axes.grid(axis="x", visible=False)
-        axes.set(title=f"{title(topology)}, {kind}", xlim=(-0.5, len(nfs) - 0.5))
+        nfs = {nf: rows[rows["nf"] == nf] for nf in style.order_nfs(rows["nf"])}
+        sheet.bars(axes, nfs, f"{topology}, {kind}")
+        axes.set_title(f"{title(topology)}, {kind}")
     panels[0].set_ylabel("rate (kpps)")
     sheet.legend(style.order(pd.concat([rows for *_, rows in shown])["placement"]), bars=True)

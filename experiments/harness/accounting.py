@@ -49,16 +49,23 @@ def instance_ledger(functions: Mapping[str, Any]) -> dict[str, int]:
     return nf
 
 
-def path_ledger(sent: Mapping[str, Any], arrived: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where the step's packets went; `growth`: the counters' growth over the step."""
-    nf = instance_ledger(growth["functions"])
+def kernel_drops(functions: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what the kernel dropped in front of all NF processes by reason, and what it refused to send by host."""
     kernel: dict[str, int] = {}
-    devices = {"generator": sent["devices"]["sent"]}
-    for name, statistics in growth["functions"].items():
+    devices: dict[str, int] = {}
+    for name, statistics in functions.items():
         for counts in statistics["kernel"].values():
             for reason, count in counts.items():
                 kernel[reason] = kernel.get(reason, 0) + count
         devices[name] = sum(device["sent"] for device in statistics["devices"].values()) + statistics["refused_by_kernel"]
+    return kernel, devices
+
+
+def path_ledger(sent: Mapping[str, Any], arrived: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where the step's packets went; `growth`: the counters' growth over the step."""
+    nf = instance_ledger(growth["functions"])
+    kernel, devices = kernel_drops(growth["functions"])
+    devices["generator"] = sent["devices"]["sent"]
     dropped = {cause: count for cause, count in nf.items() if cause not in ("received", "forwarded")}
     places = {"nf_kernel": kernel, "sink_kernel": arrived["kernel"], "devices": devices, "switch": growth["switch_drops"]}
     lost = sent["sent"] - arrived["received"]
@@ -114,4 +121,9 @@ def metrics(sent: Mapping[str, Any], arrived: Mapping[str, Any], growth: Mapping
 def fidelity(sent: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, Any]:
     """Return how well the step was done: the generator's lateness, how busy the machine was."""
     return {"generator_lateness_p99_us": sent["lateness"].get("p99_us"), "generator_blocked": sent["blocked"],
-            "cpu_saturation": growth["busy_s"] / max(1e-9, growth["now_s"]) / (os.cpu_count() or 1)}  # fmt: skip
+            "cpu_saturation": saturation(growth)}  # fmt: skip
+
+
+def saturation(growth: Mapping[str, Any]) -> float:
+    """Return the busy share of the machine's CPUs over a growth of counters."""
+    return float(growth["busy_s"] / max(1e-9, growth["now_s"]) / (os.cpu_count() or 1))

@@ -30,6 +30,7 @@ from typing import Any
 
 from datastore.native import ROOT
 from datastore.native.errors import NearstateError
+from experiments.workloads import real_servers
 from topologies.emulation import cgroup, journal, system
 
 RESULTS = ROOT / "results"
@@ -42,7 +43,8 @@ LOCKED_MBYTES = 64
 """What the frames of a few AF_XDP ports take; root is not limited."""
 TRIAL_S = 2.5
 TOOL_S = 2.0
-PACKAGES = ("mininet", "openvswitch-switch", "libxdp1", "nftables", "redis-server", "ethtool", "iproute2")
+PACKAGES = ("mininet", "openvswitch-switch", "libxdp1", "nftables", "redis-server", "ethtool", "iproute2", "nginx", "iperf3",
+            "wrk", "curl")  # fmt: skip
 LIBRARIES = ("numba", "llvmlite", "numpy", "pandas", "matplotlib", "os-ken", "scapy", "pyroute2", "hdrhistogram")
 QUICK_CLOCKS = ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page", "arch_sys_counter")
 """Clock sources read without a system call (vDSO); each packet is stamped, so the others cost throughput."""
@@ -405,6 +407,14 @@ def check_redis(box: Box) -> Fact:
     return Fact("Redis", box.packages.get("redis-server", "unknown version"))
 
 
+def check_real_clients(box: Box) -> Fact:
+    missing = [program for program in {**real_servers.SERVERS, **real_servers.CLIENTS} if not shutil.which(program)]
+    if missing:
+        return Fact("real clients", f"missing: {', '.join(missing)}", "the experiment real_clients and its tests fail", SET_UP)
+    versions = [f"{name} {box.packages[name]}" for name in ("nginx", "iperf3", "wrk", "curl") if name in box.packages]
+    return Fact("real clients", ", ".join(versions) or "all there, by no package")
+
+
 def check_offloads(box: Box) -> Fact:
     if shutil.which("ethtool") is None:
         return Fact("offloads", "ethtool missing", "offload settings cannot be seen", SET_UP)
@@ -488,6 +498,7 @@ CHECKS: tuple[Callable[[Box], Fact], ...] = (
     check_cgroup,
     check_offloads,
     check_redis,
+    check_real_clients,
     check_shared_memory,
     check_locked_memory,
     check_disk,

@@ -18,7 +18,8 @@ PYTHON=/usr/bin/python3
 OVS_CTL=/usr/share/openvswitch/scripts/ovs-ctl
 UNIT_PACKAGES=(python3 python3-venv mininet libxdp1)
 EMULATION_PACKAGES=("${UNIT_PACKAGES[@]}"
-  openvswitch-switch nftables redis-server ethtool iproute2 iputils-ping procps kmod util-linux)
+  openvswitch-switch nftables redis-server ethtool iproute2 iputils-ping procps kmod util-linux
+  nginx curl wrk iperf3 openssh-server openssh-client dnsmasq-base bind9-dnsutils traceroute)
 VENV_MBYTES=1500  # 700 when installed; pip unpacks beside it
 STEPS=4
 
@@ -45,7 +46,7 @@ set_up() {  # set_up emulation|unit
   choose_cache
 
   mapfile -t MISSING < <(missing_packages "${packages[@]}")
-  ((${#MISSING[@]} == 0)) && [[ ! -e $REDIS_MARK ]] || work[1]=1
+  ((${#MISSING[@]} == 0)) && [[ ! -e $SERVICES_MARK ]] || work[1]=1
   venv_is_complete || work[2]=1
   [[ $scope == unit ]] || switch_runs || work[3]=1
   [[ -z ${work[2]:-} ]] && functions_are_compiled || work[4]=1
@@ -63,9 +64,14 @@ set_up() {  # set_up emulation|unit
 
 # --- 1 system packages --------------------------------------------------------------------------------------------
 
-# Installing redis-server starts it, and at every boot from then on. The mark says that it was us, also to the next call
-# when this one is interrupted.
-REDIS_MARK=.venv/redis-installed-by-us
+# Installing these would start a service, and at every boot from then on; the emulation needs only their programs. The mark
+# names the services that we brought, also to the next call when this one is interrupted. Those that were there, by whatever
+# package, are left alone.
+declare -A SERVICES=([redis-server]=redis-server [nginx]=nginx [openssh-server]=ssh)
+SERVICES_MARK=.venv/services-installed-by-us
+UNITS=/lib/systemd/system
+POLICY=/usr/sbin/policy-rc.d  # invoke-rc.d(8) and deb-systemd-invoke(1p) ask it before they start a service
+POLICY_MARK="# put here by nearstate's set-up, which removes it again"
 
 missing_packages() {  # prints those of the named packages that are not installed, one a line
   local package status
@@ -82,9 +88,11 @@ install_packages() {
   exec {lock}<&-  # a service that apt starts must not keep the lock
   # needrestart (Ubuntu) would ask, or restart services of others
   export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 NEEDRESTART_MODE=l
+  trap lift_policy EXIT
   if ((${#MISSING[@]})); then
     mkdir -p .venv
-    [[ " ${MISSING[*]} " != *" redis-server "* ]] || : >"$REDIS_MARK"
+    mark_services
+    forbid_services
     if compgen -G '/var/lib/dpkg/updates/*' >/dev/null; then  # an interrupted dpkg: apt refuses to work before this
       dpkg --configure -a --force-confdef --force-confold
     fi
@@ -92,15 +100,42 @@ install_packages() {
     apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 \
       -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold "${MISSING[@]}"
   fi
-  if [[ -e $REDIS_MARK ]]; then
+  [[ ! -e $SERVICES_MARK ]] || leave_services_off
+}
+
+mark_services() {
+  local package service
+  for package in "${MISSING[@]}"; do
+    service=${SERVICES[$package]:-}
+    [[ -z $service || -e $UNITS/$service.service ]] || echo "$service" >>"$SERVICES_MARK"
+  done
+}
+
+forbid_services() {  # a machine that has a policy of its own (containers) keeps it
+  [[ -e $SERVICES_MARK && ! -e $POLICY ]] || return 0
+  local names
+  names=$(sort -u "$SERVICES_MARK" | paste -s -d '|')
+  # shellcheck disable=SC2016
+  printf '#!/bin/sh\n%s\nfor word; do case ${word%%.*} in %s) exit 101 ;; esac; done\n' "$POLICY_MARK" "$names" >"$POLICY"
+  chmod 755 "$POLICY"
+}
+
+lift_policy() {
+  ! grep -qsxF "$POLICY_MARK" "$POLICY" || rm -f "$POLICY"
+}
+
+leave_services_off() {
+  local service
+  for service in $(sort -u "$SERVICES_MARK"); do
     if [[ -d /run/systemd/system ]]; then
-      systemctl disable --now redis-server
+      [[ ! -e $UNITS/$service.socket ]] || systemctl disable --now "$service.socket"  # Ubuntu's ssh
+      systemctl disable --now "$service"
     else
-      service redis-server stop
-      update-rc.d redis-server disable
+      service "$service" stop || true  # it need not run
+      update-rc.d "$service" disable
     fi
-    rm "$REDIS_MARK"
-  fi
+  done
+  rm "$SERVICES_MARK"
 }
 
 # --- 2 Python packages --------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_missing_tools_are_problems_not_failures(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     facts = {fact.name: fact for fact in doctor.examine()}
     assert len(facts) == len(doctor.CHECKS)
-    missing = ("Mininet", "Open vSwitch", "libxdp", "nftables", "Redis", "offloads")
+    missing = ("Mininet", "Open vSwitch", "libxdp", "nftables", "Redis", "real clients", "offloads")
     assert [name for name in missing if facts[name].fix is None or "run_all.sh" not in str(facts[name].fix)] == []
     assert not any("could not be told" in (fact.problem or "") for fact in facts.values())
 

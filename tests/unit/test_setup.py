@@ -21,7 +21,8 @@ from datastore.native import ROOT
 
 SETUP = "experiments/harness/setup.sh"
 PACKAGES = ["python3", "python3-venv", "mininet", "libxdp1", "openvswitch-switch", "nftables", "redis-server"]
-PACKAGES += ["ethtool", "iproute2", "iputils-ping", "procps", "kmod", "util-linux"]
+PACKAGES += ["ethtool", "iproute2", "iputils-ping", "procps", "kmod", "util-linux", "nginx", "curl", "wrk", "iperf3"]
+PACKAGES += ["openssh-server", "openssh-client", "dnsmasq-base", "bind9-dnsutils", "traceroute"]
 # Builds what `venv_is_complete` looks for without pip, so that the decisions around it run as they are.
 QUICK_VENV = """
 build_venv() {
@@ -100,7 +101,13 @@ class Tree:
         return self.run(self.script(scope, more), **environment)
 
     def script(self, scope: str = "unit", more: str = "") -> str:
-        return f"set -euo pipefail; source {SETUP}; {QUICK_VENV} {more}\nset_up {scope}"
+        own = f"UNITS='{self.folder.parent}/units' POLICY='{self.policy}'"
+        return f"set -euo pipefail; source {SETUP}; {QUICK_VENV} {own}; {more}\nset_up {scope}"
+
+    @property
+    def policy(self) -> Path:
+        """What stands in the place of /usr/sbin/policy-rc.d."""
+        return self.folder.parent / "policy-rc.d"
 
 
 @pytest.fixture
@@ -188,17 +195,51 @@ def test_missing_packages_are_installed_by_root_and_named_to_others(tree: Tree, 
     assert tree.set_up() == (0, "", "")
 
 
-@as_root
-def test_redis_is_not_left_running_also_when_set_up_was_interrupted_after_installing_it(tree: Tree, tmp_path: Path) -> None:
-    tree.installed(*(name for name in PACKAGES if name != "redis-server"))
-    tree.program("apt-get", f"[[ $1 == update ]] || {{ echo 'redis-server installed' >>'{tmp_path}/installed'; exit 100; }}")
+SERVICES = {"redis-server": "redis-server", "nginx": "nginx", "openssh-server": "ssh"}
+
+
+def tree_without_services(tree: Tree, then: str) -> None:
+    """Have the packages of services be missing. `apt-get install` installs them, asks the policy about each, and does `then`."""
+    tree.installed(*(name for name in PACKAGES if name not in SERVICES))
+    asked = "; ".join(f"{tree.policy} {service}.service start || echo {service} refused $?" for service in SERVICES.values())
+    asked += f"; {tree.policy} --quiet openvswitch-switch start && echo openvswitch-switch allowed"
+    listed = "\\n".join(f"{package} installed" for package in SERVICES)
+    home = tree.folder.parent
+    tree.program(
+        "apt-get", f"[[ $1 == update ]] || {{ printf '{listed}\\n' >>'{home}/installed'; ({asked}) >'{home}/asked'; {then}; }}"
+    )
     for name in ("systemctl", "service", "update-rc.d"):
         tree.program(name, "exit 0")
+
+
+@as_root
+@pytest.mark.parametrize("how", ["exit 100", "kill -9 0"])
+def test_no_service_is_started_or_left_on_also_when_set_up_was_interrupted(tree: Tree, tmp_path: Path, how: str) -> None:
+    tree_without_services(tree, how)
     assert tree.set_up("emulation")[0] == 1
+    assert tree.policy.exists() == how.startswith("kill")
+    said = (tmp_path / "asked").read_text()
+    assert said == "redis-server refused 101\nnginx refused 101\nssh refused 101\nopenvswitch-switch allowed\n"
     assert not re.search("disable", tree.calls)
     assert tree.set_up("emulation")[0] == 0
-    assert re.search("systemctl disable --now redis-server|update-rc.d redis-server disable", tree.calls)
+    for service in SERVICES.values():
+        assert re.search(f"systemctl disable --now {service}|update-rc.d {service} disable", tree.calls)
+    assert not tree.policy.exists()
     assert tree.set_up("emulation") == (0, "", "")
+
+
+@as_root
+def test_services_and_policies_that_were_there_are_left_alone(tree: Tree, tmp_path: Path) -> None:
+    tree_without_services(tree, "exit 0")
+    (tmp_path / "units").mkdir()
+    for service in SERVICES.values():
+        (tmp_path / "units" / f"{service}.service").touch()
+    tree.program("../policy-rc.d", "exit 0")
+    policy = tree.policy.read_text()
+    assert tree.set_up("emulation")[0] == 0
+    assert not re.search("systemctl|update-rc.d", tree.calls)
+    assert "refused" not in (tmp_path / "asked").read_text()
+    assert tree.policy.read_text() == policy
 
 
 @as_root

@@ -1,4 +1,5 @@
-"""The few Linux calls the emulation needs and Python lacks: namespaces by process, death with the parent, offloads."""
+"""The few Linux calls the emulation needs and Python lacks: namespaces by process, private folders, death with the parent,
+offloads."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from datastore.native.errors import NearstateError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNET = 0x40000000
+CLONE_NEWNS = 0x00020000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 SIOCETHTOOL = 0x8946
 # <linux/ethtool.h>: transmit checksum, TCP segmentation, generic segmentation and receive offload
@@ -48,6 +51,30 @@ def _setns(fd: int) -> None:
     if _libc.setns(fd, CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
         raise NearstateError(f"setns into a network namespace: {os.strerror(code)}; run as root")
+
+
+def private_folder(folder: str, mbytes: int) -> None:
+    """Cover an existing folder by an empty one, in memory, that only this process and those it starts see.
+
+    It goes with the last of them, however they end, so nothing in it needs to be cleaned up.
+    """
+    if _libc.unshare(CLONE_NEWNS) != 0:
+        code = ctypes.get_errno()
+        raise NearstateError(f"unshare of the mount namespace: {os.strerror(code)}; run as root")
+    _mount(None, "/", None, MS_REC | MS_PRIVATE, None)
+    _mount("tmpfs", folder, "tmpfs", 0, f"size={mbytes}m,mode=755")
+
+
+def cover_file(file: str, by: str) -> None:
+    """Show this process, after `private_folder`, and those it starts another file in a file's place."""
+    _mount(by, file, None, MS_BIND, None)
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None) -> None:
+    texts = [text.encode() if text is not None else None for text in (source, target, kind, options)]
+    if _libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3]) != 0:
+        code = ctypes.get_errno()
+        raise NearstateError(f"mount on {target}: {os.strerror(code)}; run as root, in a container that may mount")
 
 
 def die_with_parent(parent: int) -> None:
