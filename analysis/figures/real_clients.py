@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 from analysis import style
 from analysis.answers import digits, listing, microseconds, missing
@@ -28,11 +29,11 @@ PANELS = 4
 
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
-    """A row for each network function. Bars: median of repeats, 95 % confidence interval; CDFs: all repeats' requests."""
+    """Rows: network functions. Bars: median of repeats, 95 % confidence interval; CDFs: all repeats' requests."""
     if "workload" not in frame:
         return
     nfs = style.order_nfs(frame["nf"])
-    panels = sheet.panels(len(nfs), PANELS, 0.4 + 1.55 * len(nfs))
+    panels = sheet.panels(len(nfs), PANELS, 0.75 + 1.2 * len(nfs), sharex="col", sharey="col")
     for row, nf in zip(panels, nfs):
         here = frame[frame["nf"] == nf]
         for axes, metric, names, label, below in (
@@ -40,14 +41,24 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
             (row[1], "requests_kops", RATES, "requests (1000/s)", "connections"),
         ):
             groups = {name: _of(here, metric, workload) for workload, name in names.items()}
-            sheet.bars(axes, {name: rows for name, rows in groups.items() if len(rows)}, f"{nf}, {metric}")
-            axes.set(xlabel=below, ylabel=label, title=title(nf))
+            if shown := {name: rows for name, rows in groups.items() if len(rows)}:
+                sheet.bars(axes, shown, f"{nf}, {metric}")
+            axes.set(xlabel=below if nf == nfs[-1] else "", ylabel=label, title=title(nf))
         for axes, (workload, name) in zip(row[2:], LATENCIES.items()):
             for placement, rows in by_placement(_of(here, "latency_ns", workload)):
                 sheet.cdf(axes, rows["histogram"], placement, f"{nf}, {name}")
             axes.set_title(name)
     sheet.cdf_axes(panels[:, 2:], "requests", "latency")
+    _same_limits([axes for axes in panels[:, 2:].flat if axes.lines])
+    for axes in panels.flat:
+        axes.set_visible(bool(axes.lines or axes.patches))
     sheet.legend([placement for placement, _ in by_placement(frame)])
+
+
+def _same_limits(panels: list[Axes]) -> None:
+    limits_us = [axes.get_xlim() for axes in panels]
+    for axes in panels:
+        axes.set_xlim(min(low for low, _ in limits_us), max(high for _, high in limits_us))
 
 
 def _of(frame: pd.DataFrame, metric: str, workload: str) -> pd.DataFrame:
@@ -71,4 +82,5 @@ def answer(frame: pd.DataFrame) -> str:
         ]
         if clauses:
             return f"Through the {title(nf)}, integrated against centralized: {listing(clauses)}."
-    return missing("integrated", "centralized")
+    compared = ("integrated", "centralized")
+    return missing(*([name for name in compared if name not in set(frame["placement"])] or ["the same workload under both"]))

@@ -144,7 +144,7 @@ def connect(address: str, file: str, count: int) -> dict[str, Any]:
 def copy(address: str, size: int) -> dict[str, Any]:
     """Copy a file of random content to the server and back by scp. Returns {same: the copy equals the original}."""
     content = os.urandom(size)
-    original, back, there = FOLDER / "original", FOLDER / "back", f"root@{address}:{FOLDER}/uploads/copy"
+    original, back, there = FOLDER / "original", FOLDER / "back", f"root@{address}:/copy"
     original.write_bytes(content)
     options = {"BatchMode": "yes", "StrictHostKeyChecking": "yes", "UserKnownHostsFile": FOLDER / "known_hosts",
                "GlobalKnownHostsFile": "/dev/null", "IdentityFile": FOLDER / "user_key", "IdentitiesOnly": "yes",

@@ -50,7 +50,7 @@ http {{
   server {{ listen {address}:80 backlog=4096; root {folder}/files; }}
 }}
 """
-# Only files can be copied; a login shell of this machine is never started.
+# Only files can be copied, and only below one folder; a login shell of this machine is never started.
 SSHD = """
 Port {port}
 ListenAddress {address}
@@ -61,6 +61,7 @@ PermitRootLogin prohibit-password
 StrictModes no
 UsePAM no
 PidFile none
+ChrootDirectory {folder}/uploads
 ForceCommand internal-sftp
 Subsystem sftp internal-sftp
 """

@@ -244,6 +244,20 @@ def store_memory_trials(repeat: int) -> list[dict[str, Any]]:
     return trials
 
 
+def real_clients_trials(repeat: int) -> list[dict[str, Any]]:
+    """Return two network functions through which integrated state serves everything twice as well as centralized state does."""
+    trials = []
+    for nf in ("firewall", "traffic_counter"):
+        for placement, factor in (("integrated", 2.0), ("centralized", 1.0)):
+            better = factor * (1 + 0.02 * repeat)
+            points = [point({"workload": name}, {"goodput_mbps": 400 * better}) for name in ("tcp", "download", "udp")]
+            for name in ("requests", "many_connections", "new_connections", "handshakes"):
+                metrics = {"requests_kops": 5 * better, "p50_us": 1200 / better, "p99_us": 3600 / better}
+                points.append(point({"workload": name}, metrics, 1200 / better, repeat))
+            trials.append(trial("real_clients", placement, repeat, points, nf))
+    return trials
+
+
 def synthetic_run(
     folder: Path, repeats: int = 3, trials: list[dict[str, Any]] | None = None, leave_out: tuple[str, ...] = ()
 ) -> Path:
@@ -722,3 +736,23 @@ def test_network_of_several_switches_is_drawn(tmp_path: Path) -> None:
     line = trial("packet_latency", "local", 0, [], network={"name": "leaf_spine", "nodes": leaves + hosts, "links": links})
     page = write_report(synthetic_run(tmp_path / "spine", trials=[line])).read_text()
     assert all(f">{name}<" in page for name in ("s1", "s2", "s3", "nf1", "nf4"))
+
+
+def test_real_clients_are_drawn_and_told_whatever_part_was_measured(tmp_path: Path) -> None:
+    trials = [line for repeat in range(3) for line in real_clients_trials(repeat)]
+    run = synthetic_run(tmp_path / "whole", trials=trials)
+    assert [path.name for path in draw_figures(run)] == [f"real_clients.{kind}" for kind in ("pdf", "png", "csv")]
+    points = pd.read_csv(run / "figures" / "real_clients.csv")
+    assert set(points["mark"]) == {"bar", "cdf"}
+    row = points[
+        (points["panel"] == "firewall, goodput_mbps") & (points["series"] == "integrated") & (points["x"] == "TCP stream")
+    ]
+    assert row["y"].item() == pytest.approx(816)  # 400 * 2 * 1.02
+    said = answered(run, "real_clients")
+    assert "a TCP stream gets 816 Mbit/s against 408 Mbit/s" in said
+    assert "connections opened per second are 10,200 against 5,100" in said
+    for part in ("tcp", "handshakes"):
+        few = [changed(line, points=[point for point in line["points"] if point["sweep"]["workload"] == part]) for line in trials]
+        assert len(draw_figures(synthetic_run(tmp_path / part, trials=few))) == 3
+    alone = synthetic_run(tmp_path / "alone", trials=trials, leave_out=("centralized",))
+    assert "holds no valid measurement" in answered(alone, "real_clients")
