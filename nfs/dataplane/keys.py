@@ -15,17 +15,24 @@ import numpy as np
 
 from datastore.native import inline, jit
 from datastore.store.partitions import flow_partition, hashed_partition, key_high, key_low
-from nfs.dataplane.headers import INSIDE
+from nfs.dataplane.headers import ACK, INSIDE, RST, SYN
 
-NONE, FLOW, TUPLE, SOURCE, ENDPOINT = range(5)
+NONE, FLOW, TUPLE, SOURCE, ENDPOINT, INITIATOR = range(6)
 """Key functions: no state at all; both directions of a connection alike; as seen on the wire; the sender's address; the inside
-party's address and port as this side sees them (inside its own, outside what a NAT made of them)."""
+party's address and port as this side sees them (inside its own, outside what a NAT made of them); the address of whoever
+opens, as far as one packet tells: the receiver of a SYN ACK, a RST or an ICMP error, else the sender."""
 
 
 @inline
 def endpoint_key(address: int, port: int, protocol: int, side: int, kind: int, partition: int) -> Any:
     """Return (high, low) of the key of an endpoint as seen from `side`, INSIDE or OUTSIDE."""
     return key_high(address, side), key_low(port, 0, protocol, kind, partition)
+
+
+@inline
+def answers_initiator(packet: Any) -> bool:
+    """Tell whether a packet can be the answer to an attempt to open a connection, so that its receiver is the initiator."""
+    return packet.icmp_error != 0 or packet.tcp_flags & RST != 0 or packet.tcp_flags & (SYN | ACK) == SYN | ACK
 
 
 @jit
@@ -39,8 +46,10 @@ def make_key(key: int, kind: int, packets: np.ndarray, index: int) -> None:
         client, server = server, client
         client_port, server_port = server_port, client_port
     partition = flow_partition(client, client_port, packet.has_ports)
-    if key == SOURCE:
-        high, low = key_high(packet.source_address, 0), key_low(0, 0, 0, kind, 0)
+    if key in (SOURCE, INITIATOR):
+        answer = key == INITIATOR and answers_initiator(packet)
+        high = key_high(packet.destination_address if answer else packet.source_address, 0)
+        low = key_low(0, 0, 0, kind, 0)
         partition = hashed_partition(high, low)
     elif key == TUPLE:
         high = key_high(packet.source_address, packet.destination_address)

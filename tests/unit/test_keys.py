@@ -13,7 +13,7 @@ from scapy.layers.l2 import Ether
 
 from datastore.store.partitions import PARTITIONS, FlowKey
 from nfs.dataplane.headers import INSIDE, OUTSIDE
-from nfs.dataplane.keys import FLOW, SOURCE, TUPLE, make_key
+from nfs.dataplane.keys import FLOW, INITIATOR, SOURCE, TUPLE, make_key
 from tests.packets import CLIENT, CLIENT_PORT, SERVER, SERVER_PORT, echo, icmp_error, parsed, tcp, udp
 
 pytestmark = [pytest.mark.python_mode, pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")]
@@ -60,6 +60,19 @@ def test_as_seen_on_the_wire_directions_differ_but_share_their_partition() -> No
 def test_source_keys_count_senders_whatever_they_send() -> None:
     assert key(tcp("S"), INSIDE, SOURCE) == key(udp(), INSIDE, SOURCE) == key(echo(), INSIDE, SOURCE)
     assert key(tcp("S"), INSIDE, SOURCE) != key(tcp("SA", inside=False), OUTSIDE, SOURCE)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_attempt_and_its_answer_meet_at_the_initiator(inside: bool) -> None:
+    here, there = (INSIDE, OUTSIDE) if inside else (OUTSIDE, INSIDE)
+    attempt = key(tcp("S", inside), here, INITIATOR)
+    for flags in ("SA", "RA", "R"):
+        assert key(tcp(flags, not inside), there, INITIATOR) == attempt
+    assert key(icmp_error(tcp("S", inside), inside=not inside, router="10.99.0.1"), there, INITIATOR) == attempt
+    for sent in (tcp("A", inside), tcp("PA", inside), udp(inside), echo(inside)):
+        assert key(sent, here, INITIATOR) == attempt, "all that the initiator sends"
+    assert attempt == key(tcp("S", inside), here, SOURCE)
+    assert key(tcp("PA", not inside), there, INITIATOR) != attempt
 
 
 def test_record_types_do_not_meet() -> None:
