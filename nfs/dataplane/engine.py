@@ -34,7 +34,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from datastore.native import inline, jit
+from datastore.native import inline, jit, merged
 from datastore.native.libc import POLLIN, address, now_ns, poll, pollfd
 from datastore.store import client as store_client
 from datastore.store import operations, statuses
@@ -582,7 +582,7 @@ def _due(stamp: int, now_s: int, timeout: int) -> bool:
     )
 
 
-@jit
+@merged
 def run_batch(engine: Engine, flight: int) -> bool:
     """Run a step's functions on every packet that waits in `flight`, on the record in it; returns whether they claim."""
     flights, values, words = engine.flights, engine.values, engine.control[VALUE_WORDS]
@@ -734,7 +734,7 @@ def another_attempt(engine: Engine, frames: Frames, flight: int) -> bool:
     return True
 
 
-@jit
+@merged
 def release(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
             flight: int) -> None:  # fmt: skip
     """Let the packets whose state is now committed go on, in order."""
@@ -787,7 +787,7 @@ def take_record(engine: Engine, client: ClientState, host: int, slot: int, fligh
     engine.flights[flight, ABSENT] = 1 if absent else 0
 
 
-@jit
+@merged
 def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
                 host: int, slot: int) -> None:  # fmt: skip
     """Go on with the flight that the answer in window slot `slot` of `host` belongs to."""
@@ -818,7 +818,7 @@ def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, wor
     drive(engine, inside, outside, frames, words, client, flight, RUN)
 
 
-@jit
+@merged
 def claim_answered(engine: Engine, frames: Frames, client: ClientState, host: int, slot: int, flight: int) -> int:
     """Return where `drive` goes on after the answer to a claim; negative when the flight waits again, or has ended."""
     status = answer_status(client, host, slot)
@@ -837,7 +837,7 @@ def claim_answered(engine: Engine, frames: Frames, client: ClientState, host: in
     return RUN if another_attempt(engine, frames, flight) else -1
 
 
-@jit
+@merged
 def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray,
                  client: ClientState) -> int:  # fmt: skip
     """Take every answer that has arrived; returns how many. A host that hung up gets its bit in `control[DOWN]`."""
@@ -865,7 +865,7 @@ def flush_requests(engine: Engine, client: ClientState) -> None:
             engine.control[DOWN] |= 1 << host
 
 
-@jit
+@merged
 def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray,
             client: ClientState, arrived_from: int) -> int:  # fmt: skip
     """Take one burst from one side through the NF; returns how many frames there were."""
@@ -931,8 +931,9 @@ def run(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.n
         reclaim(outside, frames)
         refill(inside, frames)
         refill(outside, frames)
-        work = receive(engine, inside, outside, frames, words, client, INSIDE)
-        work += receive(engine, inside, outside, frames, words, client, OUTSIDE)
+        work = 0
+        for side in range(2):
+            work += receive(engine, inside, outside, frames, words, client, side)
         if control[HOSTS] > 0:
             work += take_answers(engine, inside, outside, frames, words, client)
             flush_requests(engine, client)
