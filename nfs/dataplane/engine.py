@@ -55,6 +55,7 @@ from datastore.store.partitions import PARTITION_BITS
 from datastore.store.table import VALUE, abort_record, commit_record, is_new, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import DROP, FORWARD, TURN
+from nfs.dataplane.fragments import find_flow, make_fragments, remember_first
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
 from nfs.dataplane.keys import NONE, make_key
@@ -129,6 +130,7 @@ class Engine(NamedTuple):
     claims: np.ndarray
     adds: np.ndarray
     pending: Pending
+    fragments: np.ndarray
     free_flights: np.ndarray
     heads: np.ndarray
     addresses: np.ndarray
@@ -154,7 +156,7 @@ def make_engine(chain: Chain, frames: Frames, primary: np.ndarray, owner: int, e
                   waiting, chain.steps, chain.members, chain.env, primary.astype(np.int64),
                   np.full((flights, FLIGHT_WORDS), -1, np.int64), np.zeros((flights, 3), np.uint64),
                   np.zeros((flights + 1, 2 * value_words), np.uint64), np.zeros((flights, 3 + CLAIM_WORDS), np.uint64),
-                  np.zeros((count, 1 + 4 * ADDS), np.int64), make_pending(), np.arange(flights, dtype=np.int64),
+                  np.zeros((count, 1 + 4 * ADDS), np.int64), make_pending(), make_fragments(), np.arange(flights, dtype=np.int64),
                   np.full(4 * flights, -1, np.int64), np.zeros(BURST, np.int64), np.zeros(BURST, np.int64),
                   np.zeros(8, np.int64), np.zeros(4 + hosts, np.int64))  # fmt: skip
 
@@ -881,6 +883,11 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
         index = engine.addresses[i] // FRAME_BYTES
         status = parse(frames.memory, engine.addresses[i], engine.lengths[i], arrived_from, engine.packets, index)
         engine.stages[index] = 0
+        if status == causes.FRAGMENT:
+            if find_flow(engine.fragments, engine.packets, index, frames.memory, control[NOW_NS]):
+                status = 0
+        elif status == 0:
+            remember_first(engine.fragments, engine.packets, index, frames.memory, control[NOW_NS])
         if status == 0 and key != NONE:
             make_key(key, kind, engine.packets, index)
             if engine.primary[engine.packets[index].partition] == HERE:

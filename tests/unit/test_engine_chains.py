@@ -295,3 +295,33 @@ def test_claims_in_another_partition_are_unique_too(where: dict[str, Any]) -> No
         assert sorted(low >> 48 for _, low in claims) == sorted([*range(5), *range(5)])
     assert rig.counts()["forwarded"] == 30
     assert rig.burst([udp(client_port=port) for port in flows]), "the mappings stay"
+
+
+def fragments_of(identification: int, size: int = 3000) -> list[bytes]:
+    """Return the fragments of a UDP datagram of the client, and a copy of it that was never opened by its first one."""
+    from scapy.layers.inet import IP, UDP, fragment
+    from scapy.layers.l2 import Ether
+
+    whole = Ether(udp(payload=bytes(range(250)) * (size // 250)))
+    whole[IP].id = identification
+    del whole[IP].chksum, whole[IP].len, whole[UDP].chksum
+    return [bytes(Ether(src=whole.src, dst=whole.dst) / part) for part in fragment(IP(bytes(whole[IP])), fragsize=1480)]
+
+
+def test_later_fragments_belong_to_the_flow_of_their_first() -> None:
+    rig = Rig([load("firewall"), little_nat])
+    first, *later = fragments_of(7)
+    assert rig(later[0]) == [], "its first fragment was not seen yet"
+    assert rig.counts()["fragment"] == 1
+    out = [frame for part in (first, *later) for _, frame in rig(part)]
+    assert len(out) == 3
+    from scapy.layers.inet import IP, UDP, defragment
+    from scapy.layers.l2 import Ether
+
+    [joined] = defragment([Ether(frame)[IP] for frame in out])
+    assert joined[IP].src == "10.127.0.1"
+    assert bytes(joined[UDP].payload) == bytes(range(250)) * 12
+    sent, again = IP(bytes(joined)), IP(bytes(joined))
+    del again[UDP].chksum
+    assert IP(bytes(again))[UDP].chksum == sent[UDP].chksum, "the checksum of the whole is right"
+    assert rig(fragments_of(8)[1]) == [], "another datagram's fragment is not of that flow"

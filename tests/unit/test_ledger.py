@@ -16,6 +16,9 @@ def test_every_cause_has_the_number_its_name_says() -> None:
                "not_ip": ledger.NOT_IP, "fragment": ledger.FRAGMENT, "table_full": ledger.TABLE_FULL,
                "state_unreachable": ledger.STATE_UNREACHABLE, "waiting_room_full": ledger.WAITING_ROOM_FULL,
                "state_refused": ledger.STATE_REFUSED, "transmit_ring_full": ledger.TRANSMIT_RING_FULL,
+               "refused_by_rule": ledger.REFUSED_BY_RULE, "out_of_window": ledger.OUT_OF_WINDOW,
+               "ports_exhausted": ledger.PORTS_EXHAUSTED, "no_backend": ledger.NO_BACKEND,
+               "rate_exceeded": ledger.RATE_EXCEEDED, "blocked_source": ledger.BLOCKED_SOURCE,
                "waiting": ledger.WAITING}  # fmt: skip
     assert [CAUSES[number] for number in numbers.values()] == list(numbers)
     assert set(numbers) == set(CAUSES)

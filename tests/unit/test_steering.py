@@ -31,15 +31,18 @@ def output(rules: list[Rule], packet: dict) -> int | None:
     return best[0].output
 
 
-def ip(in_port: int, client: int, server: int, protocol: int, client_port: int = 0, later_fragment: bool = False) -> dict:
-    """Return the fields a switch sees of an IPv4 packet, from the client when it comes in at the client's port."""
+def ip(in_port: int, client: int, server: int, protocol: int, client_port: int = 0, fragment: int = 0) -> dict:
+    """Return the fields a switch sees of an IPv4 packet, from the client when it comes in at the client's port.
+
+    fragment: as Open vSwitch says it: 0 none, 1 a first one, 3 a later one.
+    """
     source, target = ("src", "dst") if in_port == PORTS.client else ("dst", "src")
-    packet = {"in_port": in_port, "eth_type": IPV4, "ip_proto": protocol, "ip_frag": 3 if later_fragment else 0,
+    packet = {"in_port": in_port, "eth_type": IPV4, "ip_proto": protocol, "ip_frag": fragment,
               f"ipv4_{source}": client, f"ipv4_{target}": server}  # fmt: skip
     if protocol in (TCP, UDP):
         name = "tcp" if protocol == TCP else "udp"
-        packet[f"{name}_{source}"] = 0 if later_fragment else client_port
-        packet[f"{name}_{target}"] = 0 if later_fragment else 80
+        packet[f"{name}_{source}"] = 0 if fragment == 3 else client_port
+        packet[f"{name}_{target}"] = 0 if fragment == 3 else 80
     return packet
 
 
@@ -59,9 +62,9 @@ def test_every_partition_meets_one_instance_in_both_directions(rules: list[Rule]
                 assert output(rules, ip(1, 0x0A000001, 0x0A800001, protocol, port)) == inside
                 assert output(rules, ip(2, 0x0A000001, 0x0A800001, protocol, port)) == outside
         client = 0x0A000000 | partition
-        for protocol, later in ((1, False), (47, False), (TCP, True), (UDP, True)):
-            assert output(rules, ip(1, client, 0x0A800001, protocol, 5, later)) == inside
-            assert output(rules, ip(2, client, 0x0A800001, protocol, 5, later)) == outside
+        for protocol, fragment in ((1, 0), (47, 0), (TCP, 1), (TCP, 3), (UDP, 1), (UDP, 3)):
+            assert output(rules, ip(1, client, 0x0A800001, protocol, 5, fragment)) == inside
+            assert output(rules, ip(2, client, 0x0A800001, protocol, 5, fragment)) == outside
 
 
 def test_what_leaves_an_instance_goes_straight_on(rules: list[Rule]) -> None:

@@ -12,8 +12,8 @@ Where the return path differs (asymmetric paths), only the two outputs of the an
 in at nf1.inside, out at client.
 
 Rules match whole frames of header bits only, so every later packet of a partition is decided without the controller. A later
-fragment carries no ports (Open vSwitch then matches them as 0), hence the port rules ask for "not a later fragment" and all
-that have no ports go by the address: TCP and UDP fragments, ICMP, any other IP protocol.
+fragment carries no ports, so the port rules ask for "not a fragment" and everything else goes by the address: all fragments of a
+datagram alike (the instance that saw the first one knows whose the later ones are), ICMP, any other IP protocol.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PORT_MASK = 0x1FE
 ADDRESS_MASK = 0xFF
 IPV4, ARP = 0x0800, 0x0806
 TCP, UDP = 6, 17
-LATER_FRAGMENT = 0x02
+ANY_FRAGMENT = 0x01
 """NXM_NX_IP_FRAG: bit 0 says fragment, bit 1 says not the first one (ovs-fields(7), nw_frag)."""
 BY_PORT, BY_ADDRESS, DIRECT, REFUSED = 400, 300, 200, 0
 """Priorities. REFUSED is the table-miss rule: what nothing else matched is dropped and counted there."""
@@ -77,7 +77,7 @@ def partition_rules(ports: Ports, partition: int, forward: str, back: str) -> li
     rules = []
     for port, side, address, output in ((ports.client, "src", "ipv4_src", inside), (ports.server, "dst", "ipv4_dst", outside)):
         for protocol, name in ((TCP, "tcp"), (UDP, "udp")):
-            match = (("in_port", port), ("eth_type", IPV4), ("ip_proto", protocol), ("ip_frag", (0, LATER_FRAGMENT)),
+            match = (("in_port", port), ("eth_type", IPV4), ("ip_proto", protocol), ("ip_frag", (0, ANY_FRAGMENT)),
                      (f"{name}_{side}", (partition << 1, PORT_MASK)))  # fmt: skip
             rules.append(Rule(BY_PORT, match, output))
         rules.append(Rule(BY_ADDRESS, (("in_port", port), ("eth_type", IPV4), (address, (partition, ADDRESS_MASK))), output))
