@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-USAGE='usage: sudo ./run_all.sh [--profile smoke|quick|paper] [EXPERIMENT ...]
+USAGE='usage: sudo ./run_all.sh [--profile smoke|quick|paper] [--pcap] [EXPERIMENT ...]
 
 Sets up what is missing, runs the experiments (all of them if none is named), draws their figures, writes
 results/<run id>/report.html and prints where it is, with a table of centralized against integrated state.
@@ -11,6 +11,7 @@ results/<run id>/report.html and prints where it is, with a table of centralized
   --profile smoke    seconds for each experiment: does everything work?
   --profile quick    minutes in all: believable shapes (the default)
   --profile paper    full sweeps, repeats and confidence intervals
+  --pcap             record every trial at each host interface, in results/<run id>/pcap/
   -h, --help         this text
 
 example: sudo ./run_all.sh --profile smoke state_access_latency
@@ -21,14 +22,15 @@ refuse() {
   exit 2
 }
 
-profile=quick experiments=()
+profile=quick options=() experiments=()
 while (($#)); do
   case $1 in
     -h | --help) echo "$USAGE"; exit ;;
     --profile) (($# > 1)) || refuse "--profile needs a value: smoke, quick or paper"; profile=$2; shift ;;
     --profile=*) profile=${1#*=} ;;
+    --pcap) options+=("$1") ;;
     --) shift; experiments+=("$@"); break ;;
-    -*) refuse "unknown option $1: valid are --profile and --help" ;;
+    -*) refuse "unknown option $1: valid are --profile, --pcap and --help" ;;
     *) experiments+=("$1") ;;
   esac
   shift
@@ -38,4 +40,4 @@ done
 
 source experiments/harness/setup.sh
 set_up emulation
-exec .venv/bin/python -m experiments run --profile "$profile" ${experiments[@]+"${experiments[@]}"}
+exec .venv/bin/python -m experiments run --profile "$profile" ${options[@]+"${options[@]}"} ${experiments[@]+"${experiments[@]}"}

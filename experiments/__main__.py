@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   python -m experiments list
   python -m experiments run --profile smoke packet_latency
   python -m experiments run --resume latest
+  python -m experiments run --pcap --profile smoke packet_latency
   python -m experiments compare centralized integrated --run latest
   python -m experiments figures latest
   python -m experiments shell --placement centralized --nf firewall
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     from experiments.harness import runner
 
     try:
-        record = runner.run(arguments.experiment, arguments.profile, arguments.resume)
+        record = runner.run(arguments.experiment, arguments.profile, arguments.resume, arguments.pcap)
     except KeyboardInterrupt:
         raise NearstateError(
             "interrupted; what has ended is safe: go on with `python -m experiments run --resume latest`"
@@ -126,6 +127,8 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("experiment", nargs="*", help="experiments to run; all when none is named")
     added.add_argument("--profile", default="quick", help="smoke (CI, seconds), quick (default), paper (repeats, full sweeps)")
     added.add_argument("--resume", metavar="RUN", help="go on with an interrupted run (its id, or `latest`)")
+    added.add_argument("--pcap", action="store_true", help="record each trial at each host interface, into results/<run>/pcap/; "
+                       "e.g. run --pcap --profile smoke packet_latency")  # fmt: skip
     _placements(added)
     added = command("compare", compare, "compare centralized integrated --run latest")
     added.add_argument("baseline", nargs="?", default="centralized", help="placement compared against (default centralized)")

@@ -87,8 +87,7 @@ class Bench:
     @property
     def settings(self) -> dict[str, Any]:
         """The procedure's parameters for this trial."""
-        procedure = importlib.import_module(f"experiments.harness.procedures.{self.experiment.procedure}")
-        return {**procedure.SETTINGS, **self.experiment.settings, **self.trial.settings, **self.trial.sweep, **self.overrides}
+        return {**settings(self.trial, self.experiment), **self.overrides}
 
     def start(self) -> None:
         """Start all of it: state, network functions, workload; returns when everything is ready."""
@@ -253,6 +252,12 @@ class Bench:
             self.launcher.journal.forget("shared_memory", self.table_name(host))
 
 
+def settings(trial: Trial, experiment: Experiment) -> dict[str, Any]:
+    """Return the procedure's parameters as a trial has them."""
+    procedure = importlib.import_module(f"experiments.harness.procedures.{experiment.procedure}")
+    return {**procedure.SETTINGS, **experiment.settings, **trial.settings, **trial.sweep}
+
+
 def busy_seconds() -> float:
     """Return the CPU seconds the whole machine has spent busy since it started."""
     fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
@@ -262,6 +267,7 @@ def busy_seconds() -> float:
 
 COMMON_SETTINGS: Mapping[str, Any] = {"capacity": 1 << 16, "value_bytes": 32, "port_kind": "auto", "warmup_kpps": 20.0,
                                       "lateness_limit_us": LATENESS_LIMIT_US, "paths": SYMMETRIC,
-                                      "functions": {}}  # fmt: skip
+                                      "functions": {}, "recorded": False}  # fmt: skip
 """Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness, by
-which NF host answers come back, and the network functions' own settings by function and name."""
+which NF host answers come back, the network functions' own settings by function and name, and whether every interface is
+recorded (which costs speed: a recorded trial is no repeat of one that is not)."""

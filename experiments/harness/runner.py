@@ -17,15 +17,17 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from datastore import placements
 from datastore.native.errors import NearstateError, unknown
 from experiments.harness import doctor, spec
-from experiments.harness.bench import Bench
+from experiments.harness.bench import Bench, settings
 from experiments.harness.progress import Progress
 from experiments.harness.record import Record, commit
 from experiments.harness.spec import Experiment, Trial
+from topologies.emulation import recorder
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
@@ -42,23 +44,33 @@ def select(names: Sequence[str], profile: str) -> dict[str, Experiment]:
     return {name: spec.load(name).for_profile(profile) for name in (names or spec.experiment_names())}
 
 
-def new_record(experiments: dict[str, Experiment], profile: str) -> Record:
+def new_record(experiments: dict[str, Experiment], profile: str, pcap: bool) -> Record:
     """Make the folder of a new run, with what was asked and what this box is."""
     asked = {name: asdict(experiment) for name, experiment in experiments.items()}
     facts = doctor.host_facts()
-    return Record.create({"profile": profile, "experiments": asked, **commit()}, facts)
+    return Record.create({"profile": profile, "pcap": pcap, "experiments": asked, **commit()}, facts)
 
 
-def run(names: Sequence[str], profile: str = "quick", resume: str | None = None) -> Record:
-    """Run experiments, or go on with run `resume`; returns its record. Raises NearstateError before anything starts."""
+def run(names: Sequence[str], profile: str = "quick", resume: str | None = None, pcap: bool = False) -> Record:
+    """Run experiments, or go on with run `resume`; returns its record. Raises NearstateError before anything starts.
+
+    pcap: record every trial at each host interface; a resumed run goes on as it began.
+    """
     if resume:
         record = Record.open(resume)
         profile = record.spec["profile"]
+        if pcap and not record.spec.get("pcap"):
+            raise NearstateError(f"--pcap: run {record.run_id} began without recording and goes on so; start a new run with it")
+        pcap = record.spec.get("pcap", False)
         names = sorted(record.spec["experiments"])
     experiments = select(names, profile)
     doctor.require()  # after the names: a wrong one is told to anybody, root or not
-    record = record if resume else new_record(experiments, profile)
+    if pcap:
+        recorder.require()
+    record = record if resume else new_record(experiments, profile, pcap)
     trials = [trial for name, experiment in experiments.items() for trial in spec.trials(name, experiment)]
+    if pcap:
+        trials = [replace(trial, sweep={**trial.sweep, "recorded": True}) for trial in trials]
     finished = record.validity()
     open_trials = [again for trial in trials if (again := next_attempt(trial, finished))]
     random.Random(min(trial.seed for trial in trials)).shuffle(open_trials)
@@ -89,7 +101,7 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
         while waiting:
             trial = waiting.popleft()
             progress.start(trial.name)
-            result = run_trial(trial, experiments[trial.experiment], journal, launcher)
+            result = run_trial(trial, experiments[trial.experiment], journal, launcher, record.folder / "pcap")
             record.append(result)
             again = next_attempt(trial, record.validity())
             waiting.extend([again] if again else [])
@@ -97,8 +109,11 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
     journal.close()
 
 
-def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: Launcher) -> dict[str, Any]:
-    """Run one trial in a fresh emulation and return its line for trials.jsonl; a failure is a line too, not an exception."""
+def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: Launcher, pcap: Path) -> dict[str, Any]:
+    """Run one trial in a fresh emulation and return its line for trials.jsonl; a failure is a line too, not an exception.
+
+    pcap: the folder where a trial with the setting `recorded` gets a folder of its own.
+    """
     procedure: Callable[[Bench], list[dict[str, Any]]] = importlib.import_module(
         f"experiments.harness.procedures.{experiment.procedure}"
     ).measure
@@ -108,14 +123,18 @@ def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: 
         "nf": trial.nf, "replicas": trial.replicas, "sweep": dict(trial.sweep), "repeat": trial.repeat, "seed": trial.seed,
         "started": started.isoformat(timespec="milliseconds"), "points": [], "fidelity": {}, "calibration": {},
         "ledger": {}, "network": {}, "invalid_reasons": []}  # fmt: skip
-    network = Network(trial.topology, network_parameters(trial, experiment), journal.run_id, launcher, journal)
+    recorded = settings(trial, experiment)["recorded"]
+    network = Network(trial.topology, network_parameters(trial, experiment), journal.run_id, launcher, journal, recorded)
     bench = Bench(trial, experiment, network, launcher)
+    recording = recorder.Recorder(network, pcap / trial.name.replace("/", "_"))
     try:
         network.start()
         calibration = network.calibrate()
         line["fidelity"]["up_s"] = time.monotonic() - clock
         line["calibration"] = calibration.to_json()
         line["invalid_reasons"] += list(calibration.reasons)
+        if recorded:
+            recording.start()
         line["points"] = procedure(bench)
         line["network"] = network.describe()
     except NearstateError as error:
@@ -126,6 +145,8 @@ def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: 
         line["invalid_reasons"].append(f"internal error: {type(error).__name__}: {error}; see logs/errors.log")
     finally:
         down = time.monotonic()
+        if recorded:
+            line["recorded"] = recording.stop()
         bench.stop()
         network.stop()
         line["fidelity"]["down_s"] = time.monotonic() - down

@@ -68,6 +68,11 @@ def middle_names(number: int) -> tuple[str, str]:
     return f"a{number}", f"b{number}"
 
 
+def tap_names(number: int) -> tuple[str, str]:
+    """Return the taps of a recorded cable, devices in the middle's namespace: ra3 faces its first end, rb3 the other."""
+    return f"ra{number}", f"rb{number}"
+
+
 def without_offloads(interface: str) -> None:
     """Have the stack complete every frame before it leaves: an AF_XDP socket or a userspace switch takes it as it is.
 
@@ -99,14 +104,24 @@ def datapath() -> str:
 class Network:
     """An emulated data center. `topology` and `parameters` are checked completely here; nothing starts before `start`.
 
+    recorded: every cable goes through taps (`taps`, `recorder.py`), which costs each frame one more veth pair.
+
     The thread that calls `start` must live until `stop`: hosts and controller die with it (PR_SET_PDEATHSIG).
 
     Raises NearstateError for an unknown topology or parameter, with the nearest valid names.
     """
 
-    def __init__(self, topology: str, parameters: Mapping[str, Any], run_id: str, launcher: Launcher, journal: Journal) -> None:
+    def __init__(
+        self,
+        topology: str,
+        parameters: Mapping[str, Any],
+        run_id: str,
+        launcher: Launcher,
+        journal: Journal,
+        recorded: bool = False,
+    ) -> None:
         self.plan: Plan = plan(topology, parameters)
-        self.run_id, self.launcher, self.journal = run_id, launcher, journal
+        self.run_id, self.launcher, self.journal, self.recorded = run_id, launcher, journal, recorded
         self.hosts: dict[str, EmulatedHost] = {}
         self.switch: ScopedSwitch | None = None
         self.delay_mechanism = "none"
@@ -149,7 +164,7 @@ class Network:
             host.await_namespace()
         clock.lap("namespaces")
         self._make_links()
-        if any(cable.delay_us for cable in self._mininet.links):
+        if self._middle:
             self._prepare_middles()
         clock.lap("links")
         starting = self.switch.starting(controller_port) if self.switch else None
@@ -160,7 +175,7 @@ class Network:
             clock.lap("bridge")
             self._command({"command": "ready"})
             clock.lap("rules")
-        if self._middle:
+        if self.middles():
             self.base_us = calibration.base_us(self)
             self._put_delays_in()
             clock.lap("delays")
@@ -181,7 +196,7 @@ class Network:
         if mininet.switches:
             self.switch = mininet.switches[0]
             self.switch.name_ports()
-        if any(cable.delay_us for cable in mininet.links):
+        if self.recorded or any(cable.delay_us for cable in mininet.links):
             self._middle = mininet.addHost(MIDDLE, role=MIDDLE)
         return mininet
 
@@ -196,12 +211,8 @@ class Network:
             for side, interface in enumerate((cable.intf1, cable.intf2)):
                 interface.mac = f"02:00:00:00:{number:02x}:{side + 1:02x}"
                 ends.append(self._end(interface))
-            if cable.delay_us:
-                assert self._middle is not None
-                for end, middle in zip(ends, middle_names(number), strict=True):
-                    batch.append(f"link add {end} type veth peer name {middle} netns {self._middle.pid}")
-            else:
-                batch.append(f"link add {ends[0]} type veth peer {ends[1]}")
+            pairs = self._pairs(number, ends, bool(cable.delay_us))
+            batch += [f"link add {end} type veth peer {peer}" for end, peer in pairs]
         if self.switch:
             names = [interface.name for interface in self.switch.ports_in_use()]
             for name in names:
@@ -212,6 +223,23 @@ class Network:
                 system.without_ipv6(name)
             batch = [f"link set {name} up" for name in names]
         system.run(["ip", "-batch", "-"], self.journal.environment(), "\n".join(batch))
+
+    def _pairs(self, number: int, ends: Sequence[str], delayed: bool) -> list[tuple[str, str]]:
+        """Return the veth pairs of one cable as `ip` names their ends.
+
+        end == other end; delayed: end == a3 (delay) b3 == end; recorded: end == ra3 (join) rb3 == end; both:
+        end == ra3 (join) qa3 == a3 (delay) b3 == qb3 (join) rb3 == end
+        """
+
+        def inside(names: Sequence[str]) -> list[str]:
+            assert self._middle is not None
+            return [f"name {name} netns {self._middle.pid}" for name in names]
+
+        if not self.recorded:
+            return list(zip(ends, inside(middle_names(number)))) if delayed else [(ends[0], ends[1])]
+        pairs = list(zip(ends, inside(tap_names(number))))
+        behind = zip(inside(_behind_taps(number)), inside(middle_names(number))) if delayed else ()
+        return [*pairs, *behind]
 
     def _end(self, interface: Intf) -> str:
         if isinstance(interface.node, NamespaceHost):
@@ -277,14 +305,36 @@ class Network:
     # delays
 
     def _prepare_middles(self) -> None:
-        """Bring both interfaces in the middle of every delayed cable up; nothing passes yet."""
+        """Bring all interfaces in the middle up and join the taps; through a delayed cable nothing passes yet."""
         assert self._middle is not None
-        names = [name for _, (a, b), _ in self.middles() for name in (a, b)]
+        joints = self._joints()
+        names = {name for _, ends, _ in self.middles() for name in ends} | {name for joint in joints for name in joint}
         with system.network_namespace(self._middle.pid):
             for name in names:
                 system.without_ipv6(name)
                 without_offloads(name)
             system.run(["ip", "-batch", "-"], self.journal.environment(), "\n".join(f"link set {name} up" for name in names))
+            system.run(["tc", "-batch", "-"], self.journal.environment(), "\n".join(_redirects(joints)))
+
+    def _joints(self) -> list[tuple[str, str]]:
+        """Return the pairs of interfaces in the middle between which frames pass unchanged, because a tap is on one of them."""
+        assert self._mininet is not None
+        joints: list[tuple[str, str]] = []
+        for number, cable in enumerate(self._mininet.links if self.recorded else ()):
+            joints += zip(tap_names(number), _behind_taps(number)) if cable.delay_us else [tap_names(number)]
+        return joints
+
+    def taps(self) -> list[tuple[str, str, str]]:
+        """Return (host, interface, tap) of each host interface, if the network is recorded.
+
+        A packet socket on the tap, in the namespace of `middle_pid`, sees what the interface sends as incoming and what it
+        receives as outgoing.
+        """
+        if not self.recorded:
+            return []
+        ends = [(host, interface, tap) for number, (a, a_interface, b, b_interface, _) in enumerate(self.cables())
+                for (host, interface), tap in zip(((a, a_interface), (b, b_interface)), tap_names(number))]  # fmt: skip
+        return [end for end in ends if end[0] in self.hosts]
 
     def middles(self) -> list[tuple[int, tuple[str, str], float]]:
         """Return (number, interfaces in the middle, delay_us) of every delayed cable."""
@@ -516,6 +566,24 @@ class Network:
                 time.sleep(0.002)
             if not Path("/sys/class/net", name).exists():
                 self.journal.forget("link", name)
+
+
+def _behind_taps(number: int) -> tuple[str, str]:
+    """Return the devices that a delayed cable's taps are joined with, as its middle takes the taps' place."""
+    return f"qa{number}", f"qb{number}"
+
+
+def _redirects(joints: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the `tc` commands that pass every frame from one interface of a joint to the other, both ways.
+
+    Not a bridge: with br_netfilter it drops what is no correct IP packet, and keeps link-local multicast to itself.
+    """
+    lines = []
+    for here, there in [*joints, *(joint[::-1] for joint in joints)]:
+        lines.append(f"qdisc add dev {here} ingress")
+        everything = f"filter add dev {here} parent ffff: protocol all u32 match u32 0 0"
+        lines.append(f"{everything} action mirred egress redirect dev {there}")
+    return lines
 
 
 class _Stopwatch:
