@@ -5,6 +5,7 @@ Values share a bucket only when they differ by less than a thousandth; 27,648 co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,18 @@ def encode(counts: np.ndarray) -> str:
 
 def summary_us(counts: np.ndarray) -> dict[str, float]:
     """Return p50, p99, p99.9, mean and maximum in microseconds; empty for no values."""
-    if not counts.any():
-        return {}
-    histogram = to_histogram(counts)
+    return _summary_us(to_histogram(counts)) if counts.any() else {}
+
+
+def merge(encoded: Iterable[str]) -> tuple[str, dict[str, float]]:
+    """Return histograms, as `encode` makes them, as one, and its summary."""
+    merged = HdrHistogram(1, HIGHEST_NS, DIGITS)
+    for text in encoded:
+        merged.decode_and_add(text)
+    return bytes(merged.encode()).decode(), _summary_us(merged) if merged.get_total_count() else {}
+
+
+def _summary_us(histogram: Any) -> dict[str, float]:
     quantiles = {"p50_us": 50.0, "p99_us": 99.0, "p999_us": 99.9}
     values = {name: histogram.get_value_at_percentile(quantile) / 1e3 for name, quantile in quantiles.items()}
     return values | {"mean_us": histogram.get_mean_value() / 1e3, "max_us": histogram.get_max_value() / 1e3}

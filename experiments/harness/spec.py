@@ -11,7 +11,8 @@ from typing import Any
 
 from datastore import placements
 from datastore.native.errors import NearstateError, unknown
-from experiments.workloads.traffic import Traffic
+from experiments.workloads import capture
+from experiments.workloads.traffic import Replay, Traffic
 from nfs.dataplane import declaration
 
 PROFILES = ("smoke", "quick", "paper")
@@ -123,7 +124,7 @@ def check(name: str, experiment: Experiment) -> None:
     for repeats in (experiment.repeats, *(grid.get("repeats", 1) for grid in experiment.sweeps)):
         if repeats < 1:
             raise NearstateError(f"experiment {name!r}: repeats={repeats}; at least 1 is needed")
-    Traffic.of(**{**experiment.traffic, "seed": experiment.seed})
+    check_traffic(name, experiment)
     procedure = importlib.import_module(f"experiments.harness.procedures.{experiment.procedure}")
     for key in experiment.settings:
         if key not in procedure.SETTINGS:
@@ -146,6 +147,21 @@ def values_of(grid: Mapping[str, Any], key: str) -> Sequence[Any]:
         return (CHAIN.join(grid["chain"]),)
     values: Sequence[Any] = grid.get(key, ())
     return values
+
+
+def check_traffic(name: str, experiment: Experiment) -> None:
+    """Check the workload: a capture file is read to its end. Raises NearstateError."""
+    if ("pcap" in experiment.traffic) != (experiment.procedure == "replay"):
+        raise NearstateError(f"experiment {name!r}: procedure={experiment.procedure!r} with traffic {dict(experiment.traffic)}; "
+                             "a capture file (traffic pcap=...) and procedure='replay' need each other")  # fmt: skip
+    if experiment.procedure != "replay":
+        Traffic.of(**{**experiment.traffic, "seed": experiment.seed})
+        return
+    capture.check(Replay.of(**experiment.traffic))
+    placements = {value for grid in experiment.sweeps for value in grid.get("placement", ())}
+    for peer in placements.intersection(peer_names()):
+        raise NearstateError(f"experiment {name!r}: a replay through {peer!r} is not possible: the kernel asks for the addresses "
+                             "of the file's hosts (ARP), and nobody answers")  # fmt: skip
 
 
 def trials(name: str, experiment: Experiment) -> Iterator[Trial]:

@@ -10,11 +10,14 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from datastore.native.errors import NearstateError, unknown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CLIENT_NETWORK = int(ipaddress.IPv4Address("10.0.1.0"))
 """Emulated clients are 10.0.1.0 to 10.0.1.255, all behind the one client host."""
@@ -25,10 +28,30 @@ IMIX = ((64, 7), (594, 4), (1518, 1))
 """Simple IMIX: frame bytes (with frame check sequence) and their share (RFC 6985, section 3 allows naming the mix so)."""
 ARRIVALS = ("constant", "poisson")
 FLOW_CHOICES = ("uniform", "zipf")
+SIDES = ("both", "client")
+PORTS = ("keep", "spread")
+
+
+class Parameters:
+    """What is declared by name and checked completely."""
+
+    def _check(self, name: str, kind: type | tuple[type, ...], right: Callable[[Any], bool], valid: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or not right(value):
+            raise NearstateError(f"traffic {name}={value!r}: {valid} is possible")
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Return the workload with these values. Raises NearstateError for a name that is no parameter."""
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in names:
+                raise unknown("traffic parameter", name, names)
+        return cls(**values)
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Traffic(Parameters):
     """A workload.
 
     frame_bytes: 64 to 1518 with the frame check sequence, or 0 for IMIX. flows: concurrent flows. flow_choice: "uniform" or
@@ -54,19 +77,42 @@ class Traffic:
         self._check("zipf_exponent", (int, float), lambda exponent: 0.0 < exponent <= 4.0, "above 0, at most 4,")
         self._check("seed", int, lambda seed: seed >= 0, "a whole number from 0")
 
-    def _check(self, name: str, kind: type | tuple[type, ...], right: Callable[[Any], bool], valid: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, kind) or not right(value):
-            raise NearstateError(f"traffic {name}={value!r}: {valid} is possible")
 
-    @classmethod
-    def of(cls, **values: Any) -> Traffic:
-        """Return the workload with these values. Raises NearstateError for a name that is no parameter."""
-        names = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in names:
-                raise unknown("traffic parameter", name, names)
-        return cls(**values)
+@dataclass(frozen=True)
+class Replay(Parameters):
+    """A workload from a capture file.
+
+    pcap: the file (pcap or pcapng, also gzipped), from the repository's root. speed: 1 keeps the file's timing, 2 halves all
+    gaps, 0 is as fast as possible. sides: "both", or "client": only the inside party's packets. inside: networks (CIDR) of
+    the inside party; without, see `capture.parties`. ports: "keep", or "spread": the inside party's ports over all partitions.
+    patience_ms: at speed 0, how long a packet waits for the one it answers to arrive.
+    """
+
+    pcap: str
+    speed: float = 1.0
+    sides: str = "both"
+    inside: tuple[str, ...] = ()
+    ports: str = "keep"
+    patience_ms: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.sides not in SIDES:
+            raise unknown("sides of a replay", self.sides, SIDES)
+        if self.ports not in PORTS:
+            raise unknown("ports of a replay", self.ports, PORTS)
+        self._check("pcap", str, lambda name: name != "", "the name of a capture file")
+        self._check("speed", (int, float), lambda speed: speed == 0 or 0.001 <= speed <= 1000, "0.001 to 1000, or 0,")
+        self._check("patience_ms", (int, float), lambda wait: 0 <= wait <= 10_000, "0 to 10,000")
+        self._check("inside", (tuple, list), lambda found: all(map(_is_network, found)), "a tuple of networks like 192.0.2.0/24")
+        object.__setattr__(self, "inside", tuple(self.inside))  # JSON makes a list of it
+
+
+def _is_network(text: Any) -> bool:
+    try:
+        ipaddress.IPv4Network(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Tables(NamedTuple):

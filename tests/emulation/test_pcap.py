@@ -1,0 +1,152 @@
+"""Is what was recorded at each interface what was sent, and does a replay of it come through the firewall?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scapy.layers.inet import IP
+from scapy.layers.l2 import Ether
+from scapy.utils import RawPcapReader
+
+from experiments.harness import spec
+from experiments.harness.runner import run_trial
+from experiments.harness.spec import Experiment
+from experiments.workloads.traffic import flow_tuple
+from tests import packets
+from tests.unit.test_capture import save
+from topologies.emulation.journal import Journal
+from topologies.emulation.network import Network
+from topologies.emulation.processes import Launcher
+from topologies.emulation.recorder import Recorder
+
+Emulation = tuple[Journal, Launcher]
+FLOWS, PACKETS = 100, 500
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulation]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it builds emulated networks")
+    preload = ("experiments.harness.preload",)
+    with Journal(f"test-pcap-{os.getpid()}") as journal, Launcher(journal, tmp_path_factory.mktemp("logs"), preload) as launcher:
+        yield journal, launcher
+
+
+def recorded_trial(emulation: Emulation, folder: Path, experiment: Experiment) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
+    """Run an experiment's only trial, recorded; return its line and the frames by host and interface."""
+    spec.check("mine", experiment)
+    (trial,) = spec.trials("mine", experiment)
+    line = run_trial(trial, experiment, *emulation, folder)
+    json.dumps(line)  # it must fit into trials.jsonl
+    files = {path.stem: path for path in folder.glob("*/*.pcap")}
+    assert line["points"], line["invalid_reasons"]
+    assert set(line["recorded"]["interfaces"]) == set(files)
+    frames = {name: [frame for frame, _ in RawPcapReader(str(path))] for name, path in files.items()}
+    for name, counts in line["recorded"]["interfaces"].items():
+        assert counts == {"frames": len(frames[name]), "dropped": 0, "full": False}
+    return line, frames
+
+
+def experiment(procedure: str, topology: str, nf: str, traffic: dict[str, Any], **settings: Any) -> Experiment:
+    """Return an experiment of one trial that is judged by what arrives, not by how late a busy machine was."""
+    grid = {"topology": (topology,), "nf": (nf,), "placement": ("integrated",)}
+    patient = {"lateness_limit_us": 0.0, "recorded": True}
+    return Experiment("?", procedure, (grid,), settings={**patient, **settings}, traffic=traffic)
+
+
+def payloads(frames: list[bytes]) -> Counter[bytes]:
+    """Return the IP packets, however often each; a network function that routes may change MAC addresses."""
+    return Counter(frame[14:] for frame in frames)
+
+
+def test_every_interface_is_recorded_and_has_the_frames_that_were_sent(emulation: Emulation, tmp_path: Path) -> None:
+    """Generator and network function send and take by AF_XDP here: no packet socket on their own interfaces sees that."""
+    traffic = {"flows": FLOWS, "frame_bytes": 128}
+    mine = experiment(
+        "packet_latency", "rack", "traffic_counter", traffic, offered_kpps=2.0, seconds=PACKETS / 2000, warmup_kpps=2.0
+    )
+    line, frames = recorded_trial(emulation, tmp_path, mine)
+    assert set(frames) == {"client-net", "server-net", "control-storage"} | {
+        f"{host}-{interface}" for host in ("nf1", "nf2") for interface in ("inside", "outside", "storage")
+    }
+    assert line["ledger"]["received"] == PACKETS
+    sent = [Ether(frame) for frame in frames["client-net"]]
+    assert len(sent) == int(0.1 * 2000) + PACKETS, "the warm-up lasts at least a tenth of a second"
+    assert {len(packet) for packet in sent} == {124}
+    assert {(packet[IP].src, packet.sport, packet.dport) for packet in sent} == {flow_tuple(flow) for flow in range(FLOWS)}
+    assert payloads(frames["server-net"]) == payloads(frames["client-net"])
+    for side in ("inside", "outside"):
+        both = frames[f"nf1-{side}"] + frames[f"nf2-{side}"]
+        assert payloads(both) == payloads(frames["client-net"])
+        assert min(len(frames["nf1-inside"]), len(frames["nf2-inside"])) > 0
+
+
+def test_delayed_cables_are_recorded_on_both_sides_of_the_delay(emulation: Emulation, tmp_path: Path) -> None:
+    journal, launcher = emulation
+    with Network("back_to_back", {"delay_us": 2000.0}, journal.run_id, launcher, journal, recorded=True) as network:
+        recorder = Recorder(network, tmp_path / "delayed")
+        recorder.start()
+        assert network.calibrate().loss == 0.0
+        counts = recorder.stop()
+    assert set(counts["interfaces"]) == {"client-net", "nf1-inside", "server-net", "nf1-outside"}
+    times: dict[str, dict[bytes, int]] = {}
+    for name in ("client-net", "nf1-inside"):
+        with RawPcapReader(str(tmp_path / "delayed" / f"{name}.pcap")) as reader:
+            assert reader.nano
+            times[name] = {frame: about.sec * 10**9 + about.usec for frame, about in reader}
+    common = set(times["client-net"]) & set(times["nf1-inside"])
+    assert len(common) > 50
+    gaps_us = sorted((times["nf1-inside"][frame] - times["client-net"][frame]) / 1000 for frame in common)
+    assert min(abs(gap) for gap in gaps_us) > 1500, "each frame is seen before and after the delay"
+
+
+CONNECTIONS, PAUSE_S = range(50_000, 50_064, 2), 0.3
+STEPS = (
+    lambda port: packets.tcp("S", client_port=port),
+    lambda port: packets.tcp("SA", inside=False, client_port=port),
+    lambda port: packets.tcp("A", client_port=port),
+    lambda port: packets.tcp("PA", payload=b"GET /", client_port=port),
+    lambda port: packets.tcp("PA", inside=False, payload=bytes(1000), client_port=port),
+    lambda port: packets.udp(client_port=port),
+    lambda port: packets.udp(inside=False, client_port=port),
+    lambda port: packets.tcp("S", inside=False, client_port=port + 1000),  # nobody asked for it: what a firewall refuses
+)
+
+
+def conversation_file(path: Path) -> str:
+    """Write connections side by side, a step at a time; the pauses are longer than a busy machine's."""
+    frames = [step(port) for step in STEPS for port in CONNECTIONS]
+    times = [1_700_000_000 + phase * PAUSE_S + number / 1000 for phase in range(len(STEPS)) for number in range(len(CONNECTIONS))]
+    return save(path, frames, times)
+
+
+@pytest.mark.parametrize(("speed", "topology"), [(1.0, "rack"), (0.0, "back_to_back")])
+def test_a_recording_is_replayed_through_the_firewall(emulation: Emulation, tmp_path: Path, speed: float, topology: str) -> None:
+    """A made file first; then what was recorded of it at the client is replayed, and is found at the server."""
+    patient = {"speed": speed, "patience_ms": 5000.0}
+    source = conversation_file(tmp_path / "made.pcap")
+    line, frames = recorded_trial(
+        emulation, tmp_path / "first", experiment("replay", topology, "firewall", {"pcap": source, **patient})
+    )
+    total, refused = len(STEPS) * len(CONNECTIONS), len(CONNECTIONS)
+    point, ledger = line["points"][0], line["ledger"]
+    assert point["replay"]["lost"] == {"outward": [], "inward": list(range(total - refused + 1, total + 1))}
+    assert ledger["nf"]["dropped_by_verdict"] == refused
+    assert (ledger["sent"], ledger["lost"], ledger["unaccounted"]) == (total, refused, 0)
+    assert point["metrics"]["flow_reordered"] == 0
+    assert len(frames["client-net"]) == total - refused, "the client never saw what was refused"
+    recording = next((tmp_path / "first").glob("*/client-net.pcap"))
+    line, second = recorded_trial(
+        emulation, tmp_path / "second", experiment("replay", topology, "firewall", {"pcap": str(recording), **patient})
+    )
+    point = line["points"][0]
+    assert point["replay"]["lost"] == {"outward": [], "inward": []}
+    assert point["metrics"]["impatient"] == 0
+    assert ("p99_us" in point["metrics"]) == (speed > 0)
+    assert payloads(second["client-net"]) == payloads(second["server-net"]) == payloads(frames["client-net"])
