@@ -68,15 +68,20 @@ def run(names: Sequence[str], profile: str = "quick", resume: str | None = None,
     if pcap:
         recorder.require()
     record = record if resume else new_record(experiments, profile, pcap)
-    trials = [trial for name, experiment in experiments.items() for trial in spec.trials(name, experiment)]
-    if pcap:
-        trials = [replace(trial, sweep={**trial.sweep, "recorded": True}) for trial in trials]
+    trials = planned(experiments, pcap)
     finished = record.validity()
     open_trials = [again for trial in trials if (again := next_attempt(trial, finished))]
     random.Random(min(trial.seed for trial in trials)).shuffle(open_trials)
     with Progress(f"run {record.run_id}, profile {profile}", len(trials), len(trials) - len(open_trials)) as progress:
         run_trials(record, experiments, open_trials, progress)
     return record
+
+
+def planned(experiments: Mapping[str, Experiment], pcap: bool) -> list[Trial]:
+    """Return every trial of a run; recorded ones say so in their sweep, so that no median mixes them with others."""
+    swept = {"recorded": True} if pcap else {}
+    return [replace(trial, sweep={**trial.sweep, **swept}) for name, experiment in experiments.items()
+            for trial in spec.trials(name, experiment)]  # fmt: skip
 
 
 def next_attempt(trial: Trial, finished: Mapping[str, bool]) -> Trial | None:

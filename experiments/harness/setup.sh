@@ -18,8 +18,8 @@ PYTHON=/usr/bin/python3
 OVS_CTL=/usr/share/openvswitch/scripts/ovs-ctl
 UNIT_PACKAGES=(python3 python3-venv mininet libxdp1)
 EMULATION_PACKAGES=("${UNIT_PACKAGES[@]}"
-  openvswitch-switch nftables redis-server ethtool iproute2 iputils-ping procps kmod util-linux tcpdump
-  nginx curl wrk iperf3 openssh-server openssh-client dnsmasq-base bind9-dnsutils traceroute)
+  openvswitch-switch nftables redis-server ethtool iproute2 iputils-ping procps kmod util-linux
+  nginx curl wrk iperf3 openssh-server openssh-client dnsmasq-base bind9-dnsutils traceroute tcpdump)
 VENV_MBYTES=1500  # 700 when installed; pip unpacks beside it
 STEPS=4
 

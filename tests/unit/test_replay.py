@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from scapy.packet import Packet
 
 from experiments.workloads import replay as replays
 from experiments.workloads.capture import Prepared, prepare
-from experiments.workloads.replay import Player, make_player, play
+from experiments.workloads.replay import Player, make_player
 from experiments.workloads.traffic import Replay
 from nfs.dataplane.frames import make_frames
 from nfs.dataplane.headers import INSIDE, OUTSIDE
-from nfs.dataplane.port import RESERVE, closed_port
+from nfs.dataplane.port import closed_port
 from tests import packets
 from tests.unit.test_capture import ETHERNET, MACS, conversation, frames_of, save
 
@@ -113,34 +112,34 @@ def test_of_equal_packets_each_is_counted_and_the_last_are_the_lost_ones(tmp_pat
     assert np.flatnonzero(player.arrived_ns == 0).tolist() == [3, 4]
 
 
-def sent_frames(player: Player, speed: float, patience_ns: int = 0, start_ns: int | None = None) -> list[bytes]:
-    """Let a player queue what may leave, on a port that never sends, for at most 50 ms; return the frames in order."""
-    replays.warm()  # what follows is timed
-    port, frames = closed_port(ring_slots=256), make_frames(1024)
-    port.control[RESERVE] = 1024  # its rings are one: nothing may be handed to the kernel to receive into
-    begin = time.monotonic_ns()
-    play(player, port, frames, begin if start_ns is None else start_ns, speed, patience_ns, begin + 50_000_000)
-    ring = port.tx_ring.reshape(-1, 2).astype(np.int64)[: int(player.control[replays.SENT])]
+def sent_frames(player: Player, speed: float, now: int, patience_ns: int = 0) -> list[bytes]:
+    """Let a player that started at 0 queue what may leave at `now`, on a port that never sends; return all it has queued."""
+    port = closed_port(ring_slots=256)
+    before = int(player.control[replays.SENT])
+    frames = make_frames(1024)
+    replays.send(player, port, frames, 0, speed, patience_ns, now)
+    ring = port.tx_ring.reshape(-1, 2).astype(np.int64)[: int(player.control[replays.SENT]) - before]
     return [frames.memory[at : at + length].tobytes() for at, length in ring]
 
 
 def test_packets_leave_at_their_times_scaled(tmp_path: Path) -> None:
     frames = [Ether(packets.udp(client_port=port)) for port in range(10)]
     prepared = prepared_of(tmp_path / "a.pcap", frames, [number / 100 for number in range(10)])
-    for speed, most in ((1.0, 6), (0.5, 3), (1000.0, 10)):
+    for speed, expected in ((1.0, 5), (0.5, 3), (1000.0, 10)):
         player = make_player(prepared, INSIDE)
-        sent = sent_frames(player, speed)
-        assert sent == frames_of(prepared)[: len(sent)]
-        assert 0 < len(sent) <= most, "none leaves before its time"
-        assert int(player.lateness.sum()) == len(sent)
-    assert len(sent) == 10
+        assert sent_frames(player, speed, now=-1) == []
+        assert sent_frames(player, speed, now=45_000_000) == frames_of(prepared)[:expected]
+        assert sent_frames(player, speed, now=45_000_000) == [], "none leaves before its time"
+        assert int(player.lateness.sum()) == expected
 
 
 def test_at_speed_0_an_answer_waits_for_what_it_answers(tmp_path: Path) -> None:
     prepared = prepared_of(tmp_path / "a.pcap", conversation()[:5])
     player, frames = make_player(prepared, OUTSIDE), frames_of(prepared)
-    assert sent_frames(player, 0.0, patience_ns=10**10) == []
+    assert sent_frames(player, 0.0, now=1_000, patience_ns=500_000) == []
     arrive(player, frames[0])
-    assert len(sent_frames(player, 0.0, patience_ns=10**10)) == 1
-    assert len(sent_frames(player, 0.0, patience_ns=1_000_000)) == 2, "then it has waited long enough"
+    assert sent_frames(player, 0.0, now=2_000, patience_ns=500_000) == [frames[1]]
+    assert sent_frames(player, 0.0, now=501_000, patience_ns=500_000) == []
+    assert player.control[replays.IMPATIENT] == 0
+    assert sent_frames(player, 0.0, now=502_000, patience_ns=500_000) == [frames[4]], "then it has waited long enough"
     assert player.control[replays.IMPATIENT] == 1

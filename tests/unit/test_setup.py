@@ -22,7 +22,7 @@ from datastore.native import ROOT
 SETUP = "experiments/harness/setup.sh"
 PACKAGES = ["python3", "python3-venv", "mininet", "libxdp1", "openvswitch-switch", "nftables", "redis-server"]
 PACKAGES += ["ethtool", "iproute2", "iputils-ping", "procps", "kmod", "util-linux", "nginx", "curl", "wrk", "iperf3"]
-PACKAGES += ["openssh-server", "openssh-client", "dnsmasq-base", "bind9-dnsutils", "traceroute"]
+PACKAGES += ["openssh-server", "openssh-client", "dnsmasq-base", "bind9-dnsutils", "traceroute", "tcpdump"]
 # Builds what `venv_is_complete` looks for without pip, so that the decisions around it run as they are.
 QUICK_VENV = """
 build_venv() {
@@ -347,6 +347,7 @@ def test_run_all_hands_profile_and_experiments_on(tree: Tree) -> None:
     assert status == 7
     assert output == "set up for emulation\n<-m><experiments><run><--profile><paper><throughput><a b>"
     assert tree.run("./run_all.sh")[1].endswith("<run><--profile><quick>")
+    assert tree.run("./run_all.sh --pcap throughput")[1].endswith("<run><--profile><quick><--pcap><throughput>")
 
 
 def test_run_tests_runs_every_check_and_fails_when_an_early_one_fails(tree: Tree) -> None:
