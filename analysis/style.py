@@ -110,7 +110,7 @@ def order(placements: Iterable[str]) -> list[str]:
 
 def order_nfs(nfs: Iterable[str]) -> list[str]:
     """Return network functions from the one that keeps no state to those that write on every packet, others by name."""
-    return _ranked(nfs, ("passthrough", "firewall", "traffic_counter"))
+    return _ranked(nfs, ("passthrough", "firewall", "nat", "traffic_counter"))
 
 
 def order_topologies(topologies: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from datastore.placements import Cluster
 from datastore.store.partitions import PARTITIONS
 from experiments.harness import accounting
 from experiments.harness.spec import CHAIN, Experiment, Trial, peer_names
-from experiments.workloads.traffic import packets_in
+from experiments.workloads.traffic import CHOICES, packets_in
 from topologies.emulation.network import EmulatedHost, Network
 from topologies.emulation.processes import Launcher, RunningProcess
 
@@ -88,6 +88,12 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """The procedure's parameters for this trial."""
         return {**settings(self.trial, self.experiment), **self.overrides}
+
+    @property
+    def traffic(self) -> dict[str, Any]:
+        """The workload's parameters for this trial: the experiment's, with the trial's seed and number of flows."""
+        flows = {"flows": self.settings["flows"]} if self.settings.get("flows") else {}
+        return {**self.experiment.traffic, **flows, "seed": self.trial.seed}
 
     def start(self) -> None:
         """Start all of it: state, network functions, workload; returns when everything is ready."""
@@ -171,7 +177,7 @@ class Bench:
         client, server = (self.network.hosts[name] for name in ("client", "server"))
         kind = {"interface": "net", "port_kind": self.settings["port_kind"]}
         next_hop = self.peer.next_hop_mac if self.peer else server.interfaces["net"].mac
-        traffic = {**self.experiment.traffic, "seed": self.trial.seed}
+        traffic = self.traffic
         self.sink = self.launcher.spawn("sink", server, "experiments.workloads.sink:main", kind)
         self.generator = self.launcher.spawn(
             "generator", client, "experiments.workloads.generator:main",
@@ -181,7 +187,7 @@ class Bench:
 
     def warm_up(self) -> None:
         """Send every flow's first packet, at a load everything carries, so that records exist before anything is measured."""
-        flows = min(int(self.experiment.traffic.get("flows", 1000)), 1 << 16)
+        flows = min(int(self.traffic.get("flows", 1000)), CHOICES)
         rate = self.settings["warmup_kpps"]
         self.step(rate, max(0.1, flows / rate / 1000))
 

@@ -23,7 +23,7 @@ CLIENT_NETWORK = int(ipaddress.IPv4Address("10.0.1.0"))
 """Emulated clients are 10.0.1.0 to 10.0.1.255, all behind the one client host."""
 PORTS_PER_SERVER_PORT = 30_720
 """Flow n has client port 1024 + 2 (n mod 30,720): even, as Linux hands them out, so all 256 partitions are used alike."""
-CHOICES = 1 << 16
+CHOICES = 1 << 17
 IMIX = ((64, 7), (594, 4), (1518, 1))
 """Simple IMIX: frame bytes (with frame check sequence) and their share (RFC 6985, section 3 allows naming the mix so)."""
 ARRIVALS = ("constant", "poisson")

@@ -13,11 +13,14 @@ from experiments.harness.bench import COMMON_SETTINGS, Bench
 
 SETTINGS = {**COMMON_SETTINGS, "ladder_kpps": (20, 40, 80, 120, 160), "seconds": 0.5, "search_low_kpps": 2.0,
             "search_high_kpps": 400.0, "search_steps": 6, "search_seconds": 0.4, "tries": 2, "saturate": False,
-            "lateness_limit_us": 0.0}  # fmt: skip
+            "flows": 0, "lateness_limit_us": 0.0}  # fmt: skip
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
-    """Return a point for each load of the ladder, one for the search, and one for "as fast as the path takes it"."""
+    """Return a point for each load of the ladder, one for the search, and one for "as fast as the path takes it".
+
+    search_steps 0: no search. flows: in place of the traffic's, 0: the traffic's.
+    """
     bench.start()
     bench.warm_up()
     settings = bench.settings
@@ -28,7 +31,8 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         points.append(bench.step(float(offered), settings["seconds"]))
         if points[-1]["metrics"]["delivered_kpps"] < 0.4 * offered:
             break
-    points.append(search(bench))
+    if settings["search_steps"]:
+        points.append(search(bench))
     points[-1]["metrics"] |= bench.memory()
     for point in points:
         point["histograms"] = {}
