@@ -2,7 +2,13 @@
 
 TCP is followed through its handshake, close and reset (RFC 9293, section 3.3.2); UDP and ICMP echo get pseudo-connections.
 The time-outs are those of RFC 5382 (TCP), RFC 4787 (UDP) and RFC 5508 (ICMP). An ICMP error passes when the connection it
-speaks of exists. One connection, walked through:
+speaks of exists.
+
+Settings: `rules`, up to 32 texts (`_rules.py`), are asked about new connections only, the first that matches decides; accept lets
+also outside open. `track_window` drops segments that are not within the windows of their connection (`_window.py`).
+
+Verdicts in trouble: a new connection that a rule refuses, DROP with cause refused_by_rule; a segment out of its window, DROP with
+cause out_of_window; all else that is dropped, the function's verdict. One connection, walked through:
 
     inside SYN          CLOSED      -> SYN_SENT        remember for 120 s
     outside SYN ACK     SYN_SENT    -> SYN_RECEIVED
@@ -12,9 +18,29 @@ speaks of exists. One connection, walked through:
     either RST          any         -> RESET           remember for 10 s; a new inside SYN opens it again
 """
 
-from nfs.dataplane import ACK, DROP, FIN, FLOW, FORWARD, INSIDE, RST, SYN, TCP, UDP, network_function, record
+from datastore.native import inline
+from nfs._rules import ACCEPT, MAX_RULES, REFUSE, WORDS, first_match, parsed_rules
+from nfs._window import in_window
+from nfs.dataplane import (
+    ACK,
+    DROP,
+    FIN,
+    FLOW,
+    FORWARD,
+    INSIDE,
+    OUT_OF_WINDOW,
+    REFUSED_BY_RULE,
+    RST,
+    SYN,
+    TCP,
+    UDP,
+    network_function,
+    record,
+)
 
-CONNECTION = record(state="u1", closed="u1")  # all zero for a key never seen
+CONNECTION = record(opener_end="u4", opener_limit="u4", opener_window="u4", answerer_end="u4", answerer_limit="u4",
+                    answerer_window="u4", scale_1="u1", scale_2="u1", state="u1", closed="u1", from_outside="u1")  # fmt: skip
+"""All zero for a key never seen; the windows stay zero unless they are tracked (`_window.py`)."""
 
 CLOSED, OPEN, SYN_SENT, SYN_RECEIVED, ESTABLISHED, CLOSING, TIME_WAIT, RESET = range(8)
 INSIDE_CLOSED, OUTSIDE_CLOSED = 1, 2
@@ -22,9 +48,26 @@ INSIDE_CLOSED, OUTSIDE_CLOSED = 1, 2
 UDP_S, ICMP_S, OPENING_S, ESTABLISHED_S, CLOSING_S, TIME_WAIT_S, RESET_S = 300, 60, 120, 7440, 240, 120, 10
 
 
-@network_function(key=FLOW, state=CONNECTION, passes=("not_ip",))
-def firewall(packet, connection, env):
-    inside = packet.arrived_from == INSIDE
+@inline
+def is_new(packet, connection):
+    """Tell whether a packet asks for a connection that there is none of, or none any more."""
+    if packet.icmp_error or packet.protocol != TCP:
+        return connection.state == CLOSED and not packet.icmp_error
+    over = connection.state == CLOSED or connection.state == RESET or connection.state == TIME_WAIT
+    return over and packet.tcp_flags & (SYN | ACK | RST | FIN) == SYN
+
+
+@inline
+def forget_windows(connection):
+    """Start anew: windows of zero are not known yet."""
+    connection.opener_window = connection.answerer_window = 0
+    connection.opener_end = connection.opener_limit = connection.answerer_end = connection.answerer_limit = 0
+    connection.scale_1 = connection.scale_2 = 0
+
+
+@inline
+def follow(packet, connection, env, inside):
+    """Follow the connection by a packet; return the verdict. inside: the packet is from the side that opened, or may open."""
     if packet.icmp_error:
         return FORWARD if connection.state != CLOSED else DROP
     if packet.protocol != TCP:
@@ -69,3 +112,33 @@ def firewall(packet, connection, env):
     elif connection.state == TIME_WAIT:
         env.idle_timeout_s = TIME_WAIT_S
     return FORWARD
+
+
+@network_function(
+    key=FLOW,
+    state=CONNECTION,
+    passes=("not_ip",),
+    settings={"rules": (f"{MAX_RULES * WORDS}u8", []), "track_window": ("u1", False)},
+    prepare=lambda settings: settings | {"rules": parsed_rules(settings["rules"])},
+)
+def firewall(packet, connection, env):
+    state, closed, from_outside = connection.state, connection.closed, connection.from_outside
+    new = is_new(packet, connection)
+    if new:
+        ruling = first_match(packet, env)
+        if ruling == REFUSE:
+            env.cause = REFUSED_BY_RULE
+            return DROP
+        connection.from_outside = 1 if ruling == ACCEPT and packet.arrived_from != INSIDE else 0
+    from_opener = (packet.arrived_from == INSIDE) == (connection.from_outside == 0)
+    verdict = follow(packet, connection, env, from_opener)
+    if verdict == FORWARD and env.track_window and packet.protocol == TCP and not packet.icmp_error:
+        if new:
+            forget_windows(connection)
+        if not in_window(packet, connection, from_opener, state <= SYN_RECEIVED):
+            env.cause = OUT_OF_WINDOW
+            env.idle_timeout_s = 0
+            verdict = DROP
+    if verdict == DROP:
+        connection.state, connection.closed, connection.from_outside = state, closed, from_outside
+    return verdict

@@ -146,7 +146,8 @@ def expected(frame: bytes, arrived_from: int = INSIDE) -> dict[str, int]:
     if TCP in packet:
         segment = packet[TCP]
         fields |= {"tcp_flags": int(segment.flags) & 0x3F, "tcp_sequence": segment.seq, "tcp_acknowledgment": segment.ack,
-                   "tcp_window": segment.window, "payload_bytes": size - segment.dataofs * 4}  # fmt: skip
+                   "tcp_window": segment.window,
+                   "tcp_window_scale": _window_scale(segment), "payload_bytes": size - segment.dataofs * 4}  # fmt: skip
     elif UDP in packet:
         fields["payload_bytes"] = min(packet[UDP].len, size) - 8
     elif ICMP in packet:
@@ -160,6 +161,11 @@ def expected(frame: bytes, arrived_from: int = INSIDE) -> dict[str, int]:
     else:
         _transport(packet, fields, (TCP, UDP, ICMP))
     return fields
+
+
+def _window_scale(segment: Any) -> int:
+    shifts = [value for name, value in segment.options if name == "WScale"]
+    return 1 + min(shifts[0], 14) if shifts and segment.flags & 2 else 0
 
 
 def _address(dotted: str) -> int:
@@ -217,7 +223,8 @@ class Instance:
         make_key(self.function.key, self.function.kind, packets, 0)
         key = (int(packets[0]["key_high"]), int(packets[0]["key_low"]))
         for attempt in range(1 << 20):
-            packet, state = packets.copy(), self._read(key).copy()
+            packet = packets.copy()
+            state = np.frombuffer(bytearray(self._read(key).tobytes()), self.function.state)  # its padding, too
             for name in ("idle_timeout_s", "cause", "claim_timeout_s", "add_count"):
                 self.env[name] = 0
             self.env["now_ns"], self.env["attempt"] = int(self.now_s * 1e9), attempt

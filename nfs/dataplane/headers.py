@@ -6,6 +6,8 @@ where an error is followed to the flow it speaks of). Nothing is read beyond the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from datastore.native import INTERPRETED, inline, jit
@@ -45,6 +47,7 @@ _FIELDS = (
     ("time_to_live", "u1"),
     ("status", "u1"),  # 0: parsed; else the ledger cause that says why not
     ("has_ports", "u1"),
+    ("tcp_window_scale", "u1"),  # of a SYN: 1 + the shift count (RFC 7323, section 2.2); 0: it has no such option
     ("verdict", "u1"),  # the engine's: what the NF said, while the packet waits for its state to be committed
 )
 PACKET = np.dtype([(name, kind) for name, kind in _FIELDS], align=True)
@@ -79,7 +82,7 @@ def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: 
     packet.tcp_flags = packet.icmp_type = packet.icmp_code = packet.icmp_error = packet.has_ports = 0
     packet.protocol = packet.fragment_offset = packet.payload_bytes = packet.time_to_live = 0
     packet.network_offset = packet.transport_offset = packet.next_hop = 0
-    packet.tcp_sequence = packet.tcp_acknowledgment = packet.tcp_window = 0
+    packet.tcp_sequence = packet.tcp_acknowledgment = packet.tcp_window = packet.tcp_window_scale = 0
     status = _parse_ethernet(memory, at, length, packets, index)
     packet.status = status
     return status
@@ -132,6 +135,22 @@ def _parse_ipv4(memory: np.ndarray, at: int, length: int, offset: int, packets: 
 
 
 @jit
+def _window_scale(memory: np.ndarray, at: int, end: int) -> Any:
+    """Return 1 + the shift count of a SYN's window scale option, at most 15 (RFC 7323, section 2.3); 0: there is none."""
+    while at + 2 < end:
+        kind, size = np.int64(memory[at]), np.int64(memory[at + 1])
+        if kind == 1:  # no operation: the one option without a length that another may follow
+            at += 1
+            continue
+        if kind == 0 or size < 2:
+            break
+        if kind == 3 and size == 3:
+            return min(np.int64(memory[at + 2]), 14) + 1
+        at += size
+    return 0
+
+
+@jit
 def _parse_transport(memory: np.ndarray, at: int, size: int, more: bool, packets: np.ndarray, index: int) -> int:
     """Parse `size` bytes of transport header and payload at byte `at`; `more`: a first fragment, so lengths may not match."""
     packet = packets[index]
@@ -147,6 +166,8 @@ def _parse_transport(memory: np.ndarray, at: int, size: int, more: bool, packets
         packet.tcp_acknowledgment = network32(memory, at + 8)
         packet.tcp_flags = memory[at + 13] & np.uint8(0x3F)
         packet.tcp_window = network16(memory, at + 14)
+        if packet.tcp_flags & SYN and header_bytes > 20:
+            packet.tcp_window_scale = _window_scale(memory, at + 20, at + header_bytes)
         packet.payload_bytes = size - header_bytes
     elif packet.protocol == UDP:
         if size < 8:

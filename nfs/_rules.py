@@ -1,0 +1,116 @@
+"""Rule lists of the firewall: text such as "accept tcp from 10.0.0.0/8 to any port 80-443" to words that are compared quickly.
+
+    (accept | drop) [in | out] [any | tcp | udp | icmp | NUMBER] [from PLACE] [to PLACE]
+    PLACE: (any | ADDRESS[/BITS]) [port PORT[-PORT]]
+
+out: packets from inside; in: packets from outside; neither: both. The first rule that matches decides. A rule has four words:
+
+    source address << 32 | mask      destination address << 32 | mask
+    first << 48 | last << 32 of the source's ports, first << 16 | last of the destination's
+    verdict | sides << 8 | (protocol + 1, 0 for any) << 16
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network
+from typing import Any
+
+import numpy as np
+
+from datastore.native import inline
+from datastore.native.errors import NearstateError
+
+MAX_RULES, WORDS = 32, 4
+NO_RULE, ACCEPT, REFUSE = 0, 1, 2
+SIDES = {"out": 1, "in": 2}
+PROTOCOLS = {"any": 0, "icmp": 2, "tcp": 7, "udp": 18}
+ANY_PORT = (0, 65535)
+EXAMPLE = '"accept out tcp from 10.0.0.0/8 to any port 80-443"'
+
+
+def parsed_rules(texts: list[str] | str) -> list[int]:
+    """Return the words of these rules. Raises NearstateError naming the rule and the word that is wrong."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if len(texts) > MAX_RULES:
+        raise NearstateError(f"{len(texts)} firewall rules: {MAX_RULES} are possible")
+    return [word for text in texts for word in parsed_rule(text)]
+
+
+def parsed_rule(text: str) -> tuple[int, int, int, int]:
+    """Return the four words of a rule."""
+    words = str(text).lower().split()
+
+    def wrong(what: str) -> NearstateError:
+        return NearstateError(f"firewall rule {text!r}: {what}; a rule looks like {EXAMPLE}")
+
+    def take() -> str:
+        return words.pop(0) if words else ""
+
+    verdict = {"accept": ACCEPT, "drop": REFUSE}.get(take())
+    if verdict is None:
+        raise wrong("it begins with accept or drop")
+    sides = SIDES[take()] if words and words[0] in SIDES else 3
+    protocol = 0
+    if words and words[0] in PROTOCOLS:
+        protocol = PROTOCOLS[take()]
+    elif words and words[0].isdigit():
+        protocol = int(take()) + 1
+        if protocol > 256:
+            raise wrong(f"protocol {protocol - 1}; protocols are 0 to 255")
+    places, ports = {"from": 0, "to": 0}, {"from": ANY_PORT, "to": ANY_PORT}
+    for end in ("from", "to"):
+        if not words or words[0] != end:
+            continue
+        take()
+        place = take()
+        try:
+            network = IPv4Network("0.0.0.0/0" if place == "any" else place)
+        except ValueError as error:
+            raise wrong(f"{end} {place!r} is no network ({error})") from None
+        places[end] = int(network.network_address) << 32 | int(network.netmask)
+        if words and words[0] == "port":
+            take()
+            ports[end] = _port_range(take(), wrong)
+            if protocol not in (PROTOCOLS["tcp"], PROTOCOLS["udp"]):
+                raise wrong("only tcp and udp have ports")
+    if words:
+        raise wrong(f"{words[0]!r} is not understood here")
+    (first, last), (to_first, to_last) = ports["from"], ports["to"]
+    return (places["from"], places["to"], first << 48 | last << 32 | to_first << 16 | to_last,
+            verdict | sides << 8 | protocol << 16)  # fmt: skip
+
+
+def _port_range(text: str, wrong: Any) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    if not first.isdigit() or (last and not last.isdigit()) or text.endswith("-"):
+        raise wrong(f"port {text!r} is no port and no range such as 80-443")
+    found = int(first), int(last or first)
+    if not found[0] <= found[1] <= 65535:
+        raise wrong(f"port {text}: ports are 0 to 65535, the lower one first")
+    return found
+
+
+@inline
+def _within(address, place):
+    return (np.uint64(address) ^ place >> np.uint64(32)) & place & np.uint64(0xFFFFFFFF) == np.uint64(0)
+
+
+@inline
+def first_match(packet, env):
+    """Return what the first rule that matches says of a packet, ACCEPT or REFUSE; NO_RULE when none does."""
+    for n in range(MAX_RULES):
+        kind = np.int64(env.rules[WORDS * n + 3])
+        if kind == 0:
+            break
+        if kind >> 8 >> packet.arrived_from & 1 == 0 or (kind >> 16 != 0 and kind >> 16 != np.int64(packet.protocol) + 1):
+            continue
+        if not _within(packet.source_address, env.rules[WORDS * n]) or not _within(
+            packet.destination_address, env.rules[WORDS * n + 1]
+        ):
+            continue
+        ports = env.rules[WORDS * n + 2]
+        from_first, from_last = np.int64(ports >> np.uint64(48)), np.int64(ports >> np.uint64(32) & np.uint64(0xFFFF))
+        to_first, to_last = np.int64(ports >> np.uint64(16) & np.uint64(0xFFFF)), np.int64(ports & np.uint64(0xFFFF))
+        if from_first <= packet.source_port <= from_last and to_first <= packet.destination_port <= to_last:
+            return kind & 3
+    return NO_RULE
