@@ -50,16 +50,8 @@ def in_window(packet, connection, from_opener, opening):
     o_end, o_limit, o_window, o_scale = (connection.answerer_end, connection.answerer_limit, connection.answerer_window,
                                          connection.scale_2)  # fmt: skip
     if not from_opener:
-        end, limit, window, scale, o_end, o_limit, o_window, o_scale = (
-            o_end,
-            o_limit,
-            o_window,
-            o_scale,
-            end,
-            limit,
-            window,
-            scale,
-        )
+        end, limit, o_end, o_limit = o_end, o_limit, end, limit
+        window, scale, o_window, o_scale = o_window, o_scale, window, scale
     s_end, s_limit, s_window, s_scale = np.int64(end), np.int64(limit), np.int64(window), np.int64(scale)
     o_end, o_limit, o_window, o_scale = np.int64(o_end), np.int64(o_limit), np.int64(o_window), np.int64(o_scale)
     flags = packet.tcp_flags
