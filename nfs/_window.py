@@ -15,6 +15,8 @@ A segment of S with sequence numbers seq to seq + length and acknowledgment ack 
     IV   ack >= R.end - max(S.window, 66000)        not older than a window
 
 all modulo 2^32. Selective acknowledgments are not read: bounds III and IV are those of the cumulative one.
+Later fragments have no sequence numbers and are not looked at, so what they carry counts as not sent: TCP in fragments
+(path MTU discovery avoids it) fails bound III.
 """
 
 import numpy as np

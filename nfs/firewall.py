@@ -132,7 +132,8 @@ def firewall(packet, connection, env):
         connection.from_outside = 1 if ruling == ACCEPT and packet.arrived_from != INSIDE else 0
     from_opener = (packet.arrived_from == INSIDE) == (connection.from_outside == 0)
     verdict = follow(packet, connection, env, from_opener)
-    if verdict == FORWARD and env.track_window and packet.protocol == TCP and not packet.icmp_error:
+    whole = packet.protocol == TCP and not packet.icmp_error and packet.fragment_offset == 0
+    if verdict == FORWARD and env.track_window and whole:
         if new:
             forget_windows(connection)
         if not in_window(packet, connection, from_opener, state <= SYN_RECEIVED):

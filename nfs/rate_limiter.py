@@ -14,9 +14,9 @@ whichever side they are (`limits`). The record is forgotten when its bucket is f
 A clock that stands still or goes back by less than a second (another instance read its own a little later) pays nothing back
 twice. One that goes back further is another clock: the bucket goes on from it as it was.
 
-Verdicts in trouble: over the rate, DROP with cause rate_exceeded. Later fragments have no sender's packet to be one of and pass;
-their datagram is lost when its first fragment is dropped. The defaults are above what the testbed's generator offers: what is
-measured is the cost of the state.
+Verdicts in trouble: over the rate, DROP with cause rate_exceeded. A later fragment whose flow is not known passes; its datagram
+is lost when its first fragment is dropped. The defaults are above what the testbed's generator offers: what is measured is the
+cost of the state.
 """
 
 import numpy as np

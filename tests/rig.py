@@ -19,7 +19,7 @@ from nfs.dataplane.port import AFXDP, FD, IN_FLIGHT, KIND, RESERVE, Port
 from nfs.dataplane.steps import make_chain
 
 SLOTS = 256
-VALUE_BYTES = 40
+VALUE_BYTES = 64
 
 
 def memory_port() -> Port:

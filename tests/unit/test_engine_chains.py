@@ -201,10 +201,10 @@ def test_a_chain_meets_outside_packets_in_the_opposite_order(where: dict[str, An
 
 
 def test_neighbours_with_one_key_share_one_record() -> None:
-    chain = load_chain(["firewall", "traffic_counter"], {}, 40)
+    chain = load_chain(["firewall", "traffic_counter"], {}, 64)
     assert len(chain.steps) == 1
-    assert chain.members[:, 1].tolist() == [0, 1]
-    assert len(load_chain(["firewall", "traffic_counter"], {}, 32).steps) == 2, "48 bytes do not fit in 32"
+    assert chain.members[:, 1].tolist() == [0, 4]
+    assert len(load_chain(["firewall", "traffic_counter"], {}, 32).steps) == 2, "64 bytes do not fit in 32"
 
 
 def test_counters_of_all_instances() -> None:
