@@ -1,0 +1,39 @@
+"""NAT: many clients behind a few external addresses; ports translated, each owned by one client (NAPT of RFC 3022).
+
+    10.0.1.7:40002 SYN -> 10.128.0.1:80     no record. Candidate 0 is 10.64.0.7:40002. Claimed for 10.0.1.7:40002: committed.
+                                            Then its own record, then the packet leaves as 10.64.0.7:40002 -> 10.128.0.1:80.
+    10.128.0.1:80 -> 10.64.0.7:40002        the record that was claimed says 10.0.1.7:40002; delivered to it
+    10.0.1.23:40002 ... the same address    the next candidate, 1024 + bits 0 to 8 of 40002 + 512 n: 10.64.0.7:20034, say
+
+Ports, claims and time-outs are told in `_translation.py`. What is required, and where:
+
+    RFC 4787  1 endpoint-independent mapping; 2 paired pooling (the next address when a client's own is full); 3, 3a no port
+              overloading, well-known and other ports apart as long as there are any; 4 parity; 5 UDP 300 s; 6 refreshed from
+              inside, and (`inbound_refresh`) the port from outside; 8 endpoint-independent filtering; 9 hairpinning with external
+              source; 10 no ALGs; 11 deterministic; 12 ICMP ends nothing; 13, 14 are the packet path's. Not: 7
+    RFC 5382  1, 3 as above; 2 SYN both ways, simultaneous open; 4 an unwanted SYN is dropped silently; 5 time-outs 2 h 4 min and
+              4 min; 7 no overloading; 8 hairpinning; 9, 10 ICMP errors are translated and end nothing
+    RFC 5508  1 queries of all kinds; 2 60 s; 4, 5 errors translated, inside and out; 6 errors refresh nothing; 11 other ICMP is
+              dropped. Not: 3 (no checksum is validated: they are updated, so a wrong one stays wrong), 7a hairpinned queries
+              (of a NAPT nobody can be meant), 8 (no ICMP is sent: the ledger counts)
+    RFC 7857  section 2: RST leaves the mapping its transitory time-out; a RST from outside alone shortens nothing
+
+For filtering by address and port as well, put the firewall before it: chain=("firewall", "nat"). For a port for every connection
+see `nat_symmetric`. The defaults give 16 addresses to all clients; a client's is the one with its low four bits, so that echo
+replies and fragments, which switches steer by the address, come back to the same one of two, four, eight or 16 instances.
+
+Verdicts in trouble: all ports of a client's class taken, DROP with cause ports_exhausted, and the client's next packet searches
+on, so it recovers when a port expires. Protocols other than TCP, UDP and ICMP cannot share an address: DROP, refused_by_rule.
+Not from a client's first packet (a TCP segment that is no SYN, unless `pick_up`; a later fragment; an ICMP error about nothing
+known) and from outside to a port that nobody has: DROP. State unreachable or table full: no packet leaves untranslated.
+"""
+
+from nfs._translation import MAPPING, SETTINGS, prepare, translate
+from nfs.dataplane import ENDPOINT, kind_of, network_function
+
+KIND = kind_of("nat")
+
+
+@network_function(key=ENDPOINT, state=MAPPING, passes=("not_ip",), rewrites=True, settings=SETTINGS, prepare=prepare)
+def nat(packet, mapping, env):
+    return translate(packet, mapping, env, KIND, False)
