@@ -25,8 +25,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scapy.error import Scapy_Exception
-from scapy.utils import RawPcapReader
 
 from datastore.native import ROOT
 from datastore.native.errors import NearstateError
@@ -136,6 +134,9 @@ def _check_complete(name: str, content: bytes) -> None:
 
 def _frames(name: str, content: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Yield time in ns, link type and bytes of every frame."""
+    from scapy.error import Scapy_Exception  # here: 28 MB that no other process of an emulated host needs
+    from scapy.utils import RawPcapReader
+
     file: Any = io.BytesIO(content)
     about: Any
     try:
