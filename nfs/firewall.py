@@ -2,7 +2,7 @@
 
 TCP is followed through its handshake, close and reset (RFC 9293, section 3.3.2); UDP and ICMP echo get pseudo-connections.
 The time-outs are those of RFC 5382 (TCP), RFC 4787 (UDP) and RFC 5508 (ICMP). An ICMP error passes when the connection it
-speaks of exists.
+speaks of exists; other ICMP is queries from who may open and their answers (RFC 792).
 
 Settings: `rules`, up to 32 texts (`_rules.py`), are asked about new connections only, the first that matches decides; accept lets
 also outside open. `track_window` drops segments that are not within the windows of their connection (`_window.py`).
@@ -16,6 +16,11 @@ cause out_of_window; all else that is dropped, the function's verdict. One conne
     inside FIN          ESTABLISHED -> inside closed   remember for 240 s
     outside FIN         both closed -> TIME_WAIT       remember for 120 s (twice the maximum segment lifetime, RFC 793: 2 min)
     either RST          any         -> RESET           remember for 10 s; a new inside SYN opens it again
+
+Segments whose flags no end can mean are dropped in every state: what is neither SYN nor RST acknowledges, and SYN, FIN and RST
+exclude each other (RFC 9293, section 3.10.7). A SYN_SENT connection lets bare acknowledgments in: a server that still knows
+an earlier connection answers so, and the client's RST must follow (section 3.5.1). Where the kernel decides otherwise
+is listed in docs/network_functions.md.
 """
 
 from datastore.native import inline
@@ -27,6 +32,7 @@ from nfs.dataplane import (
     FIN,
     FLOW,
     FORWARD,
+    ICMP,
     INSIDE,
     OUT_OF_WINDOW,
     REFUSED_BY_RULE,
@@ -44,6 +50,10 @@ CONNECTION = record(opener_end="u4", opener_limit="u4", opener_window="u4", answ
 
 CLOSED, OPEN, SYN_SENT, SYN_RECEIVED, ESTABLISHED, CLOSING, TIME_WAIT, RESET = range(8)
 INSIDE_CLOSED, OUTSIDE_CLOSED = 1, 2
+
+MEANINGFUL = 1 << SYN | 1 << (SYN | ACK) | 1 << ACK | 1 << (FIN | ACK) | 1 << RST | 1 << (RST | ACK)
+QUERIES = 1 << 8 | 1 << 13 | 1 << 15 | 1 << 17  # echo, time stamp, information, address mask (RFC 792, RFC 950)
+ANSWERS = 1 << 0 | 1 << 14 | 1 << 16 | 1 << 18
 
 UDP_S, ICMP_S, OPENING_S, ESTABLISHED_S, CLOSING_S, TIME_WAIT_S, RESET_S = 300, 60, 120, 7440, 240, 120, 10
 
@@ -70,6 +80,8 @@ def follow(packet, connection, env, inside):
     """Follow the connection by a packet; return the verdict. inside: the packet is from the side that opened, or may open."""
     if packet.icmp_error:
         return FORWARD if connection.state != CLOSED else DROP
+    if packet.protocol == ICMP and not (QUERIES if inside else ANSWERS) >> min(int(packet.icmp_type), 31) & 1:
+        return DROP
     if packet.protocol != TCP:
         if connection.state == CLOSED and not inside:
             return DROP
@@ -77,8 +89,10 @@ def follow(packet, connection, env, inside):
         env.idle_timeout_s = UDP_S if packet.protocol == UDP else ICMP_S
         return FORWARD
 
-    flags = packet.tcp_flags
-    opens = flags & (SYN | ACK | RST | FIN) == SYN
+    flags = int(packet.tcp_flags) & (SYN | ACK | RST | FIN)
+    if not MEANINGFUL >> flags & 1:
+        return DROP
+    opens = flags == SYN
     if connection.state == CLOSED or connection.state == RESET or connection.state == TIME_WAIT:
         if inside and opens:
             connection.state = SYN_SENT
@@ -92,9 +106,9 @@ def follow(packet, connection, env, inside):
         env.idle_timeout_s = RESET_S
         return FORWARD
     if connection.state == SYN_SENT:
-        if not inside and flags & (SYN | FIN) == SYN:  # the answer, or a simultaneous open (RFC 9293, figure 8)
+        if not inside and flags & SYN:  # the answer, or a simultaneous open (RFC 9293, figure 8)
             connection.state = SYN_RECEIVED
-        elif not (inside and opens):
+        elif not opens and (inside or packet.tcp_flags != ACK or packet.payload_bytes != 0):
             return DROP
         env.idle_timeout_s = OPENING_S
         return FORWARD
@@ -102,6 +116,8 @@ def follow(packet, connection, env, inside):
         env.idle_timeout_s = OPENING_S
         if inside and flags & ACK and not flags & SYN:
             connection.state = ESTABLISHED
+    elif flags & SYN and inside == (flags & ACK != 0):
+        return DROP  # who opened sends no SYN ACK any more, and who answered no SYN (RFC 9293, section 3.10.7.4)
     if connection.state == ESTABLISHED:
         env.idle_timeout_s = ESTABLISHED_S
     if flags & FIN:

@@ -66,6 +66,12 @@ def _is_icmp_error(kind: int) -> bool:
     return kind == 3 or kind == 4 or kind == 5 or kind == 11 or kind == 12
 
 
+@inline
+def _is_icmp_query(kind: int) -> bool:
+    """RFC 792 and RFC 950: echo, time stamp, information and address mask, questions and answers."""
+    return kind == 0 or kind == 8 or 13 <= kind <= 18
+
+
 @jit
 def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: np.ndarray, index: int) -> int:
     """Fill `packets[index]` from the `length` bytes at byte `at` of `memory` (uint8); return its status.
@@ -209,6 +215,10 @@ def _parse_icmp(memory: np.ndarray, at: int, size: int, packets: np.ndarray, ind
         return TRUNCATED
     if network16(memory, quoted + 6) & np.uint16(0x1FFF):  # of a later fragment: what stands there are no ports
         return FRAGMENT
+    if network32(memory, quoted + 12) != packet.destination_address:  # RFC 792: an error goes to whom the quoted packet is from
+        return MALFORMED
+    if memory[quoted + 9] == ICMP and not _is_icmp_query(np.int64(memory[quoted + header_bytes])):
+        return MALFORMED  # RFC 1122, section 3.2.2: no error is about an error
     # The quoted packet went the other way, so its source is this side's destination.
     packet.icmp_error = 1
     packet.protocol = memory[quoted + 9]

@@ -57,7 +57,7 @@ def test_a_rule_may_let_outside_open_and_then_outside_is_who_opened() -> None:
     assert firewall.outside(tcp("A", inside=False)) == DROP, "only a SYN opens"
     assert firewall.records == {}
     assert firewall.outside(tcp("S", inside=False)) == FORWARD
-    assert firewall(tcp("A")) == DROP
+    assert firewall(tcp("PA")) == DROP
     assert firewall(tcp("SA")) == FORWARD
     assert firewall.outside(tcp("A", inside=False)) == FORWARD
     assert [firewall(tcp("PA")), firewall.outside(tcp("PA", inside=False))] == [FORWARD] * 2

@@ -109,6 +109,15 @@ def test_the_largest_frames() -> None:
 
 
 @pytest.mark.python_mode
+def test_an_error_goes_to_whom_the_quoted_packet_is_from_and_is_not_about_an_error() -> None:
+    """RFC 792; RFC 1122, section 3.2.2."""
+    astray = packets.Ether(icmp_error(udp()))
+    astray[packets.IP].dst = "10.0.1.8"
+    assert parsed(bytes(astray))[0]["status"] == MALFORMED
+    assert parsed(icmp_error(icmp_error(udp()), inside=True))[0]["status"] == MALFORMED
+
+
+@pytest.mark.python_mode
 def test_an_error_about_a_later_fragment_has_no_flow() -> None:
     """Where ports would be in the quote there is data: it must not be taken for ports."""
     about = bytes(outward(frag=20) / (b"\x12\x34\x56\x78" * 4))

@@ -54,10 +54,37 @@ def test_another_connection_of_the_same_hosts_is_another(firewall: Instance) -> 
 
 def test_before_the_answer_outside_may_only_answer(firewall: Instance) -> None:
     assert firewall(tcp("S")) == FORWARD
-    assert firewall.outside(tcp("A", inside=False)) == DROP
+    assert firewall.outside(tcp("PA", inside=False)) == DROP
+    assert firewall.outside(tcp("A", inside=False, payload=b"data")) == DROP
+    assert firewall.outside(tcp("FA", inside=False)) == DROP
     assert firewall(tcp("S")) == FORWARD, "a SYN may be sent again"
     assert firewall(tcp("PA")) == DROP, "no data before the handshake"
     assert firewall.outside(tcp("SA", inside=False)) == FORWARD
+
+
+def test_a_server_that_knows_an_earlier_connection_is_reset(firewall: Instance) -> None:
+    """RFC 9293, section 3.5.1: it answers a SYN with an acknowledgment, and the client resets it."""
+    assert firewall(tcp("S")) == FORWARD
+    assert firewall.outside(tcp("A", inside=False)) == FORWARD
+    assert firewall.outside(tcp("PA", inside=False)) == DROP, "that answer opens nothing"
+    assert firewall(tcp("R")) == FORWARD
+    opened(firewall)
+
+
+@pytest.mark.parametrize("flags", ["", "P", "F", "U", "SF", "SFA", "SR", "SRA", "RF", "FSRPAU"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_flags_that_mean_nothing_never_pass(firewall: Instance, flags: str, inside: bool) -> None:
+    opened(firewall)
+    assert (firewall(tcp(flags)) if inside else firewall.outside(tcp(flags, inside=False))) == DROP
+    assert firewall.outside(tcp("PA", inside=False)) == FORWARD, "and change nothing"
+
+
+def test_who_opened_does_not_answer_and_who_answered_does_not_open(firewall: Instance) -> None:
+    opened(firewall)
+    assert firewall.outside(tcp("S", inside=False)) == DROP
+    assert firewall(tcp("SA")) == DROP
+    assert firewall.outside(tcp("SA", inside=False)) == FORWARD, "the answer may be sent again"
+    assert firewall(tcp("S")) == FORWARD, "the client may have forgotten: the server tells it"
 
 
 def test_simultaneous_open(firewall: Instance) -> None:
@@ -169,6 +196,18 @@ def test_ping_from_inside_is_answered_and_from_outside_is_not(firewall: Instance
     assert firewall.idle_timeout_s == ICMP_S
     assert firewall.outside(echo(inside=False)) == FORWARD
     assert firewall.outside(echo(inside=False, identifier=78)) == DROP
+
+
+@pytest.mark.parametrize(("asks", "answers"), [(8, 0), (13, 14), (15, 16), (17, 18)])
+def test_icmp_is_asked_from_inside_and_answered_from_outside(firewall: Instance, asks: int, answers: int) -> None:
+    def query(kind: int, inside: bool) -> bytes:
+        return bytes((packets.outward() if inside else packets.inward()) / packets.ICMP(type=kind, id=5) / bytes(12))
+
+    assert firewall(query(answers, True)) == DROP, "nobody has asked"
+    assert firewall(query(asks, True)) == FORWARD
+    assert firewall.outside(query(answers, False)) == FORWARD
+    assert firewall.outside(query(asks, False)) == DROP
+    assert firewall(query(9, True)) == firewall.outside(query(10, False)) == firewall(query(8 + 64, True)) == DROP
 
 
 @pytest.mark.parametrize("about", [udp(), tcp("S"), echo()], ids=["udp", "tcp", "echo"])

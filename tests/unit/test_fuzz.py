@@ -1,0 +1,159 @@
+"""Can any frame make the parser or a network function crash, hang, or touch what is not its own?
+
+Good frames of a trace are mutated (flipped bits, lengths that lie, cut or grown ends, random bytes) and taken through the
+parser, with memory that ends where the frame ends, and through the engine with each network function: all by compiled code.
+200,000 inputs for each function, 10 million with NEARSTATE_LONG=1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datastore.native import INTERPRETED, jit
+from datastore.native.memory import copy, load64
+from nfs.dataplane import declaration
+from nfs.dataplane.frames import FRAME_BYTES, give_frame, take_frame
+from nfs.dataplane.headers import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED, make_packets, parse
+from nfs.dataplane.keys import make_key
+from nfs.dataplane.ledger import imbalance
+from tests.replay import HEADROOM, NOWHERE, START_NS, Replay, pass_one
+from tests.traces import make_trace
+
+pytestmark = [pytest.mark.bounds, pytest.mark.skipif(INTERPRETED, reason="millions of inputs need compiled code")]
+
+INPUTS = 10_000_000 if os.environ.get("NEARSTATE_LONG") == "1" else 200_000
+LONGEST = 1600
+STEP_NS = 10_000_000
+"""Time between two inputs: records expire on the way."""
+GUARD = 0xA5
+LENGTH_BYTES = np.array([14, 16, 17, 18, 20, 21, 23, 34, 35, 38, 39, 42, 46, 47, 58, 59])
+"""Bytes of lengths, offsets, versions, types and protocols in frames without tags and options, quotations too."""
+
+
+@jit
+def dice(state: np.ndarray, limit: int) -> int:
+    """Return a number below `limit` (xorshift64*, Vigna 2016)."""
+    x = state[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    state[0] = x
+    return np.int64((x * np.uint64(0x2545F4914F6CDD1D)) >> np.uint64(33)) % limit
+
+
+@jit
+def mutate(frame: np.ndarray, length: int, state: np.ndarray, lengths: np.ndarray) -> int:
+    """Change `frame` (uint8[LONGEST], `length` bytes of it used) in one of six ways; returns its length then."""
+    how = dice(state, 6)
+    if how == 0:  # as it is
+        return length
+    if how == 1 and length > 0:
+        for _ in range(1 + dice(state, 8)):
+            frame[dice(state, length)] ^= np.uint8(1 << dice(state, 8))
+    elif how == 2:
+        for _ in range(1 + dice(state, 3)):
+            at = lengths[dice(state, lengths.size)]
+            if at < length:
+                frame[at] = np.uint8(dice(state, 256))
+    elif how == 3:
+        return dice(state, length + 1)
+    elif how == 4:
+        longer = length + dice(state, LONGEST - length + 1)
+        for at in range(length, min(longer, length + 64)):
+            frame[at] = np.uint8(dice(state, 256))
+        return longer
+    else:
+        length = dice(state, 200)
+        for at in range(14 if dice(state, 2) else 0, length):  # half of them with the link header of a good one
+            frame[at] = np.uint8(dice(state, 256))
+        if length > 14 and dice(state, 2):
+            frame[14] = np.uint8(0x45)
+    return length
+
+
+@jit
+def intact(memory: np.ndarray, begin: int, at: int, end: int) -> bool:
+    """Tell whether the frame at byte `begin` has GUARD everywhere but in bytes `at` to `end`."""
+    word = np.uint64(0xA5A5A5A5A5A5A5A5)
+    for place in range(begin, at, 8):
+        if load64(memory, place) != word:
+            return False
+    place = end
+    while place & 7:
+        if memory[place] != GUARD:
+            return False
+        place += 1
+    for after in range(place, begin + FRAME_BYTES, 8):  # noqa: SIM110 (compiled code has no generators)
+        if load64(memory, after) != word:
+            return False
+    return True
+
+
+@jit
+def fuzz(engine: Any, inside: Any, outside: Any, frames: Any, words: np.ndarray, client: Any, good: np.ndarray,
+         lengths: np.ndarray, lies: np.ndarray, frame: np.ndarray, guard: np.ndarray, packets: np.ndarray, state: np.ndarray,
+         statuses: np.ndarray, count: int, now_ns: int) -> int:  # fmt: skip
+    """Take `count` inputs through parser, key and engine; counts statuses. Returns the first input that did harm, or -1."""
+    for i in range(count):
+        chosen = dice(state, lengths.size)
+        copy(frame, 0, good[chosen], 0, lengths[chosen])
+        length = mutate(frame, lengths[chosen], state, lies)
+        side = dice(state, 2)
+        status = parse(frame[:length], 0, length, side, packets, 0)
+        statuses[status] += 1
+        if status == 0:
+            make_key(1 + dice(state, 4), 7, packets, 0)
+            if packets[0].partition > 255:
+                return i
+        begin = take_frame(frames)
+        copy(frames.memory, begin, guard, 0, FRAME_BYTES)
+        copy(frames.memory, begin + HEADROOM, frame, 0, length)
+        place = pass_one(engine, inside, outside, frames, words, client, begin + HEADROOM, length, side, now_ns + i * STEP_NS)
+        if place != NOWHERE:
+            give_frame(frames, begin)
+        if frames.control[0] != frames.stack.size or not intact(
+            frames.memory, begin, begin + HEADROOM, begin + HEADROOM + length
+        ):
+            return i
+    return -1
+
+
+def good_frames() -> tuple[np.ndarray, np.ndarray]:
+    """Return frames of a trace, uint8[n, LONGEST], and their lengths."""
+    trace = make_trace(1, 4000)
+    rows = np.zeros((len(trace.frames), LONGEST), np.uint8)
+    for row, frame in zip(rows, trace.frames, strict=True):
+        row[: len(frame)] = np.frombuffer(frame, np.uint8)
+    return rows, np.array([len(frame) for frame in trace.frames])
+
+
+@pytest.mark.parametrize("name", declaration.names())
+def test_no_frame_does_harm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[Any] = []  # what a compiled network function raises cannot pass through the C call
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    replay = Replay.of(name, capacity=1 << 13)
+    good, lengths = good_frames()
+    statuses, packets = np.zeros(256, np.int64), make_packets(2)
+    frame, guard = np.zeros(LONGEST, np.uint8), np.full(FRAME_BYTES, GUARD, np.uint8)
+    seed = np.array([0x9E3779B97F4A7C15], np.uint64)
+    engine, inside, outside, frames, words, client = replay.parts()
+    harmed = fuzz(engine, inside, outside, frames, words, client, good, lengths, LENGTH_BYTES, frame, guard, packets, seed,
+                  statuses, INPUTS, START_NS)  # fmt: skip
+    assert harmed == -1, f"input {harmed} left bytes changed outside its packet, a frame missing, or a partition that is none"
+    assert raised == []
+    assert {int(status) for status in np.flatnonzero(statuses)} == {0, FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED}
+    assert statuses[0] > INPUTS // 4, "most inputs never reach the network function"
+    ledger = replay.ledger()
+    assert ledger["received"] == INPUTS
+    assert imbalance(ledger) == 0, "a verdict that is none"
+    assert not packets[1].tobytes().strip(b"\0")
+    used = replay.frames.stack[-1]
+    assert not np.any(np.delete(replay.frames.memory.reshape(-1, FRAME_BYTES), used // FRAME_BYTES, axis=0))
+    size = replay.record_bytes
+    for record in replay.table.records():
+        assert not record.value[size:].strip(b"\0"), "written behind its record"
