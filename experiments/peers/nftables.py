@@ -1,18 +1,23 @@
-"""nftables: the kernel's own stateful firewall between the same two interfaces, with the rules of `nfs/firewall.py`.
+"""nftables: the kernel's own connection tracking between the same two interfaces, doing the job of the trial's network functions.
 
-The kernel forwards between `inside` and `outside` of nf1 in its own network namespace: established and related traffic both
-ways, new connections only from inside. Nothing outside that namespace is changed.
+The kernel forwards between `inside` and `outside` of nf1 in its own network namespace. As `firewall`: established and related
+traffic both ways, new connections only from inside. As `nat`: what inside opens leaves with one of the addresses that `nat` has,
+always the same for a client, and nothing new comes in. As "firewall+nat": both. Client and server get the kernel's two MAC
+addresses for each other; else nothing outside that namespace is changed.
 """
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, Any
 
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
-from datastore.native.errors import NearstateError
+from datastore.native.errors import NearstateError, unknown
+from nfs.dataplane import load
 from topologies.emulation import system
 
 if TYPE_CHECKING:
@@ -22,15 +27,27 @@ STORES = None
 INSIDE_GATEWAY, OUTSIDE_GATEWAY = "10.127.255.254/9", "10.255.255.254/9"
 CLIENTS = "10.0.1.0/24"
 """The emulated clients (`workloads/traffic.py`), all behind the one client host."""
-RULES = """
-table ip nearstate {
+FILTER = """
   chain through {
     type filter hook forward priority 0; policy drop;
     ct state established,related accept
     iifname "inside" ct state new accept
   }
-}
 """
+GUARD = """
+  chain through {
+    type filter hook forward priority 0; policy accept;
+    iifname "outside" ct state new,invalid drop
+  }
+"""
+TRANSLATE = """
+  chain translated {
+    type nat hook postrouting priority 100;
+    oifname "outside" snat to %s persistent
+  }
+"""
+RULES = {"firewall": FILTER, "nat": GUARD + TRANSLATE, "firewall+nat": FILTER + TRANSLATE}
+"""By the network functions, alone or in a chain, whose job it is; "": none are named, the firewall's."""
 
 
 @dataclass
@@ -49,9 +66,23 @@ class Kernel:
         """Nothing to do: rules, addresses and conntrack entries are the namespace's."""
 
 
+def rules(nf: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the rules for the job of network function or chain `nf`. settings: of functions, by name; the NAT's addresses count.
+
+    Raises NearstateError for a job that is not among RULES.
+    """
+    if nf and nf not in RULES:
+        raise unknown("job of the peer nftables", nf, RULES)
+    text = RULES[nf or "firewall"]
+    if "nat" in nf:
+        first, count = load("nat").make_env(settings.get("nat"))["external_addresses"][0]
+        text = text % f"{IPv4Address(int(first))}-{IPv4Address(int(first + count - 1))}"
+    return f"table ip nearstate {{{text}}}\n"
+
+
 def start(bench: Bench) -> Kernel:
-    """Let the kernel of nf1's namespace forward and filter. Raises NearstateError when nft is missing or refuses."""
-    nf = bench.nf_hosts[0]
+    """Let the kernel of nf1's namespace do the job. Raises NearstateError when nft is missing or refuses."""
+    nf, text = bench.nf_hosts[0], rules(bench.trial.nf, bench.settings["functions"])
     client, server = (bench.network.hosts[name].interfaces["net"] for name in ("client", "server"))
     commands = [
         ["ip", "address", "add", INSIDE_GATEWAY, "dev", "inside"],
@@ -65,7 +96,10 @@ def start(bench: Bench) -> Kernel:
         ["nft", "-f", "-"],
     ]  # fmt: skip
     for command in commands:
-        _run(nf.pid, command, RULES if command[0] == "nft" else "")
+        _run(nf.pid, command, text if command[0] == "nft" else "")
+    for name, other, side in (("client", server, "inside"), ("server", client, "outside")):
+        _run(bench.network.hosts[name].pid, ["ip", "neighbour", "replace", str(other.ipv4).partition("/")[0], "lladdr",
+                                             nf.interfaces[side].mac, "dev", "net", "nud", "permanent"], "")  # fmt: skip
     return Kernel(nf.interfaces["inside"].mac, nf.pid)
 
 

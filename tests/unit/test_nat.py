@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from nfs.dataplane import ICMP as ICMP_NUMBER
 from nfs.dataplane import TCP as TCP_NUMBER
 from nfs.dataplane import UDP as UDP_NUMBER
 from tests.packets import CLIENT, SERVER, Instance, checksums_hold, ethernet, icmp_error, well_formed
+from topologies.emulation.network import TRANSLATED_NETWORK
 
 pytestmark = [pytest.mark.python_mode, pytest.mark.bounds]
+LONG = os.environ.get("NEARSTATE_LONG") == "1"
 EXTERNAL = "192.0.2.1"
 ROUTER = "10.200.0.1"
 UDP_S, ICMP_S, ESTABLISHED_S, TRANSITORY_S = 300, 60, 7440, 240
@@ -83,7 +86,7 @@ def back(instance: Instance, kind: str, external: End, server: End | None = None
 clients = st.tuples(st.sampled_from([f"10.0.1.{n}" for n in range(1, 9)]), st.integers(1, 65535))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=200 if LONG else 12, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(KINDS), clients), min_size=1, max_size=25), st.integers(1, 3))
 def test_translation_is_a_bijection(flows: list[tuple[str, End]], addresses: int) -> None:
     """No two live endpoints share an external one; there and back is the identity; class and protocol are kept."""
@@ -518,7 +521,7 @@ actions = st.tuples(st.integers(0, 1), st.integers(1, 4), st.sampled_from(["", "
                     st.sampled_from([0, 0, 1, 59, 61, 100, 239, 241, 299, 361, 1900, 7000, 11161]), st.booleans())  # fmt: skip
 
 
-@settings(max_examples=150 if not INTERPRETED else 30, deadline=None)
+@settings(max_examples=1000 if LONG else 40, deadline=None)
 @given(st.lists(actions, min_size=5, max_size=40), st.booleans())
 def test_two_instances_never_give_one_port_twice(trace: list[tuple[int, int, str, int, bool]], refresh: bool) -> None:
     """Whatever the times between packets are, and wherever an instance dies."""
@@ -564,7 +567,7 @@ def test_symmetric_each_connection_has_a_mapping_and_only_its_server_answers() -
         assert back(instance, kind, external, server_of(kind, 3)) is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=200 if LONG else 10, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(KINDS), clients, st.integers(1, 3)), min_size=1, max_size=20))
 def test_symmetric_translation_is_a_bijection(flows: list[tuple[str, End, int]]) -> None:
     instance = nat("nat_symmetric")
@@ -613,6 +616,12 @@ def test_addresses_may_be_given_in_three_ways() -> None:
     for given_addresses in ("192.0.2.4/31", ["192.0.2.5", "192.0.2.4"], [int(IPv4Address("192.0.2.4")), "192.0.2.5"]):
         instance = nat(external_addresses=given_addresses)
         assert list(instance.env["external_addresses"][0]) == [int(IPv4Address("192.0.2.4")), 2]
+
+
+def test_the_default_addresses_are_where_the_emulated_hosts_route_them() -> None:
+    first, count = Instance.of("nat").env["external_addresses"][0]
+    for address in (first, first + count - 1):
+        assert IPv4Address(int(address)) in IPv4Network(TRANSLATED_NETWORK)
 
 
 def test_an_icmp_identifier_may_be_zero() -> None:

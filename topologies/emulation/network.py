@@ -37,6 +37,8 @@ from topologies.emulation.processes import ROOT, Launcher
 from topologies.emulation.topology import Plan, plan
 
 CLIENT_ADDRESS, SERVER_ADDRESS = "10.0.0.1", "10.128.0.1"
+TRANSLATED_NETWORK = "10.64.0.0/16"
+"""Where a NAT's external addresses are: the server routes them to the client, the client (for hairpinning) to the server."""
 STORAGE_NETWORK = "192.168.77"
 CONTROLLER_S, WIRE_S = 15.0, 60.0
 MIDDLE = "wire"
@@ -293,6 +295,8 @@ class Network:
             lines.append(f"link set {interface.name} up")
             for peer, other in self._neighbours(name, interface.name):
                 lines.append(f"neigh replace {peer.split('/')[0]} lladdr {other} dev {interface.name} nud permanent")
+                if interface.name == "net":
+                    lines.append(f"route add {TRANSLATED_NETWORK} via {peer.split('/')[0]} dev net")
         return "\n".join(lines)
 
     def _neighbours(self, name: str, interface: str) -> Iterator[tuple[str, str]]:
