@@ -4,14 +4,17 @@ import hashlib
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 
-from topologies.emulation import system
+from tests.documents import example
+from topologies.emulation import system, topology
 from topologies.emulation.calibration import Calibration
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
@@ -67,6 +70,18 @@ def test_rack_round_trips_are_four_times_the_delay(launcher: Launcher) -> None:
         assert {path.spec_us for path in result.paths} == {4000.0}
         if network.delay_mechanism == "wire":
             assert all(cable["dropped"] == cable["dropped_before"] == 0 for cable in counts(launcher).values())
+
+
+def test_the_readme_topology_delays_its_storage_cables_alone(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    far_store = ModuleType("topologies.far_store")
+    exec(example("topologies/far_store.py"), far_store.__dict__)  # the document's own code
+    monkeypatch.setitem(sys.modules, "topologies.far_store", far_store)
+    monkeypatch.setattr(topology, "names", lambda: ["far_store"])
+    with Network("far_store", {"storage_delay_us": 1000.0, "store_hosts": 1}, "test-wire", launcher, launcher.journal) as network:
+        result = calibrated(network)
+        assert result.valid, result.reasons
+        specified_us = {("storage" in path.path, "control" in path.path): path.spec_us for path in result.paths}
+        assert specified_us == {(False, False): 0.0, (True, False): 4000.0, (True, True): 2000.0}
 
 
 def test_a_delay_that_is_not_the_one_asked_for_is_refused(launcher: Launcher) -> None:

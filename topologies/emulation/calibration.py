@@ -143,18 +143,23 @@ def base_us(network: Network) -> float:
 
     Through a switch: from middle to middle, on the same ports and rules. Without one: from a host to its cable's middle.
     """
-    middles = {}
-    for number, (host, interface, _, _, _) in enumerate(network.cables()):
-        middles[host, interface] = (f"a{number}", f"b{number}")
+    cables = network.cables()
+    middles = {cables[number][:2]: names for number, names, _ in network.middles()}
+
+    def middle(end: End, beside: End, side: int) -> End:
+        """Return the interface in the middle of the cable of `beside`, in the place of `end`; a cable without delay has none."""
+        names = middles.get((beside.host, beside.interface))
+        return replace(end, pid=network.middle_pid(), interface=names[side]) if names else end
+
     paths = []
     for path in network_paths(network):
         a, b = path.a, path.b
         if network.switch is None:
             if (a.host, a.interface) not in middles:
                 a, b = b, a
-            b = replace(b, pid=network.middle_pid(), interface=middles[a.host, a.interface][0])
+            b = middle(b, a, 0)
         else:
-            a, b = (replace(end, pid=network.middle_pid(), interface=middles[end.host, end.interface][1]) for end in (a, b))
+            a, b = middle(a, a, 1), middle(b, b, 1)
         paths.append(replace(path, a=a, b=b, spec_us=0.0))
     return min((measurement.rtt_us for measurement in measure(paths, BASE_BUDGET_S)), default=0.0)
 
@@ -164,7 +169,7 @@ def trim_us(network: Network, base_us: float) -> float:
 
     The cheapest and bounded, so that a busy moment now does not make the delay too short for the whole trial.
     """
-    paths = network_paths(network)
+    paths = [path for path in network_paths(network) if path.crossings]
     costs = [
         (measurement.rtt_us - base_us - measurement.spec_us) / path.crossings
         for path, measurement in zip(paths, measure(paths, BASE_BUDGET_S), strict=True)
