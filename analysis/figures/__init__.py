@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import pandas as pd
 
 from analysis.sheet import Sheet
 from analysis.style import TWO_COLUMNS_IN
-from datastore.native.errors import NearstateError
+from datastore.native.errors import NearstateError, import_file
 
 CARRIED_RATIO = 0.99  # a placement carries a load when it delivers this share of it
 
@@ -52,7 +51,7 @@ class Definition:
 def definitions() -> dict[str, Definition]:
     """Load every figure file; within an experiment the figure of its own name comes first."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
-    loaded = [_load(name, importlib.import_module(f"{__name__}.{name}")) for name in names]
+    loaded = [_load(name, import_file(f"{__name__}.{name}")) for name in names]
     ordered = sorted(loaded, key=lambda figure: (figure.experiment, figure.name != figure.experiment, figure.name))
     return {figure.name: figure for figure in ordered}
 

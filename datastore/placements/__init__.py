@@ -11,12 +11,11 @@ A placement is named `file` or `file:policy`.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.native.errors import NearstateError, import_file, unknown
 from datastore.store.partitions import PARTITIONS, PartitionMap
 
 
@@ -66,7 +65,7 @@ def names() -> list[str]:
     found = []
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if not path.stem.startswith("_"):
-            policies = list(importlib.import_module(f"{__name__}.{path.stem}").POLICIES)
+            policies = list(import_file(f"{__name__}.{path.stem}").POLICIES)
             found += [path.stem] + [f"{path.stem}:{policy}" for policy in policies[1:]]
     return found
 
@@ -76,7 +75,7 @@ def load(name: str) -> Placement:
     stem, _, policy = name.partition(":")
     if name not in names() and stem not in names():
         raise unknown("placement", name, names())
-    module = importlib.import_module(f"{__name__}.{stem}")
+    module = import_file(f"{__name__}.{stem}")
     policies: dict[str, Policy] = module.POLICIES
     policy = policy or next(iter(policies))
     if policy not in policies:

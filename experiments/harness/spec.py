@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datastore import placements
-from datastore.native.errors import NearstateError, unknown
+from datastore.native.errors import NearstateError, import_file, unknown
 from experiments.workloads import capture
 from experiments.workloads.traffic import Replay, Traffic
 from nfs.dataplane import declaration
 
 PROFILES = ("smoke", "quick", "paper")
 FOLDER = Path(__file__).resolve().parents[1]
-GRID_KEYS = ("topology", "nf", "placement", "replicas")
+DEFAULTS: Mapping[str, Any] = {"topology": "rack", "nf": "", "placement": "", "replicas": 1}
+"""What a trial has where its grid does not say."""
+GRID_KEYS = tuple(DEFAULTS)
 """Sweep keys with a meaning of their own; every other key is passed to the procedure as a setting."""
 NOT_SWEPT = ("settings", "repeats", "chain")
 """What a grid says of its trials besides the values it sweeps."""
@@ -107,7 +110,7 @@ def load(name: str) -> Experiment:
     """Return the experiment of file `experiments/<name>.py`, checked. Raises NearstateError."""
     if name not in experiment_names():
         raise unknown("experiment", name, experiment_names())
-    found = getattr(importlib.import_module(f"experiments.{name}"), "EXPERIMENT", None)
+    found = getattr(import_file(f"experiments.{name}"), "EXPERIMENT", None)
     if not isinstance(found, Experiment):
         raise NearstateError(f"experiments/{name}.py declares no EXPERIMENT = Experiment(...)")
     for profile in PROFILES:
@@ -117,28 +120,75 @@ def load(name: str) -> Experiment:
 
 def check(name: str, experiment: Experiment) -> None:
     """Check everything that can be checked without starting anything. Raises NearstateError naming the wrong value."""
-    from topologies.emulation.topology import names as topology_names
+    from topologies.emulation import topology
 
     if experiment.procedure not in procedure_names():
         raise unknown(f"procedure of experiment {name!r}", experiment.procedure, procedure_names())
+    _check_grids(name, experiment.sweeps)
     for repeats in (experiment.repeats, *(grid.get("repeats", 1) for grid in experiment.sweeps)):
+        check_setting(name, "repeats", repeats, 1)
         if repeats < 1:
             raise NearstateError(f"experiment {name!r}: repeats={repeats}; at least 1 is needed")
     check_traffic(name, experiment)
     procedure = importlib.import_module(f"experiments.harness.procedures.{experiment.procedure}")
-    for key in experiment.settings:
+    for key, value in experiment.settings.items():
         if key not in procedure.SETTINGS:
             raise unknown(f"setting of experiment {name!r}", key, procedure.SETTINGS)
-    known = {"topology": topology_names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
+        check_setting(name, key, value, procedure.SETTINGS[key])
+    known = {"topology": topology.names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
     for grid in experiment.sweeps:
         for key in (*grid, *grid.get("settings", ())):
             if key not in (*GRID_KEYS, *NOT_SWEPT) and key not in procedure.SETTINGS:
                 raise unknown(f"sweep parameter of experiment {name!r}", key, (*GRID_KEYS, *procedure.SETTINGS))
+        swept = [(key, value) for key in grid if key not in NOT_SWEPT for value in grid[key]]
+        for key, value in (*swept, *grid.get("settings", {}).items()):
+            if key in DEFAULTS:
+                check_setting(name, key, value, DEFAULTS[key])
+            elif key in procedure.SETTINGS:
+                check_setting(name, key, value, procedure.SETTINGS[key])
         for key, names in known.items():
             for value in values_of(grid, key):
                 for part in value.split(CHAIN) if key == "nf" else [value]:
                     if part not in names:
                         raise unknown(key if key != "nf" else "network function", part, names)
+                    if key == "nf" and part:
+                        declaration.load(part)
+        for value in values_of(grid, "topology") or [DEFAULTS["topology"]]:
+            topology.plan(value, experiment.network)
+
+
+def _check_grids(name: str, grids: Any) -> None:
+    """Raise NearstateError unless the sweeps are mappings of non-empty lists: Python's ("rack") is a text, ("rack",) a list."""
+    if not isinstance(grids, (tuple, list)) or not grids or not all(isinstance(grid, Mapping) for grid in grids):
+        raise NearstateError(f"experiment {name!r}: sweeps={grids!r} is no list of grids; write sweeps=({{...}},)")
+    for grid in grids:
+        for key, values in grid.items():
+            if key not in ("settings", "repeats") and not (isinstance(values, (tuple, list)) and values):
+                raise NearstateError(f"experiment {name!r}: {key}={values!r} is no list of values; write {key}=({values!r},)")
+
+
+def check_setting(name: str, key: str, value: Any, default: Any) -> None:
+    """Raise NearstateError unless a value is of its default's kind: a number of at least 0 (whole where the default is), a
+    list with items like the default's, and so on."""
+    if not _alike(value, default):
+        raise NearstateError(f"experiment {name!r}: {key}={value!r} is no {_kind(default)}; the default is {default!r}")
+
+
+def _alike(value: Any, default: Any) -> bool:
+    if isinstance(default, (tuple, list)):
+        like = 0.0 if default and isinstance(default[0], int) else next(iter(default), "")
+        return isinstance(value, (tuple, list)) and all(_alike(item, like) for item in value)
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        right = isinstance(value, int if isinstance(default, int) else (int, float)) and not isinstance(value, bool)
+        return right and math.isfinite(value) and value >= 0
+    return isinstance(value, Mapping if isinstance(default, Mapping) else type(default))
+
+
+def _kind(default: Any) -> str:
+    names = {bool: "True or False", int: "whole number from 0", float: "number from 0", str: "text"}
+    if isinstance(default, (tuple, list)):
+        return "list of texts" if default and isinstance(default[0], str) else "list of numbers from 0"
+    return names.get(type(default), "mapping")
 
 
 def values_of(grid: Mapping[str, Any], key: str) -> Sequence[Any]:
@@ -172,9 +222,9 @@ def trials(name: str, experiment: Experiment) -> Iterator[Trial]:
             swept["nf"] = values_of(grid, "nf")
         for values in itertools.product(*swept.values()):
             chosen = dict(zip(swept, values, strict=True))
-            fixed = {key: chosen.pop(key) for key in GRID_KEYS if key in chosen}
+            fixed = {**DEFAULTS} | {key: chosen.pop(key) for key in GRID_KEYS if key in chosen}
             for repeat in range(grid.get("repeats", experiment.repeats)):
                 yield Trial(
-                    name, fixed.get("topology", "rack"), fixed.get("nf", ""), fixed.get("placement", ""),
-                    fixed.get("replicas", 1), chosen, grid.get("settings", {}), repeat, experiment.seed + repeat,
+                    name, fixed["topology"], fixed["nf"], fixed["placement"], fixed["replicas"], chosen,
+                    grid.get("settings", {}), repeat, experiment.seed + repeat,
                 )  # fmt: skip

@@ -24,7 +24,7 @@ import numba
 import numpy as np
 
 from datastore.native import INTERPRETED
-from datastore.native.errors import NearstateError, unknown
+from datastore.native.errors import NearstateError, import_file, unknown
 from nfs.dataplane import ledger
 from nfs.dataplane.headers import PACKET
 from nfs.dataplane.keys import NONE
@@ -176,7 +176,7 @@ def load(name: str) -> NetworkFunction:
     """Return the network function of file `nfs/<name>.py`. Raises NearstateError for unknown names."""
     if name not in names():
         raise unknown("network function", name, names())
-    found = getattr(importlib.import_module(f"nfs.{name}"), name, None)
+    found = getattr(import_file(f"nfs.{name}"), name, None)
     if not isinstance(found, NetworkFunction):
         raise NearstateError(f"nfs/{name}.py declares no network function named {name}: decorate it with @network_function")
     return found

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import experiments
+from datastore.native import errors
 from datastore.native.errors import NearstateError
 from experiments.harness import runner, spec
 from experiments.harness.spec import Experiment, check, trials
@@ -45,13 +48,66 @@ def test_a_right_experiment_passes() -> None:
             {"sweeps": ({"ofered_kpps": (1, 2)},)},
             "unknown sweep parameter of experiment 'mine' 'ofered_kpps': did you mean offered",
         ),
-        ({"sweeps": ({"placement": "local"},)}, "unknown placement 'l'"),
+        ({"sweeps": ({"placement": "local"},)}, r"'mine': placement='local' is no list of values; write placement=\('local',\)"),
+        ({"sweeps": ({"chain": "firewall"},)}, r"chain='firewall' is no list of values; write chain=\('firewall',\)"),
+        ({"sweeps": ({"placement": ()},)}, r"placement=\(\) is no list of values"),
+        ({"sweeps": {"placement": ("local",)}}, r"is no list of grids; write sweeps=\("),
+        ({"sweeps": ()}, r"sweeps=\(\) is no list of grids"),
+        ({"settings": {"offered_kpps": "5"}}, "'mine': offered_kpps='5' is no number from 0; the default is 10.0"),
+        ({"settings": {"offered_kpps": -1}}, "offered_kpps=-1 is no number from 0"),
+        ({"settings": {"seconds": float("nan")}}, "seconds=nan is no number from 0"),
+        ({"settings": {"capacity": 1.5}}, "capacity=1.5 is no whole number from 0; the default is 65536"),
+        ({"settings": {"capacity": True}}, "capacity=True is no whole number from 0"),
+        ({"settings": {"functions": ("nat",)}}, "is no mapping; the default is {}"),
+        ({"settings": {"paths": 1}}, "paths=1 is no text"),
+        ({"sweeps": ({"offered_kpps": (1, "2")},)}, "offered_kpps='2' is no number from 0"),
+        ({"sweeps": ({"replicas": ("1",)},)}, "replicas='1' is no whole number from 0"),
+        ({"sweeps": ({"placement": (1,)},)}, "placement=1 is no text"),
+        ({"sweeps": ({"placement": ("local",), "settings": {"seconds": "1"}},)}, "seconds='1' is no number from 0"),
+        ({"repeats": "2"}, "repeats='2' is no whole number"),
+        (
+            {"procedure": "throughput", "settings": {"ladder_kpps": ("20",)}},
+            r"ladder_kpps=\('20',\) is no list of numbers from 0",
+        ),
+        ({"procedure": "throughput", "settings": {"ladder_kpps": 20}}, "ladder_kpps=20 is no list of numbers from 0"),
+        ({"procedure": "throughput", "settings": {"saturate": 1}}, "saturate=1 is no True or False"),
+        ({"network": {"nf_hosts": "two"}}, "topology rack: nf_hosts='two' is no int"),
+        ({"network": {"nf_host": 2}}, "unknown parameter of topology rack 'nf_host': did you mean nf_hosts"),
     ],
 )
 def test_what_is_wrong_is_refused_with_the_nearest_names(changes: Mapping[str, Any], message: str) -> None:
     with pytest.raises(NearstateError, match=message) as raised:
         check("mine", replace(RIGHT, **changes))
     assert "\n" not in str(raised.value)
+
+
+def test_what_may_stand_for_a_default_passes() -> None:
+    settings = {"ladder_kpps": [2.5, 40], "saturate": True, "seconds": 1, "functions": {"firewall": {}}}
+    check("mine", replace(RIGHT, procedure="throughput", settings=settings))
+    check("mine", replace(RIGHT, procedure="throughput", settings={}, sweeps=({"ladder_kpps": ((1, 2), (3,))},)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("EXPERIMENT = Experiment(\n", "experiments/{name}.py:1: SyntaxError: '(' was never closed"),
+        ("\nEXPERIMENT = Experiment(qestion='?')\n", "experiments/{name}.py:2: NameError: name 'Experiment' is not defined"),
+        ("import nothing_of_that_name\n", "experiments/{name}.py:1: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("EXPERIMENT = None\n", "experiments/{name}.py declares no EXPERIMENT = Experiment(...)"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_told_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    (tmp_path / "experiments").mkdir()
+    name = f"broken_{abs(hash(text))}"
+    (tmp_path / "experiments" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(spec, "FOLDER", tmp_path / "experiments")
+    monkeypatch.setattr(errors, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path / "experiments")])
+    with pytest.raises(NearstateError) as raised:
+        spec.load(name)
+    assert str(raised.value) == message.format(name=name)
 
 
 def test_unknown_experiments_and_profiles_are_refused() -> None:

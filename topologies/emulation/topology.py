@@ -6,7 +6,6 @@ of Mininet's Topo. Its parameters are the keyword arguments of `build`.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from mininet.topo import Topo
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.native.errors import NearstateError, import_file, unknown
 
 FOLDER = Path(__file__).resolve().parents[1]
 ROLES = ("client", "server", "nf", "store", "control")
@@ -59,7 +58,7 @@ def plan(name: str, parameters: Mapping[str, Any]) -> Plan:
     """Check a topology's name and parameters and freeze them. Raises NearstateError naming the nearest valid ones."""
     if name not in names():
         raise unknown("topology", name, names())
-    module = importlib.import_module(f"topologies.{name}")
+    module = import_file(f"topologies.{name}")
     topology = getattr(module, "".join(word.capitalize() for word in name.split("_")))
     arguments = inspect.signature(topology.build).parameters
     defaults = {key: argument.default for key, argument in arguments.items() if key != "self"}
