@@ -19,6 +19,8 @@ from datastore.native import ROOT
 from datastore.native.errors import NearstateError, unknown
 
 RESULTS = ROOT / "results"
+MOST_NEW_FILES = 50
+"""Files that git does not know yet, recorded with a run."""
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -61,7 +63,8 @@ class Record:
         """Return the run of that id, or of `latest`. Raises NearstateError for unknown ones, naming the nearest."""
         folder = (results / run).resolve()
         if folder.parent != results.resolve() or not (folder / "spec.json").is_file():
-            raise unknown("run", run, [path.parent.name for path in results.glob("*/spec.json")])
+            known = [path.parent.name for path in results.glob("*/trials.jsonl")]
+            raise unknown("run", run, known) if known else NearstateError(f"no run is in {results} yet: ./run_all.sh makes one")
         return cls(folder)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
@@ -121,10 +124,12 @@ def point_latest(folder: Path) -> None:
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit the code is at, and the difference of the tree to it (None: clean, or no git)."""
+    """Return the commit the code is at, and the difference of the tree to it, new files too (None: clean, or no git)."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        return done.stdout.strip() if done.returncode in (0, 1) else ""  # 1: --no-index found a difference
 
-    return {"commit": git("rev-parse", "HEAD") or "unknown", "diff": git("diff", "HEAD")[:100_000] or None}
+    new = git("ls-files", "--others", "--exclude-standard").splitlines()[:MOST_NEW_FILES]
+    changes = [git("diff", "HEAD"), *(git("diff", "--no-index", "--", "/dev/null", path) for path in new)]
+    return {"commit": git("rev-parse", "HEAD") or "unknown", "diff": "\n".join(filter(None, changes))[:100_000] or None}

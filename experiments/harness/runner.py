@@ -99,8 +99,7 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
     """Run trials one after the other and record each."""
     if not trials:
         return
-    journal = Journal(record.run_id)
-    with Launcher(journal, record.folder / "logs", PRELOAD) as launcher:
+    with Journal(record.run_id) as journal, Launcher(journal, record.folder / "logs", PRELOAD) as launcher:
         launcher.wait_ready()
         waiting = deque(trials)
         while waiting:
@@ -111,7 +110,6 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
             again = next_attempt(trial, record.validity())
             waiting.extend([again] if again else [])
             progress.end(trial.name, result["seconds"], result["invalid_reasons"], bool(again))
-    journal.close()
 
 
 def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: Launcher, pcap: Path) -> dict[str, Any]:

@@ -31,8 +31,11 @@ def open_shell(topology: str, placement: str, nf: str, nf_hosts: int) -> None:
                             network=fixed)  # fmt: skip
     spec.check("shell", experiment)
     trial = Trial("shell", topology, nf, placement, 1, {}, {}, 0, 1)
-    journal = Journal(f"shell-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    with TemporaryDirectory(prefix="nearstate-") as logs, Launcher(journal, Path(logs), PRELOAD) as launcher:
+    with (
+        TemporaryDirectory(prefix="nearstate-") as logs,
+        Journal(f"shell-{datetime.datetime.now():%Y%m%d-%H%M%S}") as journal,
+        Launcher(journal, Path(logs), PRELOAD) as launcher,
+    ):
         network = Network(topology, network_parameters(trial, experiment), journal.run_id, launcher, journal)
         bench = Bench(trial, experiment, network, launcher)
         try:
@@ -45,4 +48,3 @@ def open_shell(topology: str, placement: str, nf: str, nf_hosts: int) -> None:
         finally:
             bench.stop()
             network.stop()
-    journal.close()

@@ -169,3 +169,27 @@ def test_other_files_are_written_whole_or_not_at_all(record: Record) -> None:
 
 def test_the_commit_is_recorded() -> None:
     assert set(records.commit()) == {"commit", "diff"}
+
+
+def test_changed_and_new_files_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    git("init")
+    (tmp_path / "old.py").write_text("old = 1\n")
+    (tmp_path / ".gitignore").write_text("results\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert records.commit()["diff"] is None
+    (tmp_path / "results").write_text("not of interest\n")
+    (tmp_path / "old.py").write_text("old = 2\n")
+    (tmp_path / "new.py").write_text("new = 1\n")
+    diff = records.commit()["diff"].splitlines()
+    assert [line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---")] == ["-old = 1", "+old = 2", "+new = 1"]
+
+
+def test_before_the_first_run_it_is_said_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(NearstateError, match=r"no run is in .* yet: \./run_all\.sh makes one"):
+        Record.open("latest", tmp_path)
