@@ -89,7 +89,7 @@ def _experiment(run: Run, frame: pd.DataFrame, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "question": question,
-        "answer": answers[0] if answers else "No trial of this experiment has ended.",
+        "answer": answers[0] if answers else _unanswered(trials, rows),
         "figures": [
             {"name": figure.name, "question": figure.question, "data": data, "width_in": width_in}
             for figure, data, width_in in pictures
@@ -104,6 +104,15 @@ def _experiment(run: Run, frame: pd.DataFrame, name: str) -> dict[str, Any]:
         "trials": len(trials),
         "valid": sum(_valid(trial) for trial in trials),
     }
+
+
+def _unanswered(trials: Sequence[dict[str, Any]], rows: pd.DataFrame) -> str:
+    """Return why there is no sentence that answers the question."""
+    if not trials:
+        return "No trial of this experiment has ended."
+    if not rows["valid"].any():
+        return "No trial of this experiment was valid."
+    return "No figure of this experiment says its answer; the numbers are below and in summary.csv."
 
 
 def _image(run: Run, frame: pd.DataFrame, figure: Definition) -> tuple[str, float] | None:

@@ -130,6 +130,8 @@ class Sheet:
 
     def legend_of(self, handles: Sequence[Any], labels: Sequence[str]) -> None:
         """Put any legend above the panels, as many entries abreast as the width holds."""
+        if not labels:
+            return
         rows = math.ceil(sum(0.6 + 0.05 * len(label) for label in labels) / self.width_in)  # inches at 8 points
         abreast = math.ceil(len(labels) / rows)
         self.figure.legend(handles, labels, loc="outside upper center", ncols=abreast, borderaxespad=0.2, columnspacing=1.5)

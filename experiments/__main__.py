@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from datastore.native.errors import NearstateError
 
@@ -43,7 +44,19 @@ def run(arguments: argparse.Namespace) -> None:
     report(record.folder, arguments.baseline, arguments.other)
 
 
-def report(folder: Any, baseline: str, other: str) -> None:
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Tell in one line that a run's folder cannot be written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise NearstateError(f"{error.filename or folder} cannot be written: {error.strerror}; free some space, mend its "
+                             "permissions or mount it writable") from error  # fmt: skip
+
+
+def report(folder: Path, baseline: str, other: str) -> None:
     """Write summary, figures and report of a run and print the table of two placements."""
     from analysis.compare import compare as compare_placements
     from analysis.compare import print_comparison
@@ -51,9 +64,10 @@ def report(folder: Any, baseline: str, other: str) -> None:
     from analysis.report import write_report
     from analysis.summary import write_summary
 
-    write_summary(folder)
-    draw_figures(folder)
-    page = write_report(folder)
+    with writing(folder):
+        write_summary(folder)
+        draw_figures(folder)
+        page = write_report(folder)
     print_comparison(compare_placements([folder], baseline, other), baseline, other)
     print(f"report: {page}")
 
@@ -77,10 +91,11 @@ def figures(arguments: argparse.Namespace) -> None:
     from experiments.harness.record import Record
 
     folder = Record.open(arguments.run).folder
-    write_summary(folder)
-    for path in draw_figures(folder, arguments.figure or None):
-        print(path)
-    print(write_report(folder))
+    with writing(folder):
+        write_summary(folder)
+        for path in draw_figures(folder, arguments.figure or None):
+            print(path)
+        print(write_report(folder))
 
 
 def doctor(arguments: argparse.Namespace) -> None:

@@ -720,6 +720,17 @@ def test_report_of_a_run_without_trials_says_so(tmp_path: Path) -> None:
     assert page.count("No trial of this experiment has ended.") == 6  # three experiments, in the overview and in their place
 
 
+def test_report_of_a_run_without_an_answer_says_why(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "invalid")
+    lines = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    unseen = [{**line, "experiment": "unseen"} for line in lines[:1]]
+    (run / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unseen))
+    assert "No figure of this experiment says its answer" in write_report(run).read_text()
+    refused = [{**line, "valid": False, "invalid_reasons": ["late"]} for line in unseen]
+    (run / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in refused))
+    assert "No trial of this experiment was valid." in write_report(run).read_text()
+
+
 def test_text_from_results_stays_text(tmp_path: Path) -> None:
     line = trial("packet_latency", "local", 0, [], "firewall", valid=False, invalid_reasons=["<script>alert(1)</script>"])
     line["network"] = {"name": "x", "nodes": [{"name": "<b>nf</b>", "role": "nf", "processes": []}], "links": []}
