@@ -169,8 +169,8 @@ def _check_grids(name: str, grids: Any) -> None:
 
 def check_setting(name: str, key: str, value: Any, default: Any) -> None:
     """Raise NearstateError unless a value is of its default's kind: a number of at least 0 (whole where the default is), a
-    list with items like the default's, and so on."""
-    if not _alike(value, default):
+    list with items like the default's, and so on. A default of None says no kind: whoever reads the setting checks it."""
+    if default is not None and not _alike(value, default):
         raise NearstateError(f"experiment {name!r}: {key}={value!r} is no {_kind(default)}; the default is {default!r}")
 
 
