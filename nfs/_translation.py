@@ -8,7 +8,8 @@ by claims, so whose the port is, is decided in one place:
     and every claim lasts longer than that, also one that a later packet made shorter
 
 so no port serves two, whatever became of instances and inside records. `renewal` is a quarter of the protocol's shortest
-time-out, a claim lasts half as long again as the time-out it is made for; a SYN and a new time-out renew it at once. Ports come back when the claim expires.
+time-out, a claim lasts half as long again as the time-out it is made for; a SYN and a new time-out renew it at once.
+Ports come back when the claim expires.
 
 Candidates, numbered for each client's address and port: its own port at its own external address (the one with the
 client's low bits, where a power of two is given), then a walk over all that

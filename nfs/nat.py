@@ -26,7 +26,8 @@ replies and fragments, which switches steer by the address, come back to the sam
 Verdicts in trouble: all ports of a client's class taken, DROP with cause ports_exhausted, and the client's next packet searches
 on, so it recovers when a port expires. Protocols other than TCP, UDP and ICMP cannot share an address: DROP, refused_by_rule.
 DROP, too, for what may not be a client's first packet (a TCP segment that is no SYN, unless `pick_up`; a later fragment; an ICMP
-error about nothing known), and from outside to a port that nobody has. State unreachable or table full: no packet leaves untranslated.
+error about nothing known), and from outside to a port that nobody has. State unreachable or
+table full: no packet leaves untranslated.
 """
 
 from nfs._translation import MAPPING, SETTINGS, prepare, translate
