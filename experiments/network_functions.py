@@ -6,9 +6,9 @@ from nfs.dataplane import declaration
 ALL = tuple(declaration.names())
 PATH = {"topology": ("back_to_back",), "placement": ("local",)}
 OURS = {**PATH, "nf": ALL}
-CHAIN = {**PATH, "chain": ("firewall", "traffic_counter")}
-KERNEL = {"topology": ("back_to_back",), "nf": ("firewall",), "placement": ("nftables",)}
-GROWTH = {**PATH, "nf": ("firewall",), "flows": (1_000, 100_000)}
+CHAIN = {**PATH, "chain": ("firewall", "nat", "traffic_counter")}
+KERNEL = {"topology": ("back_to_back",), "nf": ("firewall", "nat"), "placement": ("nftables",)}
+GROWTH = {**PATH, "nf": ("firewall", "nat"), "flows": (1_000, 100_000)}
 
 EXPERIMENT = Experiment(
     question="How many packets a second does each network function forward on one core, and how many the kernel in its place?",

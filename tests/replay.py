@@ -21,7 +21,7 @@ from datastore.store.partitions import PARTITIONS
 from datastore.store.table import VALUE, Table, abort_record, open_record
 from nfs.dataplane import steps
 from nfs.dataplane.declaration import MAX_RECORD_BYTES
-from nfs.dataplane.engine import EPOCH, HERE, NOW_NS, OWNER, STEPS, Engine, make_engine, receive
+from nfs.dataplane.engine import EPOCH, HERE, NOW_NS, OWNER, STEPS, Engine, make_engine, receive_now
 from nfs.dataplane.frames import FRAME_BYTES, Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
 from nfs.dataplane.keys import NONE, make_key
@@ -67,7 +67,7 @@ def pass_one(engine: Engine, inside: Port, outside: Port, frames: Frames, words:
     """Take the frame at byte `at` through the engine; returns 2 * slot of the ring it leaves by + that side, or NOWHERE."""
     arrive(inside if side == INSIDE else outside, at, length)
     engine.control[NOW_NS] = now_ns
-    if receive(engine, inside, outside, frames, words, client, side) != 1:
+    if receive_now(engine, inside, outside, frames, words, client, side) != 1:
         raise ValueError("the engine did not take the frame")
     slot = departed(inside)
     if slot != NOWHERE:

@@ -48,13 +48,3 @@ def inline(function: Function) -> Function:
     """As `jit`, and every caller gets the body in place of a call: for functions of a few instructions."""
     compiled: Function = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True, _nrt=False)(function)
     return compiled
-
-
-def merged(function: Function) -> Function:
-    """As `jit`, for a function with one caller: it becomes part of that one before compilation.
-
-    A compiled function is optimised together with all that it calls, and so on up: each level of a deep call tree costs the
-    whole tree once more (measured: 3 to 7 s a level of the packet loop). Recursion and generators are impossible.
-    """
-    compiled: Function = numba.njit(cache=True, nogil=True, error_model="numpy", inline="always", _nrt=False)(function)
-    return compiled

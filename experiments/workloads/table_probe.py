@@ -24,7 +24,7 @@ from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from experiments.workloads.generator import Source, make_source, write_frame
 from experiments.workloads.traffic import Traffic
-from nfs.dataplane.engine import HERE, INSIDE, NOW_NS, Engine, make_engine, receive
+from nfs.dataplane.engine import HERE, INSIDE, NOW_NS, Engine, make_engine, receive_now
 from nfs.dataplane.frames import FRAME_BYTES, FREE, Frames, make_frames
 from nfs.dataplane.ledger import FORWARDED
 from nfs.dataplane.port import BURST, IN_FLIGHT, PENDING, Port, closed_port
@@ -63,7 +63,7 @@ def pass_over(source: Source, order: np.ndarray, times: np.ndarray, engine: Engi
         inside.rx_producer[0] = np.uint32(np.int64(inside.rx_producer[0]) + BURST)
         started = now_ns(engine.scratch)
         engine.control[NOW_NS] = started
-        receive(engine, inside, outside, frames, words, client, INSIDE)
+        receive_now(engine, inside, outside, frames, words, client, INSIDE)
         times[burst] = now_ns(engine.scratch) - started
         outside.control[IN_FLIGHT] = outside.control[PENDING] = 0  # they have left
         frames.control[FREE] = 0  # no frame is anybody's to take: those of dropped packets come back to the ring, too

@@ -34,8 +34,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from datastore.native import inline, jit, merged
+from datastore.native import inline, jit
 from datastore.native.libc import POLLIN, address, now_ns, poll, pollfd
+from datastore.native.reference import by_reference
 from datastore.store import client as store_client
 from datastore.store import operations, statuses
 from datastore.store.client import (
@@ -247,7 +248,7 @@ def step_taken(engine: Engine, frames: Frames, index: int, step: int, code: int)
         write_back(frames.memory, engine.packets, index)
     engine.stages[index] += 1
     if code == TURN:
-        if engine.stages[index] & TURNED or engine.packets[index].icmp_error:
+        if engine.stages[index] & TURNED:
             drop(engine, frames, index, causes.BY_VERDICT)
             return False
         turn_around(frames.memory, engine.packets, index)
@@ -584,7 +585,7 @@ def _due(stamp: int, now_s: int, timeout: int) -> bool:
     )
 
 
-@merged
+@jit
 def run_batch(engine: Engine, flight: int) -> bool:
     """Run a step's functions on every packet that waits in `flight`, on the record in it; returns whether they claim."""
     flights, values, words = engine.flights, engine.values, engine.control[VALUE_WORDS]
@@ -736,7 +737,7 @@ def another_attempt(engine: Engine, frames: Frames, flight: int) -> bool:
     return True
 
 
-@merged
+@jit
 def release(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
             flight: int) -> None:  # fmt: skip
     """Let the packets whose state is now committed go on, in order."""
@@ -789,7 +790,7 @@ def take_record(engine: Engine, client: ClientState, host: int, slot: int, fligh
     engine.flights[flight, ABSENT] = 1 if absent else 0
 
 
-@merged
+@jit
 def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
                 host: int, slot: int) -> None:  # fmt: skip
     """Go on with the flight that the answer in window slot `slot` of `host` belongs to."""
@@ -820,7 +821,7 @@ def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, wor
     drive(engine, inside, outside, frames, words, client, flight, RUN)
 
 
-@merged
+@jit
 def claim_answered(engine: Engine, frames: Frames, client: ClientState, host: int, slot: int, flight: int) -> int:
     """Return where `drive` goes on after the answer to a claim; negative when the flight waits again, or has ended."""
     status = answer_status(client, host, slot)
@@ -839,7 +840,7 @@ def claim_answered(engine: Engine, frames: Frames, client: ClientState, host: in
     return RUN if another_attempt(engine, frames, flight) else -1
 
 
-@merged
+@jit
 def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray,
                  client: ClientState) -> int:  # fmt: skip
     """Take every answer that has arrived; returns how many. A host that hung up gets its bit in `control[DOWN]`."""
@@ -867,7 +868,7 @@ def flush_requests(engine: Engine, client: ClientState) -> None:
             engine.control[DOWN] |= 1 << host
 
 
-@merged
+@jit
 def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray,
             client: ClientState, arrived_from: int) -> int:  # fmt: skip
     """Take one burst from one side through the NF; returns how many frames there were."""
@@ -905,6 +906,14 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
 
 
 @jit
+def receive_now(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+                arrived_from: int) -> int:  # fmt: skip
+    """`receive`, for callers that hold tuples; the packet loop's own code, not compiled once more for them."""
+    return receive(by_reference(engine), by_reference(inside), by_reference(outside), by_reference(frames), words,
+                   by_reference(client), arrived_from)  # fmt: skip
+
+
+@jit
 def wait(engine: Engine, inside: Port, outside: Port, client: ClientState, limit_ns: int) -> None:
     """Sleep until a frame or an answer arrives, at most `limit_ns`; frames that the kernel has not taken yet cut it short."""
     engine.pollfds[0] = pollfd(inside.control[1], POLLIN)
@@ -926,6 +935,14 @@ def run(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.n
 
     words: the table of the store on this host (any array when no partition is HERE).
     """
+    loop(by_reference(engine), by_reference(inside), by_reference(outside), by_reference(frames), words, by_reference(client),
+         duration_ns)  # fmt: skip
+
+
+@jit
+def loop(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+         duration_ns: int) -> None:  # fmt: skip
+    """`run`, on references (see `datastore/native/reference.py`)."""
     control = engine.control
     started = last_work = now_ns(engine.scratch)
     down = control[DOWN]
