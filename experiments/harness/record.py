@@ -64,7 +64,11 @@ class Record:
         folder = (results / run).resolve()
         if folder.parent != results.resolve() or not (folder / "spec.json").is_file():
             known = [path.parent.name for path in results.glob("*/trials.jsonl")]
-            raise unknown("run", run, known) if known else NearstateError(f"no run is in {results} yet: ./run_all.sh makes one")
+            raise (
+                unknown("run", run, known)
+                if known
+                else NearstateError(f"unknown run {str(run)!r}: no run is in {results} yet: ./run_all.sh makes one")
+            )
         return cls(folder)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
