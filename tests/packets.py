@@ -32,6 +32,7 @@ from nfs.dataplane import declaration, headers  # noqa: E402
 from nfs.dataplane.headers import INSIDE, OUTSIDE  # noqa: E402
 from nfs.dataplane.keys import make_key  # noqa: E402
 from nfs.dataplane.rewrite import write_back  # noqa: E402
+from nfs.dataplane.settings import remember  # noqa: E402
 
 CLIENT, SERVER = "10.0.1.7", "10.128.0.1"
 CLIENT_PORT, SERVER_PORT = 40002, 80
@@ -268,6 +269,12 @@ class Instance:
         for n in range(int(env["add_count"])):
             place = (int(env["add_high"][n]), int(env["add_low"][n]), int(env["add_word"][n]))
             self.counters[place] = (self.counters.get(place, 0) + int(env["add_delta"][n])) % 2**64
+
+    def change_settings(self, **settings: Any) -> None:
+        """Give the function other settings; those not given are the defaults."""
+        env = self.function.make_env(settings)
+        remember(env, self.env)
+        self.env = env
 
     def housekeep(self) -> None:
         """Call the function's housekeeping with the counters as they are."""

@@ -4,6 +4,9 @@
 
 A kind is one of NumPy's ("u1" ... "f8"), with a number before it an array of that many; a shorter list is filled up with zeros.
 IPv4 addresses may be given dotted. What does not fit these is brought into shape by the function's own `prepare`.
+
+A name that begins with "_" is the function's memory, of its housekeeping say: nobody can choose it, it begins with its default,
+and a change of settings leaves it as it is.
 """
 
 from __future__ import annotations
@@ -41,11 +44,24 @@ def env_layout(settings: Settings) -> np.dtype:
                      "itemsize": -(-layout.itemsize // 8) * 8})  # fmt: skip
 
 
+def is_memory(name: str) -> bool:
+    """Tell whether a setting is its function's own memory."""
+    return name.startswith("_")
+
+
+def remember(env: np.ndarray, before: np.ndarray) -> None:
+    """Give a new env the memory of the one `before` it."""
+    for name in env.dtype.names or ():
+        if is_memory(name):
+            env[name] = before[name]
+
+
 def make_env(function: str, settings: Settings, prepare: Prepare | None, given: Mapping[str, Any]) -> np.ndarray:
     """Return a one-element env of network function `function`. Raises NearstateError naming the setting and its value."""
+    choices = [name for name in settings if not is_memory(name)]
     for name in given:
-        if name not in settings:
-            raise unknown(f"setting of network function {function!r}", name, settings)
+        if name not in choices:
+            raise unknown(f"setting of network function {function!r}", name, choices)
     values = {name: given.get(name, default) for name, (_, default) in settings.items()}
     if prepare:
         values = prepare(values)

@@ -20,6 +20,7 @@ from nfs.dataplane import declaration
 from nfs.dataplane.declaration import NetworkFunction, kind_of
 from nfs.dataplane.keys import NONE
 from nfs.dataplane.requests import ENV_WORDS
+from nfs.dataplane.settings import remember
 
 # columns of `steps` and `members`
 KEY, KIND, MEMBERS, MEMBERS_END, REWRITES = range(5)
@@ -49,8 +50,9 @@ class Chain(NamedTuple):
         made = {function.name: function.make_env(settings[function.name]) for function in self.functions
                 if function.name in settings}  # fmt: skip
         base = ENV_WORDS
-        for member, function in zip(self.members, self.functions, strict=True):
+        for number, (member, function) in enumerate(zip(self.members, self.functions, strict=True)):
             if function.name in made:
+                remember(made[function.name], self.env_of(number))
                 words = made[function.name].view(np.int64)
                 self.env[member[ENV_AT] + base : member[ENV_AT] + words.size] = words[base:]
 
