@@ -3,8 +3,10 @@
 Everything is an array of 64-bit words, shared by all processes of a host that use the table:
 
     header       one page: sizes, hash secrets, counters, who holds which owner number
+    progress     in a table that replicates: changes so far, and those committed, of each partition
     partition 0  header: lock | role | count | undo | completion | version floor | sweep cursor | last full sweep
                          undo copy: stamp and value of the record being worked on
+                 dirty: in a table that replicates, a byte a bucket: what changed since it was last shipped
                  buckets: [7 tags + overflow] [7 slots of key low | key high | stamp | value]
     partition 1  ...
     clients      per remote client: id, window ..., then its ring of completion records
@@ -12,6 +14,9 @@ Everything is an array of 64-bit words, shared by all processes of a host that u
 A bucket's first word holds seven one-byte tags (7 hash bits | 0x80; 0: the slot is free), matched all at once, and in its
 top byte how many records of the partition probed past this full bucket (the idea of F14, N. Bronson and X. Shi, 2019).
 A lookup goes on to the next bucket only while that count is not zero; at 255 it saturates and stays.
+
+Replicas of a partition are alike word for word: same sizes, same secrets, each record in the same slot. So what replication
+ships is slots and first words of buckets, and what it must remember is a bit for each (see `replication/shipping.py`).
 
 Bytes per record at 70 % fill: (24 + value + 8/7) / 0.7, that is 1.48 (8-byte values) to 1.45 times the payload (64).
 """
@@ -26,19 +31,22 @@ from datastore.native import inline, jit
 from datastore.native.memory import prefetch, trailing_zeros
 
 MAGIC_NUMBER = 0x656C_6261_7472_6165  # "eartable"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 HEADER_WORDS = 512
 """One page."""
 
 # Header: what every access reads (never written after creation), in the first two cache lines.
 MAGIC, LAYOUT, VALUE_WORDS, BUCKETS, PARTITION_COUNT, FIRST, STRIDE, BUCKETS_OFFSET = range(8)
 SECRETS = 8
-SLOT_WORDS, BUCKET_WORDS = 13, 14
+SLOT_WORDS, BUCKET_WORDS, DIRTY_OFFSET = 13, 14, 15
+"""DIRTY_OFFSET: from a partition's header to its dirty bytes; 0: the table does not replicate."""
 # Header: what the store process and the tools read.
 EPOCH, CLUSTER, CLIENTS, WINDOW, CLIENTS_AT, CLIENT_STRIDE, TOTAL_WORDS, CAPACITY, ADDRESS, PORT = range(16, 26)
+CHANGES_AT, COMMITTED_AT, LEASE_NS = range(26, 29)
+"""Where the progress words of partition 0 are; until when (CLOCK_MONOTONIC) this host may answer, 0: for ever."""
 # Header: counters.
 STATUS_COUNTS = 32
-TAKEOVERS, ROLLBACKS, EXPIRED, FRAMES, OPERATIONS, CONNECTIONS, REPEATED = range(48, 55)
+TAKEOVERS, ROLLBACKS, EXPIRED, FRAMES, OPERATIONS, CONNECTIONS, REPEATED = range(56, 63)
 COUNTERS = {
     "lock_takeovers": TAKEOVERS, "rollbacks": ROLLBACKS, "expired": EXPIRED, "frames": FRAMES, "operations": OPERATIONS,
     "connections": CONNECTIONS, "answered_again": REPEATED,
@@ -70,6 +78,14 @@ EXPIRY_MASK = np.uint64((1 << EXPIRY_BITS) - 1)
 HALF_RANGE = np.uint64(1 << EXPIRY_BITS - 1)
 LONGEST_LIFE_S = (1 << EXPIRY_BITS - 1) - 1
 """About six days: expiry seconds are compared with wrap-around."""
+
+# A partition's role on this host, in its role word `epoch << ROLE_BITS | role`. The epoch: since when its primary is primary.
+ROLE_BITS, ROLE_MASK = 2, 3
+NO_ROLE, PRIMARY, BACKUP = 0, 1, 2
+COMMITTED_ALWAYS = 1 << 62
+"""What `committed` says of a partition without backups."""
+BUCKET_DIRTY = 7
+"""The bit of a dirty byte that stands for the bucket's first word alone; bits 0 to 6 are its slots."""
 
 # What the undo word says is being done to its place: `place | kind`.
 CHANGE, INSERT, RENEW, REMOVE = 1, 2, 3, 4
@@ -232,6 +248,22 @@ def find_free(words: np.ndarray, base: int, hashed: int) -> Any:
     return np.int64(0)
 
 
+@inline
+def mark_dirty(words: np.ndarray, base: int, bucket: int, bit: int) -> None:
+    """Remember that something of a bucket changed; the lock is held and the table replicates."""
+    at = base + word(words, DIRTY_OFFSET) + (bucket >> 3)
+    words[at] |= U1 << np.uint64((bucket & 7) * 8 + bit)
+
+
+@jit
+def count_change(words: np.ndarray, base: int, place: int) -> None:
+    """Remember, if the table replicates, that a place changed; the lock is held. Too often is harmless: the same is shipped."""
+    if words[DIRTY_OFFSET] != U0:
+        bucket = (bucket_of(words, place) - base - word(words, BUCKETS_OFFSET)) // word(words, BUCKET_WORDS)
+        mark_dirty(words, base, bucket, position_of(place))
+        words[word(words, CHANGES_AT) + np.int64(words[slot_of(place)] & np.uint64(0xFFFF))] += U1
+
+
 @jit
 def count_overflow(words: np.ndarray, base: int, place: int, hashed: int, inserting: bool) -> None:
     """Count a record in or out of the overflow byte of each bucket it probed past."""
@@ -242,6 +274,8 @@ def count_overflow(words: np.ndarray, base: int, place: int, hashed: int, insert
     while at != last:
         if words[at] >> OVERFLOW_SHIFT != BYTE:
             words[at] = words[at] + OVERFLOW_ONE if inserting else words[at] - OVERFLOW_ONE
+            if words[DIRTY_OFFSET] != U0:
+                mark_dirty(words, base, bucket, BUCKET_DIRTY)
         bucket = bucket + 1 if bucket + 1 < buckets else 0
         at = first + bucket * bucket_words
 

@@ -36,8 +36,11 @@ from datastore.store.layout import (
     OWNER_SCRATCH,
     OWNERS,
     PARTITION_COUNT,
+    PRIMARY,
     RENEW,
     ROLE,
+    ROLE_BITS,
+    ROLE_MASK,
     ROLLBACKS,
     STAMP,
     STATUS_COUNTS,
@@ -155,8 +158,15 @@ def release(words: np.ndarray, base: int) -> None:
 
 
 @inline
-def role_word(epoch: int, primary: int) -> Any:
-    return np.uint64(epoch) << np.uint64(1) | np.uint64(primary)
+def role_word(epoch: int, role: int) -> Any:
+    return np.uint64(epoch) << np.uint64(ROLE_BITS) | np.uint64(role)
+
+
+@inline
+def is_primary(words: np.ndarray, base: int, epoch: int) -> Any:
+    """Tell whether this host is a partition's primary, and was so already in the `epoch` of a request."""
+    role = words[base + ROLE]
+    return role & np.uint64(ROLE_MASK) == np.uint64(PRIMARY) and role >> np.uint64(ROLE_BITS) <= np.uint64(epoch)
 
 
 @jit
@@ -169,7 +179,7 @@ def refuse(words: np.ndarray, status: int) -> int:
 @jit
 def wrong_role(words: np.ndarray, base: int, epoch: int) -> int:
     """Return why a partition does not serve a request of `epoch`."""
-    return STALE_EPOCH if word(words, base + ROLE) >> 1 != epoch else NOT_PRIMARY
+    return STALE_EPOCH if word(words, base + ROLE) >> ROLE_BITS > epoch else NOT_PRIMARY
 
 
 @jit

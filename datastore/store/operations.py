@@ -46,7 +46,6 @@ from datastore.store.layout import (
     PARTITION_COUNT,
     REMOVE,
     REPEATED,
-    ROLE,
     STAMP,
     U0,
     UNDO,
@@ -60,7 +59,7 @@ from datastore.store.layout import (
     slot_of,
     word,
 )
-from datastore.store.locking import OWNER_MASK, lock, refuse, release, role_word, wrong_role
+from datastore.store.locking import OWNER_MASK, is_primary, lock, refuse, release, wrong_role
 from datastore.store.partitions import PARTITION_BITS
 from datastore.store.statuses import (
     ABSENT,
@@ -132,7 +131,7 @@ def look_up(
     words: np.ndarray, base: int, epoch: int, now_s: int, low: int, high: int, hashed: int, answer: np.ndarray, at: int
 ) -> int:
     """Copy the record, if it is there and this host may answer for it."""
-    if words[base + ROLE] != role_word(epoch, 1):
+    if not is_primary(words, base, epoch):
         return wrong_role(words, base, epoch)
     place = find_place(words, base, low, high, hashed)
     if place == 0 or expired(words[slot_of(place) + STAMP], now_s):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno as error_numbers
 import mmap
 import os
+import random
 import secrets
 import time
 from collections.abc import Iterator
@@ -38,15 +39,19 @@ from datastore.store.layout import (
     BUCKETS_OFFSET,
     CAPACITY,
     CHANGE,
+    CHANGES_AT,
     CLIENT_HEADER_WORDS,
     CLIENT_STRIDE,
     CLIENTS,
     CLIENTS_AT,
     CLUSTER,
+    COMMITTED_ALWAYS,
+    COMMITTED_AT,
     COMPLETION,
     COUNT,
     COUNTERS,
     CURSOR,
+    DIRTY_OFFSET,
     DONE_VALUE,
     EPOCH,
     EXPIRED,
@@ -63,14 +68,17 @@ from datastore.store.layout import (
     LONGEST_LIFE_S,
     MAGIC,
     MAGIC_NUMBER,
+    NO_ROLE,
     ONE_VERSION,
     OVERFLOW_SHIFT,
     OWNER_PIDS,
     PARTITION_COUNT,
     PORT,
+    PRIMARY,
     REMOVE,
     RENEW,
     ROLE,
+    ROLE_MASK,
     SECRETS,
     SLOT_WORDS,
     SLOTS,
@@ -86,6 +94,7 @@ from datastore.store.layout import (
     VALUE,
     VALUE_WORDS,
     WINDOW,
+    count_change,
     count_overflow,
     expired,
     expiry_field,
@@ -101,7 +110,7 @@ from datastore.store.layout import (
     tag_of,
     word,
 )  # fmt: skip
-from datastore.store.locking import OWNER_MASK, lock, refuse, release, role_word, wrong_role
+from datastore.store.locking import OWNER_MASK, is_primary, lock, refuse, release, role_word, wrong_role
 from datastore.store.partitions import PARTITION_BITS, PARTITIONS, FlowKey
 from datastore.store.statuses import NAMES, OK, STATUSES, TABLE_FULL, UNKNOWN_PARTITION, status_message
 
@@ -145,7 +154,7 @@ def open_record(words: np.ndarray, owner: int, key_low: int, key_high: int, epoc
     status = lock(words, owner, base)
     if status != OK:
         return -refuse(words, status)
-    if words[base + ROLE] != role_word(epoch, 1):
+    if not is_primary(words, base, epoch):
         status = wrong_role(words, base, epoch)
         release(words, base)
         return -refuse(words, status)
@@ -217,6 +226,7 @@ def seal(words: np.ndarray, base: int, slot: int, field: int) -> None:
     undo = word(words, base + UNDO)
     if undo & 0xFF == INSERT:
         publish(words, base, undo)
+    count_change(words, base, undo)
 
 
 @jit
@@ -248,7 +258,9 @@ def commit_record(words: np.ndarray, owner: int, slot: int, expires_s: int) -> i
         seal(words, base, slot, field)
         written = 1
     elif kind == CHANGE:
-        words[slot + STAMP] = words[slot + STAMP] & ~EXPIRY_MASK | field
+        if words[slot + STAMP] & EXPIRY_MASK != field:
+            words[slot + STAMP] = words[slot + STAMP] & ~EXPIRY_MASK | field
+            count_change(words, base, word(words, base + UNDO))
     elif kind == RENEW:
         restore(words, base, slot)
     release(words, base)
@@ -284,6 +296,7 @@ def take_out(words: np.ndarray, base: int, place: int) -> None:
     set_tag(words, place, U0)
     count_overflow(words, base, place, hash32(words, words[slot], words[slot + 1]), False)
     words[base + COUNT] -= U1
+    count_change(words, base, place)
 
 
 @jit
@@ -450,12 +463,13 @@ class Table:
     @classmethod
     def create(
         cls, name: str, capacity: int, value_bytes: int, partitions: int = PARTITIONS, epoch: int = 1, cluster: int = 0,
-        clients: int = 64, window: int = 1024,
+        clients: int = 64, window: int = 1024, replication_secret: int | None = None,
     ) -> Table:  # fmt: skip
         """Make /dev/shm/`name` for `capacity` records, this host being primary of nothing yet (`set_role`).
 
         The memory is reserved at once, so a full /dev/shm is an error here and never a crash later. clients, window: how
-        many remote clients the completion records serve, and how many operations of each.
+        many remote clients the completion records serve, and how many operations of each. replication_secret: the same number
+        on all hosts of a cluster whose tables replicate; None: this one does not.
         """
         path = _path(name)
         try:
@@ -463,7 +477,9 @@ class Table:
         except FileExistsError:
             raise NearstateError(f"table {name!r} exists already: attach to it, or remove {path}") from None
         try:
-            return cls._fill(name, descriptor, capacity, value_bytes, partitions, epoch, cluster, clients, window)
+            return cls._fill(
+                name, descriptor, capacity, value_bytes, partitions, epoch, cluster, clients, window, replication_secret
+            )
         except BaseException:
             os.close(descriptor)
             path.unlink()
@@ -498,9 +514,9 @@ class Table:
     @classmethod
     def _fill(
         cls, name: str, descriptor: int, capacity: int, value_bytes: int, partitions: int, epoch: int, cluster: int,
-        clients: int, window: int,
+        clients: int, window: int, replication_secret: int | None = None,
     ) -> Table:  # fmt: skip
-        layout = _layout(capacity, value_bytes, partitions, clients, window)
+        layout = _layout(capacity, value_bytes, partitions, clients, window, replication_secret is not None)
         size_bytes = layout[TOTAL_WORDS] * 8
         try:
             if size_bytes > _available_bytes():  # memory beyond that would be taken from processes that have it
@@ -517,11 +533,14 @@ class Table:
         words = table.words
         for at, content in layout.items():
             words[at] = content
+        source = secrets.SystemRandom() if replication_secret is None else random.Random(replication_secret)
         for n in range(5):
-            words[SECRETS + n] = secrets.randbits(64)
+            words[SECRETS + n] = source.getrandbits(64)
         words[EPOCH], words[CLUSTER], words[LAYOUT] = epoch, cluster, LAYOUT_VERSION
         for partition in range(partitions):
-            words[_base(words, partition) + ROLE] = epoch << 1
+            words[_base(words, partition) + ROLE] = role_word(epoch, NO_ROLE)
+        if replication_secret is not None:
+            words[layout[COMMITTED_AT] : layout[COMMITTED_AT] + partitions] = COMMITTED_ALWAYS
         words[MAGIC] = MAGIC_NUMBER  # last: whoever attaches earlier is told that this is no table
         return table
 
@@ -545,14 +564,17 @@ class Table:
         self._owners.append(descriptor << 16)
         self.words[OWNER_PIDS] = os.getpid()
 
-    def set_role(self, partition: int, primary: bool, epoch: int) -> None:
-        """Say whether this host is the partition's primary in `epoch`; an open record of it is finished first."""
+    def set_role(self, partition: int, role: int, epoch: int) -> None:
+        """Say what this host is to the partition (NO_ROLE, PRIMARY, BACKUP), and since which epoch its primary is that.
+
+        An open record of it is finished first.
+        """
         owner = self._owner()
         base = _base(self.words, partition)
         status = locking.lock_now(self.words, owner, base)
         if status != OK:
             raise NearstateError(f"partition {partition} of table {self.name!r}: {NAMES[status]}, its role is unchanged")
-        self.words[base + ROLE] = epoch << 1 | int(primary)
+        self.words[base + ROLE] = role_word(epoch, role)
         self.words[EPOCH] = max(int(self.words[EPOCH]), epoch)
         locking.release_now(self.words, base)
 
@@ -577,7 +599,7 @@ class Table:
         words = self.words
         records, slots = self.count(), self.partitions * int(words[BUCKETS]) * SLOTS
         owners = locking.living_owners(words, f"/proc/self/fd/{self._descriptor}")
-        primary = [p for p in range(self.partitions) if int(words[_base(words, p) + ROLE]) & 1]
+        primary = [p for p in range(self.partitions) if int(words[_base(words, p) + ROLE]) & ROLE_MASK == PRIMARY]
         return {
             "name": self.name,
             "records": records,
@@ -673,7 +695,9 @@ def _record(slot: np.ndarray) -> Record:
     return Record(int(slot[0]), int(slot[1]), stamp >> EXPIRY_BITS, left, slot[VALUE:].tobytes())
 
 
-def _layout(capacity: int, value_bytes: int, partitions: int, clients: int, window: int) -> dict[int, int]:
+def _layout(
+    capacity: int, value_bytes: int, partitions: int, clients: int, window: int, replicates: bool
+) -> dict[int, int]:  # fmt: skip
     """Return the header words that say where everything is."""
     if capacity < 1:
         raise NearstateError(f"table for {capacity} records: the capacity must be at least 1")
@@ -687,15 +711,19 @@ def _layout(capacity: int, value_bytes: int, partitions: int, clients: int, wind
     slot_words = VALUE + value_words
     bucket_words = 1 + SLOTS * slot_words
     buckets = -(-capacity // (partitions * SLOTS))
-    header_words = _lines(UNDO_COPY + 1 + value_words)
+    dirty_offset = _lines(UNDO_COPY + 1 + value_words)
+    header_words = dirty_offset + (_lines(-(-buckets // 8)) if replicates else 0)
     stride = _lines(header_words + buckets * bucket_words)
-    clients_at = HEADER_WORDS + partitions * stride
+    progress_words = _lines(partitions) if replicates else 0
+    first = HEADER_WORDS + 2 * progress_words
+    clients_at = first + partitions * stride
     client_stride = _lines(CLIENT_HEADER_WORDS + window * (DONE_VALUE + value_words))
     return {
-        VALUE_WORDS: value_words, BUCKETS: buckets, PARTITION_COUNT: partitions, FIRST: HEADER_WORDS, STRIDE: stride,
+        VALUE_WORDS: value_words, BUCKETS: buckets, PARTITION_COUNT: partitions, FIRST: first, STRIDE: stride,
         BUCKETS_OFFSET: header_words, SLOT_WORDS: slot_words, BUCKET_WORDS: bucket_words, CLIENTS: clients, WINDOW: window,
         CLIENTS_AT: clients_at, CLIENT_STRIDE: client_stride, TOTAL_WORDS: clients_at + clients * client_stride,
-        CAPACITY: capacity,
+        CAPACITY: capacity, DIRTY_OFFSET: dirty_offset if replicates else 0, CHANGES_AT: HEADER_WORDS,
+        COMMITTED_AT: HEADER_WORDS + progress_words,
     }  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_a_newer_connection_of_a_client_replaces_the_older(start):
 
 def test_refused_operations_may_be_asked_again_under_the_new_epoch(start):
     store = start()
-    with store.client(epoch=2) as client:
+    with store.client(epoch=0) as client:
         assert client.add(1, 1, 0, 1).status == STALE_EPOCH
         assert client.state.control[0, remote.STORE_EPOCH] == 1
         client.state.identity[remote.EPOCH] = 1

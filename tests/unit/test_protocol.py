@@ -145,7 +145,7 @@ def test_every_status_is_answered_counted_and_harms_nothing(wire):
         (OVERSIZED, [PUT, 24, 0, 24, 0, 9, 0, 1, 2, 3], {"words": WORDS + 1}),
         (UNKNOWN_PARTITION, [GET, 0, 0, 25, 2, 9, 0], {}),
         (UNKNOWN_PARTITION, insert(25, 65535, 1), {}),
-        (STALE_EPOCH, insert(26, 1, 1), {"epoch": 2}),
+        (STALE_EPOCH, insert(26, 1, 1), {"epoch": 0}),
         (STALE_EPOCH, [GET, 0, 0, 27, 0, 9, 0], {"epoch": 0}),
         (BAD_OPERATION, [0, 0, 0, 28, 0, 9, 0], {}),
         (BAD_OPERATION, [8, 0, 0, 28, 0, 9, 0], {}),

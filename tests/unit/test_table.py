@@ -199,7 +199,7 @@ def test_who_may_not_work_on_a_partition_is_told_why(make_table):
     table = make_table(epoch=3)
     owner = table.register_owner()
     table.set_role(1, False, 3)
-    cases = {key(5): (2, statuses.STALE_EPOCH), key(4): (4, statuses.STALE_EPOCH), key(1): (3, statuses.NOT_PRIMARY),
+    cases = {key(5): (2, statuses.STALE_EPOCH), key(4): (0, statuses.STALE_EPOCH), key(1): (3, statuses.NOT_PRIMARY),
              np.uint64(1 << 32 | 4): (3, statuses.UNKNOWN_PARTITION)}  # fmt: skip
     for low, (epoch, status) in cases.items():
         assert opened(table, owner, low, epoch=epoch) == -status
