@@ -1,4 +1,4 @@
-"""The command line: python -m datastore {list,statistics,records,serve}.
+"""The command line: python -m datastore {list,statistics,records,serve,check}.
 
 `statistics` and `records` look at the shared memory of a running store without making anybody wait: records are copied without
 a lock and copied again when someone was at work on them (`Table.records`).
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,8 @@ from rich.table import Table as Sheet
 from datastore.native.errors import NearstateError, unknown
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.table import SHARED_MEMORY, Record, Table
+from datastore.verification.history import read_history
+from datastore.verification.linearizability import LINEARIZABLE, MAX_WIDTH, check_history
 
 EXAMPLES = """examples:
   python -m datastore list
@@ -27,6 +30,7 @@ EXAMPLES = """examples:
   python -m datastore statistics my-table --json
   python -m datastore records --partition 7 --limit 20
   python -m datastore serve --table my-table --capacity 100000 --value-bytes 32 --port 7700
+  python -m datastore check results/latest/histories
 
 NAME is a table's name as `list` shows it; it may be left out when there is one table only.
 """
@@ -158,6 +162,32 @@ def serve(arguments: argparse.Namespace) -> None:
         store.close()
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Check that a recorded history is linearizable; tell the operations that cannot be put in order."""
+    history = read_history(arguments.folder)
+    result = check_history(history, arguments.width)
+    unanswered = sum(key.unanswered for key in result.keys)
+    if arguments.json:
+        print(json.dumps({
+            "verdict": result.verdict, "operations": result.operations, "unanswered": unanswered, "refused": result.refused,
+            "keys": len(result.keys), "clients": len(history.files), "seconds": round(result.seconds, 3),
+            "torn": {str(file.path): file.torn for file in history.files if file.torn}, "explanation": result.explanation,
+        }))  # fmt: skip
+    else:
+        for file in history.files:
+            if file.torn:
+                print(f"{file.path}: {file.torn}")
+        keys = f"{len(result.keys)} key{'s' * (len(result.keys) != 1)}"
+        print(
+            f"{result.verdict}: {result.operations:,} operations on {keys} by {len(history.files)} client processes, "
+            f"{unanswered:,} without an answer; {result.refused:,} refused; {result.seconds:.1f} s"
+        )
+        print("\n".join(result.explanation), end="\n" * bool(result.explanation))
+    if result.verdict != LINEARIZABLE:
+        wrong = sum(key.verdict != LINEARIZABLE for key in result.keys)
+        raise NearstateError(f"the history in {arguments.folder} is not shown to be linearizable: {wrong} of its keys, see above")
+
+
 def console() -> Console:
     """Return where tables are printed: as wide as they are when the output is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=200)
@@ -174,7 +204,8 @@ def positive(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     top = argparse.ArgumentParser(
-        prog="python -m datastore", description="Look into the stores that run on this host, or run one.", epilog=EXAMPLES,
+        prog="python -m datastore", epilog=EXAMPLES,
+        description="Look into the stores that run on this host, run one, or check what one did.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -202,6 +233,11 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--epoch", type=positive, default=1, help="epoch of the partition map (default: %(default)s)")
     server.add_argument("--attach", action="store_true", help="serve a table that exists instead of making one")
     server.add_argument("--keep", action="store_true", help="leave the table in shared memory at the end")
+    checking = command("check", check)
+    checking.add_argument("folder", type=Path, metavar="HISTORY_FOLDER", help="where the clients recorded, a file each")
+    checking.add_argument(
+        "--width", type=positive, default=MAX_WIDTH, help="pasts kept at once before a key is undecided (default: %(default)s)"
+    )
     return top
 
 
