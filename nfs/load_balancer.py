@@ -43,14 +43,12 @@ unreachable: health stays as it was known last.
 """
 
 import math
-import re
-from ipaddress import IPv4Address
 
 import numpy as np
 
 from datastore.native import inline, jit
-from datastore.native.errors import NearstateError, unknown
 from datastore.store.partitions import flow_partition, hashed_partition, key_high, key_low
+from nfs._backends import DIRECT, MOST, MOST_PORTS, NAME_BITS, REWRITTEN, place_in, prepare
 from nfs.dataplane import (
     ACK,
     DROP,
@@ -78,26 +76,20 @@ CONNECTION = record(address="u4", port="u2", state="u1", role="u1", timeout_s="u
 """address, port: of the other end, the backend's or (ANSWERS) the virtual ones. service: the port in the backend's name."""
 NONE, OPENING, ESTABLISHED, CLOSING, RESET = range(5)
 """`state`; of UDP and ICMP: ESTABLISHED."""
-REWRITTEN, DIRECT, ANSWERS, OWN = 1, 2, 3, 4
-"""`role`: a client's connection with the virtual address; what its backend answers; a client's own with a backend."""
+ANSWERS, OWN = 3, 4
+"""`role`, besides REWRITTEN and DIRECT, a client's connection with the virtual address: what its backend answers; a client's own
+with a backend."""
 
 KIND = kind_of("load_balancer")
 COUNTER_PROTOCOL = 255
 OPENED, CLOSED, SYNS, ANSWERED = range(4)
 """Words of a backend's shared counters."""
-MOST, MOST_PORTS, MOST_WEIGHT = 16, 16, 0xFFFF
-NAME_BITS = (1 << 48) - 1
-"""A backend is two words: weight << 48 | address << 16 | port, of which the last two are its name; and its MAC address."""
 ON_TRIAL = 1 << 63
 """In a word of `_down`, beside the name: the next new connection may have it."""
 NAME, SYNS_THEN, ANSWERS_THEN, SILENT_S, DOWN_S = range(5)
 """Columns of `_health`: name; SYNs and answers when answers last grew; since when they do not although SYNs do (0: it is not so);
 when it went down or had its last trial (0: it is up)."""
 MIX_1, MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
-
-MODES = {"rewrite": REWRITTEN, "direct": DIRECT}
-BACKEND = re.compile(r"(?P<address>[^\s:]+)(:(?P<port>\d+))?(\s+weight\s+(?P<weight>\d+))?(\s+mac\s+(?P<mac>\S+))?")
-EXAMPLE = '"10.128.0.1:80 weight 2" or {"address": "10.128.0.1", "port": 80, "weight": 2}'
 
 SETTINGS = {
     "virtual_address": ("u4", "10.64.1.1"),
@@ -111,67 +103,6 @@ SETTINGS = {
     "_down": (f"{MOST}u8", []),
     "_health": (f"{5 * MOST}f8", []),
 }
-
-
-def prepare(settings):
-    """Check the pool and bring it into words."""
-    s = settings
-    if s["mode"] not in MODES:
-        raise unknown("load balancer's mode", s["mode"], MODES)
-    virtual = s["virtual_address"]
-    try:
-        virtual = int(IPv4Address(virtual))
-    except ValueError:
-        virtual = 0
-    if not virtual:
-        raise NearstateError(f"load balancer's virtual_address={s['virtual_address']!r}: give an IPv4 address as '10.64.1.1'")
-    if not (s["failure_syns"] >= 0 and 0.1 <= s["failure_s"] <= 3600 and 0.1 <= s["trial_s"] <= 3600):
-        raise NearstateError(f"load balancer with failure_syns={s['failure_syns']}, failure_s={s['failure_s']}, "
-                             f"trial_s={s['trial_s']}: 0 or more SYNs, and 0.1 to 3600 s, are possible")  # fmt: skip
-    given = [s["backends"]] if isinstance(s["backends"], (str, dict)) else list(s["backends"])
-    if len(given) > MOST:
-        raise NearstateError(f"load balancer with {len(given)} backends: {MOST} are possible")
-    pool = [word for backend in given for word in backend_words(backend, s["mode"])]
-    names = [word & NAME_BITS for word in pool[::2]]
-    for backend, name in zip(given, names):
-        if names.count(name) > 1:
-            raise NearstateError(f"load balancer's backend {backend!r} is there twice: give it the weight of both")
-        if s["mode"] == "rewrite" and name >> 16 == virtual:
-            raise NearstateError(f"load balancer's backend {backend!r} has the virtual address: that is for mode='direct'")
-    return s | {"virtual_address": virtual, "ports": port_list(s["ports"]), "backends": pool, "mode": MODES[s["mode"]]}
-
-
-def backend_words(given, mode):
-    """Return the two words of a backend as a user gives it. Raises NearstateError naming it and what is wrong."""
-    found = BACKEND.fullmatch(given.strip()) if isinstance(given, str) else None
-    parts = found.groupdict() if found else given
-    if not isinstance(parts, dict) or not {"address"} <= set(parts) <= {"address", "port", "weight", "mac"}:
-        raise NearstateError(f"load balancer's backend {given!r} is not understood; give {EXAMPLE}")
-    address, port, weight, mac = (parts.get(name) for name in ("address", "port", "weight", "mac"))
-    try:
-        number, port, weight = int(IPv4Address(address)), int(port or 0), int(1 if weight is None else weight)
-        next_hop = int(re.sub(r"[:-]", "", mac), 16) if mac else 0
-    except (ValueError, TypeError) as error:
-        raise NearstateError(f"load balancer's backend {given!r}: {error}; give {EXAMPLE}") from None
-    if not number or not 0 <= port <= 65535 or not 0 <= weight <= MOST_WEIGHT or not 0 <= next_hop < 1 << 48:
-        raise NearstateError(f"load balancer's backend {given!r}: an address that is not 0.0.0.0, a port of 0 to 65535, a weight "
-                             f"of 0 to {MOST_WEIGHT} (0: no new connections), a MAC address of 6 bytes")  # fmt: skip
-    if mode == "direct" and (port or not next_hop):
-        raise NearstateError(f"load balancer's backend {given!r}: with direct return it needs its MAC address and keeps the "
-                             'port, as "10.128.0.1 mac 02:00:00:00:00:05"')  # fmt: skip
-    return weight << 48 | number << 16 | port, next_hop
-
-
-def port_list(given):
-    """Return the ports as a user gives them; none for all."""
-    texts = [] if given == "all" else str(given).split(",") if isinstance(given, (str, int)) else list(given)
-    try:
-        ports = [int(port) for port in texts]
-        if len(ports) > MOST_PORTS or not all(0 < port <= 65535 for port in ports):
-            raise ValueError
-    except (ValueError, TypeError):
-        raise NearstateError(f"load balancer's ports={given!r}: 'all', or up to {MOST_PORTS} of 1 to 65535") from None
-    return ports
 
 
 @inline
@@ -193,19 +124,6 @@ def count(env, name, word):
     """Add one to a backend's counter."""
     high, low = counter_key(name)
     add(env, high, low, word, 1)
-
-
-@jit
-def place_in(words, name):
-    """Return where in the pool, or with stride 1 in `_down`, a name stands; -1: nowhere."""
-    stride = len(words) // MOST
-    for n in range(MOST):
-        word = words[stride * n]
-        if word == np.uint64(0):
-            break
-        if word & np.uint64(NAME_BITS) == name:
-            return n
-    return -1
 
 
 @inline
