@@ -17,16 +17,27 @@ from topologies.emulation.topology import DataCenter
 
 
 class Rack(DataCenter):
-    """nf_hosts: NF hosts nf1..n. store_hosts: store1..m. delay_us: of each link and direction. cpu: cores by role."""
+    """nf_hosts: NF hosts nf1..n. store_hosts: store1..m. server_hosts: server, server2..k. delay_us: of each link and direction.
+
+    cpu: cores by role.
+    """
 
     def build(
-        self, nf_hosts: int = 2, store_hosts: int = 0, delay_us: float = 0.0, cpu: Mapping[str, float] | None = None
+        self,
+        nf_hosts: int = 2,
+        store_hosts: int = 0,
+        delay_us: float = 0.0,
+        cpu: Mapping[str, float] | None = None,
+        server_hosts: int = 1,
     ) -> None:
         if nf_hosts < 1:
             raise NearstateError("topology rack: nf_hosts=0; at least one NF host carries the traffic")
+        if server_hosts < 1:
+            raise NearstateError("topology rack: server_hosts=0; at least one server answers")
         tor = self.switch("tor")
         self.cable(self.host("client", "client"), "net", tor, delay_us=delay_us)
-        self.cable(self.host("server", "server"), "net", tor, delay_us=delay_us)
+        for name in ("server", *(f"server{number}" for number in range(2, server_hosts + 1))):
+            self.cable(self.host(name, "server"), "net", tor, delay_us=delay_us)
         for number in range(1, nf_hosts + 1):
             nf = self.host(f"nf{number}", "nf")
             for interface in ("inside", "outside", "storage"):

@@ -11,7 +11,7 @@ import importlib
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from datastore import placements
 from datastore.native.errors import NearstateError, unknown
 from datastore.placements import Cluster
 from datastore.store.partitions import PARTITIONS
-from experiments.harness import accounting
-from experiments.harness.spec import CHAIN, Experiment, Trial, peer_names
+from experiments.harness import accounting, spec
+from experiments.harness.spec import Experiment, Trial, peer_names
 from experiments.workloads.traffic import CHOICES, packets_in
 from topologies.emulation.network import EmulatedHost, Network
 from topologies.emulation.processes import Launcher, RunningProcess
@@ -46,29 +46,25 @@ class Bench:
         self.sink: RunningProcess | None = None
         self.peer: Any = None
         self.extra: list[RunningProcess] = []
-        self.map: dict[str, Any] | None = None
         self.steps = 0
         self.overrides: dict[str, Any] = {}
 
     @property
-    def steering(self) -> list[str]:
-        """The NF host each partition's packets are sent to: round robin."""
-        hosts = self.nf_hosts
-        return [hosts[partition % len(hosts)].name for partition in range(PARTITIONS)]
+    def stages(self) -> list[list[str]]:
+        """The NF hosts of each stage of the chain, the innermost stage first; one stage with all of them for most trials."""
+        return spec.staged([host.name for host in self.nf_hosts], self.trial.nf)
 
-    def return_steering(self, paths: str) -> list[str]:
-        """Return the NF host that each partition's answers are sent to: the same, or with asymmetric paths the one after it.
+    def steering(self, stage: Sequence[str], paths: str = SYMMETRIC) -> list[str]:
+        """Return the host of a stage that each partition's packets are sent to: round robin. With asymmetric paths, the one that
+        its answers are sent to: the next one.
 
-        Raises NearstateError for other paths, and for asymmetric ones with a single NF host.
+        Raises NearstateError for other paths, and for asymmetric ones with a single host.
         """
         if paths not in PATHS:
             raise unknown("value of setting paths", paths, PATHS)
-        names = [host.name for host in self.nf_hosts]
-        if paths == SYMMETRIC:
-            return self.steering
-        if len(names) < 2:
-            raise NearstateError(f"paths={paths!r} with {len(names)} NF host: answers need another one, so at least 2")
-        return [names[(names.index(name) + 1) % len(names)] for name in self.steering]
+        if paths == ASYMMETRIC and len(stage) < 2:
+            raise NearstateError(f"paths={paths!r} with {len(stage)} NF host: answers need another one, so at least 2")
+        return [stage[(partition + (paths == ASYMMETRIC)) % len(stage)] for partition in range(PARTITIONS)]
 
     def _hosts(self, role: str) -> list[EmulatedHost]:
         return [host for host in self.network.hosts.values() if host.role == role]
@@ -78,11 +74,10 @@ class Bench:
         """The hosts that run an NF."""
         return self._hosts("nf")
 
-    @property
-    def cluster(self) -> Cluster:
-        """What the placement may know."""
-        return Cluster(tuple(host.name for host in self.nf_hosts), tuple(host.name for host in self._hosts("store")),
-                       tuple(self.steering), self.trial.replicas)  # fmt: skip
+    def cluster(self, stage: Sequence[str]) -> Cluster:
+        """Return what the placement may know of a stage: its state is placed as if its hosts were the only ones."""
+        stores = tuple(host.name for host in self._hosts("store"))
+        return Cluster(tuple(stage), stores, tuple(self.steering(stage)), self.trial.replicas)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -123,16 +118,22 @@ class Bench:
         """A number that keeps stores and clients of different runs apart."""
         return zlib.crc32(self.network.run_id.encode()) % (1 << 31) + 1
 
-    def _start_stores(self) -> None:
+    def stores_of(self, stage: Sequence[str]) -> tuple[str, ...]:
+        """Return the hosts that keep the state of a stage; those with role "store" keep that of all stages."""
+        return placements.load(self.trial.placement).store_hosts(self.cluster(stage))
+
+    def map_of(self, stage: Sequence[str]) -> dict[str, Any] | None:
+        """Return the partition map of a stage's state as JSON data; None when its functions keep it to themselves."""
         placement = placements.load(self.trial.placement)
-        hosts = placement.store_hosts(self.cluster)
-        if hosts:
-            self.map = placement.map(self.cluster).to_json()
-        for host in hosts:
+        return placement.map(self.cluster(stage)).to_json() if self.stores_of(stage) else None
+
+    def _start_stores(self) -> None:
+        stage_of = {host: stage for stage in self.stages for host in self.stores_of(stage)}
+        for host, stage in stage_of.items():
             self.launcher.journal.shared_memory(self.table_name(host))
             config = {"host": host, "table": self.table_name(host), "capacity": self.settings["capacity"],
                       "value_bytes": self.settings["value_bytes"], "address": self.storage_address(host), "port": STORE_PORT,
-                      "cluster": self.cluster_id, "epoch": 1, "map": self.map, "create": True}  # fmt: skip
+                      "cluster": self.cluster_id, "epoch": 1, "map": self.map_of(stage), "create": True}  # fmt: skip
             self.stores[host] = self.launcher.spawn(
                 f"store-{host}", self.network.hosts[host], "datastore.store.server:main", config
             )
@@ -147,13 +148,15 @@ class Bench:
         """Start an NF process on every NF host, if the trial has an NF, and steer the partitions to them."""
         if self.trial.nf and not self.is_peer:
             self._start_functions()
+        self.network.chain(self.stages)
         self.steer(self.settings["paths"])
 
     def steer(self, paths: str) -> None:
-        """Steer every partition, its answers back the same way or by another NF host (`return_steering`)."""
-        ways = list(zip(self.steering, self.return_steering(paths), strict=True))
-        for forward, back in sorted(set(ways)) if self.network.switch else ():
-            self.network.steer([p for p in range(PARTITIONS) if ways[p] == (forward, back)], forward, back)
+        """Steer every partition in every stage, its answers back the same way or by another NF host (`steering`)."""
+        for stage in self.stages if self.network.switch else ():
+            ways = list(zip(self.steering(stage), self.steering(stage, paths), strict=True))
+            for forward, back in sorted(set(ways)):
+                self.network.steer([p for p in range(PARTITIONS) if ways[p] == (forward, back)], forward, back)
 
     def _start_functions(self) -> None:
         for number, host in enumerate(self.nf_hosts):
@@ -163,13 +166,17 @@ class Bench:
         self.wait_ready(list(self.functions.values()))
 
     def function_config(self, host: str, number: int) -> dict[str, Any]:
-        """Return the configuration of the NF process on `host`."""
-        return {"chain": self.trial.nf.split(CHAIN), "settings": self.settings["functions"], "host": host,
-                "inside": "inside", "outside": "outside",
-                "port_kind": self.settings["port_kind"], "value_bytes": self.settings["value_bytes"],
-                "capacity": self.settings["capacity"], "map": self.map, "client_id": number + 1, "cluster": self.cluster_id,
+        """Return the configuration of the NF process on `host`: its stage's functions, their settings and their state."""
+        at, stage = next((at, stage) for at, stage in enumerate(self.stages) if host in stage)
+        chains = spec.stages(self.trial.nf)
+        elsewhere = {name for chain in chains for name in chain} - set(chains[at])
+        return {"chain": chains[at], "host": host, "inside": "inside", "outside": "outside",
+                "settings": {name: given for name, given in self.settings["functions"].items() if name not in elsewhere},
+                "port_kind": self.settings["port_kind"], "value_bytes": self.settings["value_bytes"], "cluster": self.cluster_id,
+                "capacity": self.settings["capacity"], "map": self.map_of(stage), "client_id": number + 1,
                 "table": self.table_name(host) if host in self.stores else None,
-                "stores": [{"host": name, "address": self.storage_address(name), "port": STORE_PORT} for name in self.stores],
+                "stores": [{"host": name, "address": self.storage_address(name), "port": STORE_PORT}
+                           for name in self.stores_of(stage)],
                 "spin_us": 5.0 if (os.cpu_count() or 1) < 8 else 50.0}  # fmt: skip
 
     def start_workload(self) -> None:

@@ -25,7 +25,9 @@ GRID_KEYS = tuple(DEFAULTS)
 NOT_SWEPT = ("settings", "repeats", "chain")
 """What a grid says of its trials besides the values it sweeps."""
 CHAIN = "+"
-"""Joins the network functions of a chain to one name: "firewall+nat" is what chain=("firewall", "nat") runs."""
+"""Joins network functions that run one after the other in one process: "firewall+nat" is what chain=("firewall", "nat") runs."""
+OVER_HOSTS = "|"
+"""Joins the stages of a chain, each on NF hosts of its own: "firewall|nat" has the switch carry packets from one to the next."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class Experiment:
 
     procedure: file of `experiments/harness/procedures/` that measures one trial. sweeps: grids, each {parameter: values};
     trials are the union of the grids' products; a grid's "settings" hold for its trials and are not swept, its "repeats"
-    stand in place of the experiment's, its "chain" names network functions that run one after the other. settings: the
-    procedure's parameters. traffic: the workload's. network: the topology's. profiles: for each profile what differs
-    ("sweeps", "settings", "traffic", "network", "repeats"). seed: of shuffling and workload.
+    stand in place of the experiment's, its "chain" names network functions that run one after the other in one process, as
+    "firewall+nat" in "nf" does; "firewall|nat" runs each on NF hosts of its own. settings: the procedure's parameters. traffic:
+    the workload's. network: the topology's. profiles: for each profile what differs ("sweeps", "settings", "traffic", "network",
+    "repeats"). seed: of shuffling and workload.
     """
 
     question: str
@@ -148,13 +151,15 @@ def check(name: str, experiment: Experiment) -> None:
                 check_setting(name, key, value, procedure.SETTINGS[key])
         for key, names in known.items():
             for value in values_of(grid, key):
-                for part in value.split(CHAIN) if key == "nf" else [value]:
-                    if part not in names:
+                for part in itertools.chain(*stages(value)) if key == "nf" else [value]:
+                    if part not in names or (value and not part):
                         raise unknown(key if key != "nf" else "network function", part, names)
                     if key == "nf" and part:
                         declaration.load(part)
         for value in values_of(grid, "topology") or [DEFAULTS["topology"]]:
-            topology.plan(value, experiment.network)
+            nf_hosts = topology.plan(value, experiment.network).hosts("nf")
+            for nf in values_of(grid, "nf"):
+                staged(nf_hosts, nf)
 
 
 def _check_grids(name: str, grids: Any) -> None:
@@ -197,6 +202,22 @@ def values_of(grid: Mapping[str, Any], key: str) -> Sequence[Any]:
         return (CHAIN.join(grid["chain"]),)
     values: Sequence[Any] = grid.get(key, ())
     return values
+
+
+def stages(nf: str) -> list[list[str]]:
+    """Return the network functions that `nf` names, by stage from inside to outside: "a+b|c" is [["a", "b"], ["c"]]."""
+    return [stage.split(CHAIN) for stage in nf.split(OVER_HOSTS)]
+
+
+def staged(nf_hosts: Sequence[str], nf: str) -> list[list[str]]:
+    """Return the NF hosts of each stage of `nf`: equally many, the first ones innermost. Raises NearstateError where they do not
+    divide so."""
+    count = len(stages(nf))
+    if len(nf_hosts) % count:
+        raise NearstateError(f"chain {nf!r} over {len(nf_hosts)} NF host{'s' if len(nf_hosts) > 1 else ''}: each of its {count} "
+                             f"stages needs as many, so nf_hosts={count} or a multiple (topology rack)")  # fmt: skip
+    each = len(nf_hosts) // count
+    return [list(nf_hosts[number * each : (number + 1) * each]) for number in range(count)]
 
 
 def check_traffic(name: str, experiment: Experiment) -> None:

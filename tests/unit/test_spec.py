@@ -71,6 +71,10 @@ def test_a_right_experiment_passes() -> None:
         ),
         ({"procedure": "throughput", "settings": {"ladder_kpps": 20}}, "ladder_kpps=20 is no list of numbers from 0"),
         ({"procedure": "throughput", "settings": {"saturate": 1}}, "saturate=1 is no True or False"),
+        ({"sweeps": ({"nf": ("firewall|",)},)}, "unknown network function ''"),
+        ({"sweeps": ({"nf": ("firewall|natt",)},)}, "unknown network function 'natt': did you mean nat"),
+        ({"sweeps": ({"nf": ("firewall|nat",)},), "network": {"nf_hosts": 3}}, r"over 3 NF hosts: each of its 2 stages needs"),
+        ({"sweeps": ({"nf": ("firewall|nat",), "topology": ("back_to_back",)},)}, "over 1 NF host: each of its 2 stages needs"),
         ({"network": {"nf_hosts": "two"}}, "topology rack: nf_hosts='two' is no int"),
         ({"network": {"nf_host": 2}}, "unknown parameter of topology rack 'nf_host': did you mean nf_hosts"),
     ],
@@ -85,6 +89,13 @@ def test_what_may_stand_for_a_default_passes() -> None:
     settings = {"ladder_kpps": [2.5, 40], "saturate": True, "seconds": 1, "functions": {"firewall": {}}}
     check("mine", replace(RIGHT, procedure="throughput", settings=settings))
     check("mine", replace(RIGHT, procedure="throughput", settings={}, sweeps=({"ladder_kpps": ((1, 2), (3,))},)))
+
+
+def test_a_chain_is_told_by_its_stages_and_the_hosts_divide_among_them() -> None:
+    assert spec.stages("firewall+traffic_counter|nat") == [["firewall", "traffic_counter"], ["nat"]]
+    assert spec.staged(["nf1", "nf2", "nf3", "nf4"], "firewall|nat") == [["nf1", "nf2"], ["nf3", "nf4"]]
+    assert spec.staged(["nf1", "nf2"], "firewall+nat") == [["nf1", "nf2"]]
+    assert spec.staged(["nf1"], "") == [["nf1"]]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def test_rack_has_the_hosts_and_cables_asked_for() -> None:
         ("rack", {"nf_hosts": True}, "is no int"),
         ("rack", {"nf_hosts": 0}, "at least one"),
         ("rack", {"nf_hosts": 1000}, "outside 0 to 32"),
+        ("rack", {"server_hosts": 0}, "at least one server"),
         ("rack", {"delay_us": -1.0}, "outside 0"),
         ("rack", {"delay_us": float("nan")}, "outside 0"),
         ("rack", {"cpu": {"nff": 0.5}}, "unknown role in cpu of topology rack 'nff': did you mean nf"),

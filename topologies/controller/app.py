@@ -7,8 +7,9 @@ found nobody would be repeated a second later only).
 Commands, one JSON object a line, each answered by one line:
     {"command": "steer", "partitions": [3, 4], "instance": "nf2"} -> {"steered": 2}   once the switch confirmed (barrier)
         "return": "nf1" sends their answers, from the server to the client, to another instance; without it both go to one
+    {"command": "chain", "stages": [["nf1"], ["nf2"]]} -> {"rules": 3091}     packets meet an instance of each stage, dealt anew
     {"command": "show"}  -> {"instances": ["nf1", ...256], "returns": ["nf1", ...256], "rules": 1555, "refused_packets": 0,
-                             "connected": true}
+                             "connected": true}                                with stages "nf1|nf2", from inside to outside
     {"command": "ready"} -> {"rules": 1555}                                          once all rules are confirmed
 A command that is wrong is answered {"error": reason} and changes nothing.
 """
@@ -48,7 +49,8 @@ class Steering(OSKenApp):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ports = steering.Ports.from_json(self.topology)
-        self.forward = steering.evenly(self.ports.instances)
+        self.stages: steering.Stages = [list(self.ports.instances)]
+        self.forward = steering.evenly(self.stages)
         self.back = list(self.forward)
         self.datapath: Any = None
         self.changing = threading.Lock()  # one change of rules at a time
@@ -94,13 +96,19 @@ class Steering(OSKenApp):
     def _install_all(self) -> None:
         with self.changing:
             try:
-                self._install(steering.all_rules(self.ports, self.forward, self.back))
+                self._install(self._all_rules())
                 self.installed.set()
             except ValueError as error:
                 LOG.error("installing the rules: %s", error)
 
-    def _install(self, rules: list[steering.Rule]) -> None:
-        """Send rules and a barrier as one buffer and wait for the switch. Raises ValueError when it does not confirm."""
+    def _all_rules(self) -> list[steering.Rule]:
+        return steering.all_rules(self.ports, self.stages, self.forward, self.back)
+
+    def _install(self, rules: list[steering.Rule], anew: bool = False) -> None:
+        """Send rules and a barrier as one buffer and wait for the switch. Raises ValueError when it does not confirm.
+
+        anew: all other rules are removed first.
+        """
         datapath = self.datapath
         if datapath is None:
             raise ValueError("the switch is not connected")
@@ -108,7 +116,8 @@ class Steering(OSKenApp):
         barrier, done = ofproto_v1_3_parser.OFPBarrierRequest(datapath), threading.Event()
         datapath.set_xid(barrier)
         self.barriers[barrier.xid] = done
-        datapath.send(b"".join(_serialized(datapath, message) for message in [*(_flow_mod(datapath, r) for r in rules), barrier]))
+        messages = [*([_removal(datapath)] if anew else []), *(_flow_mod(datapath, rule) for rule in rules), barrier]
+        datapath.send(b"".join(_serialized(datapath, message) for message in messages))
         if not done.wait(CONFIRM_S):
             self.barriers.pop(barrier.xid, None)
             raise ValueError(f"the switch did not confirm {len(rules)} rules in {CONFIRM_S:g} s")
@@ -132,7 +141,7 @@ class Steering(OSKenApp):
 
     def _obey(self, request: Any) -> dict[str, Any]:
         """Return the answer to a command. Raises ValueError with the reason when it is wrong."""
-        commands = {"steer": self._steer, "show": self._show, "ready": self._ready}
+        commands = {"steer": self._steer, "chain": self._chain, "show": self._show, "ready": self._ready}
         if not isinstance(request, dict) or request.get("command") not in commands:
             raise ValueError(f"unknown command {request!r}; valid are {', '.join(commands)}")
         return commands[request["command"]](request)
@@ -141,25 +150,35 @@ class Steering(OSKenApp):
         instance = request.get("instance")
         with self.changing:
             forward, back = (
-                steering.steered(before, request.get("partitions"), wanted, self.ports.instances)
+                steering.steered(before, self.stages, request.get("partitions"), wanted)
                 for before, wanted in ((self.forward, instance), (self.back, request.get("return", instance)))
             )
             partitions = sorted(set(request["partitions"]))
-            self._install([rule for p in partitions for rule in steering.partition_rules(self.ports, p, forward[p], back[p])])
+            self._install([rule for p in partitions
+                           for rule in steering.partition_rules(self.ports, self.stages, p, forward[p], back[p])])  # fmt: skip
             self.forward, self.back = forward, back
         return {"steered": len(partitions)}
+
+    def _chain(self, request: dict[str, Any]) -> dict[str, Any]:
+        with self.changing:
+            stages = steering.checked_stages(request.get("stages"), self.ports.instances)
+            ways = steering.evenly(stages)
+            rules = steering.all_rules(self.ports, stages, ways, ways)
+            self._install(rules, anew=True)
+            self.stages, self.forward, self.back = stages, ways, list(ways)
+        return {"rules": len(rules)}
 
     def _ready(self, _: dict[str, Any]) -> dict[str, Any]:
         if not self.installed.wait(2 * CONFIRM_S):
             raise ValueError(self.refusals[0] if self.refusals else "the switch has not connected")
-        return {"rules": len(steering.all_rules(self.ports, self.forward, self.back))}
+        return {"rules": len(self._all_rules())}
 
     def _show(self, _: dict[str, Any]) -> dict[str, Any]:
         counted = self._refused_packets() if self.datapath else None
         return {
-            "instances": self.forward,
-            "returns": self.back,
-            "rules": len(steering.all_rules(self.ports, self.forward, self.back)),
+            "instances": ["|".join(way) for way in self.forward],
+            "returns": ["|".join(way) for way in self.back],
+            "rules": len(self._all_rules()),
             "refused_packets": counted,
             "connected": self.datapath is not None,
         }
@@ -183,6 +202,13 @@ def _flow_mod(datapath: Any, rule: steering.Rule) -> Any:
     actions = [] if rule.output is None else [parser.OFPActionOutput(rule.output)]
     instructions = [parser.OFPInstructionActions(ofproto_v1_3.OFPIT_APPLY_ACTIONS, actions)]
     return parser.OFPFlowMod(datapath, priority=rule.priority, match=_match(rule), instructions=instructions)
+
+
+def _removal(datapath: Any) -> Any:
+    """Return the message that removes every rule."""
+    protocol = ofproto_v1_3
+    return ofproto_v1_3_parser.OFPFlowMod(datapath, command=protocol.OFPFC_DELETE, table_id=protocol.OFPTT_ALL,
+                                          out_port=protocol.OFPP_ANY, out_group=protocol.OFPG_ANY)  # fmt: skip
 
 
 def _match(rule: steering.Rule) -> Any:

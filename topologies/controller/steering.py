@@ -11,6 +11,15 @@ address, names the partition in both directions, so both meet the same instance)
 Where the return path differs (asymmetric paths), only the two outputs of the answer change: in at server, out at nf1.outside,
 in at nf1.inside, out at client.
 
+A chain spread over hosts has a stage for each: what leaves an instance of one stage is steered, by the same bits, to an instance
+of the next, and answers through the stages in the opposite order. The bits are looked at anew at every hop, so functions that
+translate ports within their partition (as `nat` does) get their answers back; a stage may have several instances.
+
+    client -> nf1.inside    nf1.outside -> nf2.inside    nf2.outside -> server
+    client <- nf1.inside    nf1.outside <- nf2.inside    nf2.outside <- server
+
+Of several servers, a frame that has left the last stage gets to the one whose MAC address it has, and to the first if to none.
+
 Rules match whole frames of header bits only, so every later packet of a partition is decided without the controller. A later
 fragment carries no ports, so the port rules ask for "not a fragment" and everything else goes by the address: all fragments of a
 datagram alike (the instance that saw the first one knows whose the later ones are), ICMP, any other IP protocol.
@@ -18,8 +27,8 @@ datagram alike (the instance that saw the first one knows whose the later ones a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 PARTITIONS = 256
@@ -30,7 +39,7 @@ IPV4, ARP = 0x0800, 0x0806
 TCP, UDP = 6, 17
 ANY_FRAGMENT = 0x01
 """NXM_NX_IP_FRAG: bit 0 says fragment, bit 1 says not the first one (ovs-fields(7), nw_frag)."""
-BY_PORT, BY_ADDRESS, DIRECT, REFUSED = 400, 300, 200, 0
+BY_PORT, BY_ADDRESS, BY_MAC, DIRECT, REFUSED = 400, 300, 250, 200, 0
 """Priorities. REFUSED is the table-miss rule: what nothing else matched is dropped and counted there."""
 
 
@@ -50,12 +59,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ports:
-    """The switch's ports by what is plugged in. instances: name -> (inside, outside). storage: port -> MAC address."""
+    """The switch's ports by what is plugged in. instances: name -> (inside, outside). storage, others: port -> MAC address.
+
+    others: servers besides the first.
+    """
 
     client: int
     server: int
     instances: Mapping[str, tuple[int, int]]
     storage: Mapping[int, str]
+    others: Mapping[int, str] = field(default_factory=dict)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Ports:
@@ -64,31 +77,52 @@ class Ports:
             int(data["client"]),
             int(data["server"]),
             {name: (int(inside), int(outside)) for name, (inside, outside) in data["instances"].items()},
-            {int(port): str(mac) for port, mac in data["storage"].items()},
+            *({int(port): str(mac) for port, mac in data[name].items()} for name in ("storage", "others")),
         )
 
 
-def partition_rules(ports: Ports, partition: int, forward: str, back: str) -> list[Rule]:
-    """Return the 6 rules that steer one partition: what the client sends to instance `forward`, the answers to `back`.
+Stages = Sequence[Sequence[str]]
+"""The instances of each stage, the innermost stage first; every instance is in one."""
+Way = tuple[str, ...]
+"""The instances, one of each stage from inside to outside, that a partition's packets meet."""
 
-    Rules for other instances have equal matches: they replace.
+
+def hops(ports: Ports, stages: Stages, forward: Way, back: Way) -> Iterator[tuple[int, bool, int]]:
+    """Yield (port in, whether the client is the sender, port out) of every place where packets of one partition are steered."""
+    outward, inward = [ports.client], [ports.server, *ports.others]
+    for stage, instance in zip(stages, forward, strict=True):
+        yield from ((port, True, ports.instances[instance][0]) for port in outward)
+        outward = [ports.instances[name][1] for name in stage]
+    for stage, instance in zip(reversed(stages), reversed(back), strict=True):
+        yield from ((port, False, ports.instances[instance][1]) for port in inward)
+        inward = [ports.instances[name][0] for name in stage]
+
+
+def partition_rules(ports: Ports, stages: Stages, partition: int, forward: Way, back: Way) -> list[Rule]:
+    """Return the rules that steer one partition, 3 a hop: what the client sends goes way `forward`, the answers way `back`.
+
+    Rules for other ways through the same stages have equal matches: they replace.
     """
-    inside, outside = ports.instances[forward][0], ports.instances[back][1]
     rules = []
-    for port, side, address, output in ((ports.client, "src", "ipv4_src", inside), (ports.server, "dst", "ipv4_dst", outside)):
+    for port, from_client, output in hops(ports, stages, forward, back):
+        side = "src" if from_client else "dst"
         for protocol, name in ((TCP, "tcp"), (UDP, "udp")):
             match = (("in_port", port), ("eth_type", IPV4), ("ip_proto", protocol), ("ip_frag", (0, ANY_FRAGMENT)),
                      (f"{name}_{side}", (partition << 1, PORT_MASK)))  # fmt: skip
             rules.append(Rule(BY_PORT, match, output))
-        rules.append(Rule(BY_ADDRESS, (("in_port", port), ("eth_type", IPV4), (address, (partition, ADDRESS_MASK))), output))
+        by_address = (("in_port", port), ("eth_type", IPV4), (f"ipv4_{side}", (partition, ADDRESS_MASK)))
+        rules.append(Rule(BY_ADDRESS, by_address, output))
     return rules
 
 
-def fixed_rules(ports: Ports) -> list[Rule]:
-    """Return the rules that do not depend on the steering: leaving an instance, ARP, the storage network, the rest dropped."""
+def fixed_rules(ports: Ports, stages: Stages) -> list[Rule]:
+    """Return the rules that do not depend on the steering: leaving the last stage, ARP, the storage network, the rest dropped."""
     rules = []
-    for inside, outside in ports.instances.values():
+    for _, outside in (ports.instances[name] for name in stages[-1]):
         rules.append(Rule(DIRECT, (("in_port", outside), ("eth_type", IPV4)), ports.server))
+        for server, mac in ports.others.items():
+            rules.append(Rule(BY_MAC, (("in_port", outside), ("eth_dst", mac), ("eth_type", IPV4)), server))
+    for inside, _ in (ports.instances[name] for name in stages[0]):
         rules.append(Rule(DIRECT, (("in_port", inside), ("eth_type", IPV4)), ports.client))
     for here, there in ((ports.client, ports.server), (ports.server, ports.client)):
         rules.append(Rule(DIRECT, (("in_port", here), ("eth_type", ARP)), there))
@@ -100,31 +134,52 @@ def fixed_rules(ports: Ports) -> list[Rule]:
     return rules
 
 
-def all_rules(ports: Ports, forward: Sequence[str], back: Sequence[str]) -> list[Rule]:
-    """Return every rule of a switch that steers partition p to `forward[p]`, and its answers to `back[p]`."""
-    rules = fixed_rules(ports)
+def all_rules(ports: Ports, stages: Stages, forward: Sequence[Way], back: Sequence[Way]) -> list[Rule]:
+    """Return every rule of a switch that steers partition p the way `forward[p]`, and its answers `back[p]`."""
+    rules = fixed_rules(ports, stages)
     for partition, (out, home) in enumerate(zip(forward, back, strict=True)):
-        rules += partition_rules(ports, partition, out, home)
+        rules += partition_rules(ports, stages, partition, out, home)
     return rules
 
 
-def evenly(names: Iterable[str]) -> list[str]:
-    """Return the steering at the start: partitions dealt to the instances in turn."""
-    dealt = sorted(names)
-    return [dealt[partition % len(dealt)] for partition in range(PARTITIONS)]
+def evenly(stages: Stages) -> list[Way]:
+    """Return the steering at the start: partitions dealt to the instances of each stage in turn."""
+    dealt = [sorted(stage) for stage in stages]
+    return [tuple(stage[partition % len(stage)] for stage in dealt) for partition in range(PARTITIONS)]
 
 
-def steered(instances: Sequence[str], partitions: Any, instance: Any, known: Iterable[str]) -> list[str]:
-    """Return the steering after a command. Raises ValueError with the reason when the command is wrong."""
+def checked_stages(stages: Any, known: Iterable[str]) -> list[list[str]]:
+    """Return stages as a command names them. Raises ValueError unless each has an instance and none is in two."""
+    right = isinstance(stages, list) and stages and all(isinstance(stage, list) and stage for stage in stages)
+    if not right:
+        raise ValueError(f"stages={stages!r}: a list of the instances of each stage, none empty, is wanted")
+    names = [name for stage in stages for name in stage]
+    for name in names:
+        _check_instance(name, known)
+        if names.count(name) > 1:
+            raise ValueError(f"instance {name!r} is in {names.count(name)} places of the chain; it has one pair of ports")
+    return [list(stage) for stage in stages]
+
+
+def _check_instance(instance: Any, known: Iterable[str]) -> None:
     valid = sorted(known)
     if instance not in valid:
         raise ValueError(f"unknown instance {instance!r}; valid are {', '.join(valid)}")
+
+
+def steered(ways: Sequence[Way], stages: Stages, partitions: Any, instance: Any) -> list[Way]:
+    """Return the ways after a command: those of `partitions` by `instance` in its stage.
+
+    Raises ValueError with the reason when the command is wrong.
+    """
+    _check_instance(instance, (name for stage in stages for name in stage))
     if not isinstance(partitions, list) or not partitions:
         raise ValueError("partitions must be a list of numbers, not empty")
     for partition in partitions:
         if isinstance(partition, bool) or not isinstance(partition, int) or not 0 <= partition < PARTITIONS:
             raise ValueError(f"partition {partition!r} is not one of 0 to {PARTITIONS - 1}")
-    changed = list(instances)
+    at = next(number for number, stage in enumerate(stages) if instance in stage)
+    changed = list(ways)
     for partition in partitions:
-        changed[partition] = instance
+        changed[partition] = (*changed[partition][:at], instance, *changed[partition][at + 1 :])
     return changed

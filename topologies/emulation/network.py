@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from topologies.emulation.topology import Plan, plan
 
 CLIENT_ADDRESS, SERVER_ADDRESS = "10.0.0.1", "10.128.0.1"
 TRANSLATED_NETWORK = "10.64.0.0/16"
-"""Where a NAT's external addresses are: the server routes them to the client, the client (for hairpinning) to the server."""
+"""Where a NAT's external and a balancer's virtual addresses are: servers route it to the client, the client to `server`."""
 STORAGE_NETWORK = "192.168.77"
 CONTROLLER_S, WIRE_S = 15.0, 60.0
 MIDDLE = "wire"
@@ -136,6 +137,7 @@ class Network:
         self._controller: subprocess.Popen[bytes] | None = None
         self._commands: socket.socket | None = None
         self._files: list[Path] = []
+        self._stages: list[list[str]] = []  # of NF hosts, as the controller was told
         self._calibration: calibration.Calibration | None = None
 
     def __enter__(self) -> Network:
@@ -176,6 +178,7 @@ class Network:
             starting.finish()
             clock.lap("bridge")
             self._command({"command": "ready"})
+            self._stages = [[host.name for host in self.hosts.values() if host.role == "nf"]]
             clock.lap("rules")
         if self.middles():
             self.base_us = calibration.base_us(self)
@@ -281,7 +284,9 @@ class Network:
 
     def _addresses(self) -> dict[tuple[str, str], str]:
         """Return address/prefix by host and interface: the packet loop's ports have none, storage ones count up."""
-        addresses = {("client", "net"): f"{CLIENT_ADDRESS}/8", ("server", "net"): f"{SERVER_ADDRESS}/8"}
+        addresses = {("client", "net"): f"{CLIENT_ADDRESS}/8"}
+        servers = [host.name for host in self._emulated() if host.role == "server"]
+        addresses |= {(name, "net"): f"{IPv4Address(SERVER_ADDRESS) + number}/8" for number, name in enumerate(servers)}
         stored = [host.name for host in self._emulated() if "storage" in host.nameToIntf]
         for number, name in enumerate(stored, 1):
             addresses[name, "storage"] = f"{STORAGE_NETWORK}.{number}/24"
@@ -295,8 +300,9 @@ class Network:
             lines.append(f"link set {interface.name} up")
             for peer, other in self._neighbours(name, interface.name):
                 lines.append(f"neigh replace {peer.split('/')[0]} lladdr {other} dev {interface.name} nud permanent")
-                if interface.name == "net":
-                    lines.append(f"route add {TRANSLATED_NETWORK} via {peer.split('/')[0]} dev net")
+            if interface.name == "net":
+                opposite = SERVER_ADDRESS if self.hosts[name].role == "client" else CLIENT_ADDRESS
+                lines.append(f"route add {TRANSLATED_NETWORK} via {opposite} dev net")
         return "\n".join(lines)
 
     def _neighbours(self, name: str, interface: str) -> Iterator[tuple[str, str]]:
@@ -424,13 +430,13 @@ class Network:
     def _port_numbers(self) -> dict[str, Any]:
         """Return what `steering.Ports` needs. Port numbers are the order of the topology's links, MACs their numbers in it."""
         graph = self.plan.graph
-        ports: dict[str, Any] = {"client": 0, "server": 0, "instances": {}, "storage": {}}
+        ports: dict[str, Any] = {"client": 0, "server": 0, "instances": {}, "storage": {}, "others": {}}
         for number, (host, _, info) in enumerate(graph.links(sort=True, withInfo=True)):
-            port, interface = info["port2"], info["intfName1"]
-            if interface == "net":
+            port, interface, mac = info["port2"], info["intfName1"], f"02:00:00:00:{number:02x}:01"
+            if interface == "net" and host in ("client", "server"):
                 ports[host] = port
-            elif interface == "storage":
-                ports["storage"][port] = f"02:00:00:00:{number:02x}:01"
+            elif interface in ("net", "storage"):
+                ports["others" if interface == "net" else "storage"][port] = mac
             else:
                 ports["instances"].setdefault(host, [0, 0])[interface == "outside"] = port
         return ports
@@ -472,8 +478,22 @@ class Network:
         self._command({"command": "steer", "partitions": [int(p) for p in partitions], "instance": instance,
                        "return": returning or instance})  # fmt: skip
 
+    def chain(self, stages: Sequence[Sequence[str]]) -> None:
+        """Have packets meet an NF host of each stage, the innermost first, and answers in the opposite order.
+
+        Partitions are dealt to each stage's hosts in turn. At the start all NF hosts are one stage.
+
+        Raises NearstateError where there is no switch to carry them from one to the next.
+        """
+        wanted = [list(stage) for stage in stages]
+        if self.switch is None and len(wanted) == 1:
+            return
+        if wanted != self._stages:
+            self._command({"command": "chain", "stages": wanted})
+            self._stages = wanted
+
     def steering(self) -> list[str]:
-        """Return the instance that gets what clients send, for each partition."""
+        """Return the instance that gets what clients send, for each partition; of a chain over hosts as "nf1|nf2"."""
         if self.switch is None:
             return ["nf1"] * PARTITIONS
         return list(self._command({"command": "show"})["instances"])

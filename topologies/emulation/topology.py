@@ -20,7 +20,7 @@ from datastore.native.errors import NearstateError, import_file, unknown
 
 FOLDER = Path(__file__).resolve().parents[1]
 ROLES = ("client", "server", "nf", "store", "control")
-LARGEST = {"nf_hosts": 32, "store_hosts": 32, "delay_us": 1_000_000}
+LARGEST = {"nf_hosts": 32, "store_hosts": 32, "server_hosts": 32, "delay_us": 1_000_000}
 
 
 class DataCenter(Topo):
@@ -47,6 +47,10 @@ class Plan:
     parameters: Mapping[str, Any]
     graph: DataCenter
     cpu: Mapping[str, float]
+
+    def hosts(self, role: str) -> list[str]:
+        """Return the names of the hosts of a role, in their order."""
+        return [name for name in self.graph.hosts() if self.graph.nodeInfo(name)["role"] == role]
 
 
 def names() -> list[str]:

@@ -47,7 +47,7 @@ def start_probe(bench: Bench) -> RunningProcess:
     else:
         stores = [{"host": name, "address": bench.storage_address(name), "port": STORE_PORT} for name in bench.stores]
         table = bench.table_name(host.name) if host.name in bench.stores else None
-        config = {"host": host.name, "map": bench.map, "table": table, "stores": stores,
+        config = {"host": host.name, "map": bench.map_of(bench.stages[0]), "table": table, "stores": stores,
                   "cluster": bench.cluster_id, "client_id": 1000, "value_bytes": settings["value_bytes"],
                   "keys": settings["keys"], "seed": bench.trial.seed}  # fmt: skip
         probe = bench.launcher.spawn("probe", host, "experiments.workloads.state_probe:main", config)
