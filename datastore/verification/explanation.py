@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
-from datastore.verification.model import NEVER_NS, Operation, Record, State, describe, describe_state
-from datastore.verification.search import Search, events_of, gives_version
+from datastore.verification.model import NEVER_NS, Operation, State, describe, describe_state
+from datastore.verification.search import Search, gives_version
 
 MINIMIZED_OPERATIONS = 300
 """Longer windows are shown without trying which of their operations matter."""
@@ -15,17 +15,18 @@ SHOWN_STATES = 8
 VISITED_CONFIGURATIONS = 2000
 
 
-def explain(operations: Sequence[Operation], record: Record, width: int, noticed: int) -> tuple[list[Operation], list[str]]:
+def explain(start: Search, noticed: int) -> tuple[list[Operation], list[str]]:
     """Return the operations that contradict each other, in the order of their calls, and lines that tell it.
 
-    operations: of one key, in the order of their calls. width: enough to drop nothing. noticed: the operation at whose answer
+    start: a search that has not begun, wide enough to drop nothing. noticed: the operation at whose answer
     the search failed: it looks ahead, so a later answer may be the impossible one.
 
     The window begins with the call of the first operation whose answer is impossible, given all that was answered until then,
     and ends with its answer. Of the operations under way in between, those are left out without whose answers it still is.
     """
-    failed = first_impossible(operations, record, width, noticed)
-    search = heard_until(operations, record, width, failed)
+    operations = start.operations
+    failed = first_impossible(start, noticed)
+    search = heard_until(start, failed)
     called, answered = search.events.index(failed), search.events.index(~failed)
     search.run(called)
     within = [event for event in search.events[called:answered] if event >= 0 and event != failed]
@@ -38,13 +39,13 @@ def explain(operations: Sequence[Operation], record: Record, width: int, noticed
     return window, lines(operations, operations[failed], window, before, possible, len(others) - len(needed))
 
 
-def first_impossible(operations: Sequence[Operation], record: Record, width: int, noticed: int) -> int:
+def first_impossible(start: Search, noticed: int) -> int:
     """Return the operation whose answer makes what is known until then impossible, by bisection of the answers."""
-    answers = [~event for event in events_of(operations) if event < 0]
+    answers = [~event for event in start.events if event < 0]
     answers = answers[answers.index(noticed) :]
 
     def impossible(number: int) -> bool:
-        search = heard_until(operations, record, width, answers[number])
+        search = heard_until(start, answers[number])
         return search.run() is not None and search.checkpoint is None
 
     step = 1
@@ -54,11 +55,12 @@ def first_impossible(operations: Sequence[Operation], record: Record, width: int
     return answers[known[bisect.bisect_left(known[:-1], True, key=impossible)]]
 
 
-def heard_until(operations: Sequence[Operation], record: Record, width: int, last: int) -> Search:
+def heard_until(start: Search, last: int) -> Search:
     """Return a search that knows what was called and answered until the answer of operation `last`, and no more."""
+    operations = start.operations
     until_ns = operations[last].answered_ns
     called = operations[: bisect.bisect_right(operations, until_ns, key=lambda operation: operation.invoked_ns)]
-    search = Search(called, record, width)
+    search = Search(called, start.record, start.width, start.lenient)
     heard = search.events[: search.events.index(~last) + 1]
     later = {~event for event in search.events[len(heard) :] if event < 0}
     search.ignore(frozenset(later))

@@ -13,12 +13,11 @@ linearizability, CCPE 2017): just-in-time linearization, with configurations rem
 Only what is under way is remembered, so a history is checked in one pass and, with few operations at once, in linear time.
 What keeps configurations few:
 
-* An operation that leaves the state as it is happens as soon as it can: nothing is lost by that (Lowe, section 4).
+* An operation that leaves the state as it is happens as soon as it can: nothing is lost by that.
 * Versions are never given twice: one that an answer names is not available to any other operation.
 * Operations without an answer are under way to the end. Equal ones are interchangeable, so they happen in the order of their
   calls; one whose expected version is gone is forgotten; a configuration that used more of them for the same is dropped.
-* A pass keeps at most `width` configurations, those that used fewest unanswered operations. When that fails, and some had
-  been dropped, the pass is repeated wider from there. So both verdicts are proofs; at MAX_WIDTH there is none (undecided).
+* A pass keeps at most `width` configurations, and remembers where it first dropped some (`checkpoint`).
 """
 
 from __future__ import annotations
@@ -42,8 +41,12 @@ Configuration = tuple[State, int, int]
 class Search:
     """One pass over the operations of a key, which are ordered by their calls. A copy goes on by itself."""
 
-    def __init__(self, operations: Sequence[Operation], record: Record, width: int) -> None:
-        self.operations, self.step, self.width = operations, record.step, width
+    def __init__(self, operations: Sequence[Operation], record: Record, width: int, lenient: bool = False) -> None:
+        """lenient: unanswered operations may happen more than once. What is impossible even so is found impossible quickly,
+        since it does not matter which of them happened.
+        """
+        self.operations, self.record, self.width, self.lenient = operations, record, width, lenient
+        self.step = record.step
         self.before = [state_before(operation) for operation in operations]
         self.events = events_of(operations)
         self.position = 0
@@ -283,7 +286,7 @@ class Search:
                     after = self.step(state, operation)
                     after = None if after is None else self.unowned(state, after)
                     if after is not None:
-                        yield after, self.settled(after, done), used | bit
+                        yield after, self.settled(after, done), used if self.lenient else used | bit
                     break
 
     def unowned(self, before: State, after: State) -> State | None:

@@ -236,6 +236,15 @@ def test_one_wrong_answer_in_a_long_history_is_found_and_told():
     assert "made by" in text
 
 
+@pytest.mark.parametrize("seed", [1, 2, 4])
+def test_many_operations_without_an_answer_hide_no_error(seed):
+    history = Recording(seed, 3000, lost=0.01).run()
+    assert check(history, VALUE_BYTES).verdict == LINEARIZABLE
+    reads = [n for n, each in enumerate(history) if each.kind == GET and each.status == OK]
+    history[reads[-20]] = history[reads[-20]]._replace(answer=history[reads[-40]].answer)
+    assert check(history, VALUE_BYTES).verdict == VIOLATION
+
+
 def test_the_window_of_a_violation_holds_what_matters_and_still_fails():
     bystanders = [get(12, 40, 2, 6, client=n) for n in range(10, 20)]
     first, second = put(10, 20, 2, 6, expected=1), put(11, 21, 2, 7, expected=1, client=2)
