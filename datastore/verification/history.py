@@ -1,8 +1,9 @@
 """How does a client record what it asked and was answered, so that its death at any instant loses nothing that matters?
 
 One file per client process, `<client>-<pid>-<number>.history`: a header, then rows of one operation each, which are appended
-in the order of the calls. The file is mapped, so a row is some stores to memory (call and answer: measured 2.2 µs from Python) and belongs to
-the kernel at once: `kill -9` loses none. All words are 64 bits, little-endian.
+in the order of the calls. The file is mapped, so a row is some stores to memory (call and answer: measured 2.2 µs from Python)
+and belongs to the kernel at once: `kill -9` loses none.
+All words are 64 bits, little-endian.
 
     header   magic | value bytes | client | pid | 4 words of zero
     row      0  time of the call, ns of CLOCK_MONOTONIC     written last of the call's words; 0: no call
