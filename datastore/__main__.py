@@ -1,4 +1,4 @@
-"""The command line: python -m datastore {list,statistics,records,serve,check}.
+"""The command line: python -m datastore {list,statistics,records,serve,check,simulate}.
 
 `statistics` and `records` look at the shared memory of a running store without making anybody wait: records are copied without
 a lock and copied again when someone was at work on them (`Table.records`).
@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ EXAMPLES = """examples:
   python -m datastore records --partition 7 --limit 20
   python -m datastore serve --table my-table --capacity 100000 --value-bytes 32 --port 7700
   python -m datastore check results/latest/histories
+  python -m datastore simulate --seed 89 --only "nf2|coordinator"
 
 NAME is a table's name as `list` shows it; it may be left out when there is one table only.
 """
@@ -188,6 +190,31 @@ def check(arguments: argparse.Namespace) -> None:
         raise NearstateError(f"the history in {arguments.folder} is not shown to be linearizable: {wrong} of its keys, see above")
 
 
+def simulate(arguments: argparse.Namespace) -> None:
+    """Run the replication's decisions on an imagined network with faults, all of it from one seed; print what happened."""
+    from datastore.verification.simulator import Violation, World
+
+    world = World(arguments.seed, replicas=arguments.replicas)
+    failure = ""
+    try:
+        world.run(arguments.seconds)
+        world.heal()
+        world.settle(6.0)
+        world.check()
+    except Violation as violation:
+        failure = str(violation)
+    finally:
+        world.close()
+    for line in world.trace:
+        if arguments.only and re.search(arguments.only, line):
+            print(line)
+    faults = ", ".join(f"{times} x {what}" for what, times in sorted(world.happened.items())) or "no faults"
+    print(f"seed {arguments.seed}: {len(world.history):,} operations, {faults}; run {world.digest.hexdigest()[:16]}")
+    if failure:
+        raise NearstateError(failure)
+    print("linearizable, and all replicas are alike")
+
+
 def console() -> Console:
     """Return where tables are printed: as wide as they are when the output is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=200)
@@ -233,6 +260,13 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--epoch", type=positive, default=1, help="epoch of the partition map (default: %(default)s)")
     server.add_argument("--attach", action="store_true", help="serve a table that exists instead of making one")
     server.add_argument("--keep", action="store_true", help="leave the table in shared memory at the end")
+    simulation = command("simulate", simulate, json_too=False)
+    simulation.add_argument("--seed", type=int, required=True, help="which run; a failing test names it")
+    simulation.add_argument(
+        "--seconds", type=float, default=0.8, help="imagined seconds of faults (default: %(default)s, as tests)"
+    )
+    simulation.add_argument("--replicas", type=int, default=0, help="copies of each partition (default: 2 or 3, by seed)")
+    simulation.add_argument("--only", default=".", metavar="REGEX", help="log lines to print (default: all; '': none)")
     checking = command("check", check)
     checking.add_argument("folder", type=Path, metavar="HISTORY_FOLDER", help="where the clients recorded, a file each")
     checking.add_argument(

@@ -341,13 +341,36 @@ def pause() -> None:
     _pause()
 
 
-if INTERPRETED:  # the same contracts in plain Python: slow, for single steps in a debugger
+if INTERPRETED:  # the same contracts in plain Python: slow, in one thread only, for debuggers and the simulator's mutants
 
     def load_acquire(array: np.ndarray, index: int) -> Any:
         return array[index]
 
     def store_release(array: np.ndarray, index: int, value: int) -> None:
         array[index] = value
+
+    def compare_and_swap(array: np.ndarray, index: int, expected: int, desired: int) -> Any:
+        found = array[index]
+        if found == expected:
+            array[index] = desired
+        return found
+
+    def fetch_add(array: np.ndarray, index: int, delta: int) -> Any:
+        found = array[index]
+        array[index] = found + array.dtype.type(delta)
+        return found
+
+    def fence() -> None:
+        pass
+
+    def pause() -> None:
+        pass
+
+    def prefetch(array: np.ndarray, index: int) -> None:
+        pass
+
+    def trailing_zeros(value: int) -> Any:
+        return (int(value) & -int(value)).bit_length() - 1 if value else 64
 
     def network16(frame: np.ndarray, at: int) -> Any:
         return int.from_bytes(frame[at : at + 2].tobytes(), "big")

@@ -81,7 +81,8 @@ LONGEST_LIFE_S = (1 << EXPIRY_BITS - 1) - 1
 
 # A partition's role on this host, in its role word `epoch << ROLE_BITS | role`. The epoch: since when its primary is primary.
 ROLE_BITS, ROLE_MASK = 2, 3
-NO_ROLE, PRIMARY, BACKUP = 0, 1, 2
+NO_ROLE, PRIMARY, BACKUP, RETIRING = range(4)
+"""BACKUP: what is committed may be read here. RETIRING: a primary that takes no more requests and ships what it has."""
 COMMITTED_ALWAYS = 1 << 62
 """What `committed` says of a partition without backups."""
 BUCKET_DIRTY = 7

@@ -32,11 +32,15 @@ import numpy as np
 from datastore.native import inline, jit
 from datastore.native.memory import fence, fetch_add, load_acquire, pause
 from datastore.store.layout import (
+    BACKUP,
     CHANGE,
+    CHANGES_AT,
     CLIENT_HEADER_WORDS,
     CLIENT_STRIDE,
     CLIENTS_AT,
+    COMMITTED_AT,
     COMPLETION,
+    DIRTY_OFFSET,
     DONE_SEQUENCE,
     DONE_STAMP,
     DONE_STATUS,
@@ -46,6 +50,9 @@ from datastore.store.layout import (
     PARTITION_COUNT,
     REMOVE,
     REPEATED,
+    ROLE,
+    ROLE_BITS,
+    ROLE_MASK,
     STAMP,
     U0,
     UNDO,
@@ -126,12 +133,25 @@ def get(words: np.ndarray, owner: int, epoch: int, now_s: int, low: int, high: i
     return status
 
 
+@inline
+def is_clean_backup(words: np.ndarray, base: int, partition: int, epoch: int) -> Any:
+    """Tell whether this host is a backup of a partition and all it has of it is committed.
+
+    Then its records are the newest committed ones: nothing is committed without it. (J. Terrace, M. Freedman: Object storage
+    on CRAQ, USENIX ATC 2009, section 2.3; the clean and dirty of a partition here, of an object there.)
+    """
+    role = words[base + ROLE]
+    if role & np.uint64(ROLE_MASK) != np.uint64(BACKUP) or role >> np.uint64(ROLE_BITS) > np.uint64(epoch):
+        return False
+    return words[word(words, CHANGES_AT) + partition] == words[word(words, COMMITTED_AT) + partition]
+
+
 @jit
 def look_up(
     words: np.ndarray, base: int, epoch: int, now_s: int, low: int, high: int, hashed: int, answer: np.ndarray, at: int
 ) -> int:
     """Copy the record, if it is there and this host may answer for it."""
-    if not is_primary(words, base, epoch):
+    if not is_primary(words, base, epoch) and not is_clean_backup(words, base, np.int64(low & PARTITION_BITS), epoch):
         return wrong_role(words, base, epoch)
     place = find_place(words, base, low, high, hashed)
     if place == 0 or expired(words[slot_of(place) + STAMP], now_s):
@@ -159,15 +179,24 @@ def write_value(words: np.ndarray, slot: int, request: np.ndarray, at: int) -> N
         words[slot + VALUE + n] = request[at + OPERATION_VALUE + n] if n < given else U0
 
 
+@inline
+def done_partition(words: np.ndarray, done: int) -> Any:
+    """Return the partition a completion record belongs to."""
+    return np.int64(words[done + DONE_STATUS] >> np.uint64(8))
+
+
 @jit
 def complete(words: np.ndarray, base: int, done: int, sequence: int, status: int, answer: np.ndarray, at: int) -> None:
-    """Write a completion record. base: the partition whose undo takes it back, or 0 when the table did not change."""
+    """Write a completion record. base: the partition whose undo takes it back, or 0 when the table did not change.
+
+    answer: key low is there already. A record says which partition it belongs to: it goes where the partition goes.
+    """
     if base != 0:
         words[base + COMPLETION] = np.uint64(done)
         fence()
     words[done + DONE_SEQUENCE] = U0
     fence()
-    words[done + DONE_STATUS] = np.uint64(status)
+    words[done + DONE_STATUS] = np.uint64(status) | (answer[at + KEY_LOW] & PARTITION_BITS) << np.uint64(8)
     for n in range(word(words, VALUE_WORDS) + 1):
         words[done + DONE_STAMP + n] = answer[at + OPERATION_STAMP + n]
     fence()
@@ -196,6 +225,8 @@ def mutate(
     if status != OK:
         if there:
             copy_record(words, slot, answer, answer_at)
+        if words[DIRTY_OFFSET] != U0:  # a change of the completion record alone: the answer waits for it
+            words[word(words, CHANGES_AT) + np.int64(words[slot] & PARTITION_BITS)] += np.uint64(1)
         abort_record(words, owner, slot)
         complete(words, 0, done, request[at + SEQUENCE], status, answer, answer_at)
         return status
@@ -233,10 +264,13 @@ def once(
     done = ring + np.int64(sequence % words[WINDOW]) * (DONE_VALUE + value_words)
     known = words[done + DONE_SEQUENCE]
     if known == sequence:
+        base = partition_at(words, done_partition(words, done))
+        if not is_primary(words, base, epoch):  # what was done here may have been lost with this host's role
+            return refuse(words, wrong_role(words, base, epoch))
         for n in range(value_words + 1):
             answer[answer_at + OPERATION_STAMP + n] = words[done + DONE_STAMP + n]
         fetch_add(words, REPEATED, 1)
-        return np.int64(words[done + DONE_STATUS])
+        return np.int64(words[done + DONE_STATUS] & np.uint64(0xFF))
     if known > sequence:
         return refuse(words, STALE_SEQUENCE)
     status = mutate(words, owner, epoch, now_s, request, at, answer, answer_at, done)

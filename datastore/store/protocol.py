@@ -199,6 +199,23 @@ def refuse_frame(words: np.ndarray, answer: np.ndarray, answer_at: int) -> int:
 
 
 @jit
+def refuse_operations(
+    words: np.ndarray, request: np.ndarray, at: int, length: int, status: int, answer: np.ndarray, answer_at: int
+) -> int:
+    """Answer every operation of a frame with a status, having done none; return the answer's length in words."""
+    count = frame_operations(request, at)
+    operation_words = (length - FRAME_HEADER_WORDS) // count
+    answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
+    write_frame_header(answer, answer_at, count, answer_words, ANSWERS, words[EPOCH], request[at + 2], words[CLUSTER])
+    for n in range(count):
+        operation, target = at + FRAME_HEADER_WORDS + n * operation_words, answer_at + FRAME_HEADER_WORDS + n * answer_words
+        for m in range(answer_words):
+            answer[target + m] = request[operation + m] if m > 0 and m < OPERATION_STAMP else U0
+        answer[target] = operation_word(request[operation] & np.uint64(0xFF), refuse(words, status), 0, 0)
+    return FRAME_HEADER_WORDS + count * answer_words
+
+
+@jit
 def answer_frame(
     words: np.ndarray, owner: int, client: int, now_s: int, request: np.ndarray, at: int, length: int, answer: np.ndarray,
     answer_at: int,
@@ -208,12 +225,13 @@ def answer_frame(
     length: from `frame_words`. client: the slot of the client whose HELLO opened this connection, or -1. HELLO itself is the
     server's business: here it is a bad operation.
     """
+    if request[at + 3] != words[CLUSTER]:
+        return refuse_operations(words, request, at, length, WRONG_CLUSTER, answer, answer_at)
     count = frame_operations(request, at)
     operation_words = (length - FRAME_HEADER_WORDS) // count
     answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
     epoch = frame_epoch(request, at)
     write_frame_header(answer, answer_at, count, answer_words, ANSWERS, words[EPOCH], request[at + 2], words[CLUSTER])
-    foreign = request[at + 3] != words[CLUSTER]
     if client >= 0 and words[client_at(words, client) + CLIENT_ID] != request[at + 2]:
         client = -1
     first = at + FRAME_HEADER_WORDS
@@ -225,13 +243,7 @@ def answer_frame(
         prefetch_slot(words, request[operation + KEY_LOW], request[operation + KEY_HIGH])
     for n in range(count):
         operation, target = first + n * operation_words, answer_at + FRAME_HEADER_WORDS + n * answer_words
-        if foreign:
-            for m in range(answer_words):
-                answer[target + m] = U0
-            answer[target] = operation_word(0, refuse(words, WRONG_CLUSTER), 0, 0)
-            answer[target + SEQUENCE] = request[operation + SEQUENCE]
-        else:
-            execute(words, owner, client, epoch, now_s, request, operation, operation_words, answer, target)
+        execute(words, owner, client, epoch, now_s, request, operation, operation_words, answer, target)
     words[FRAMES] += np.uint64(1)
     words[OPERATIONS] += np.uint64(count)
     return FRAME_HEADER_WORDS + count * answer_words

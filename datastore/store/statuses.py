@@ -18,13 +18,14 @@ WRONG_CLUSTER = 12
 TOO_MANY_CLIENTS = 13
 BUSY = 14
 ALREADY_OPEN = 15
+LEASE_LAPSED = 16
 
-STATUSES = 16
+STATUSES = 17
 
 NAMES = (
     "ok", "absent", "version_mismatch", "exists", "table_full", "oversized", "unknown_partition", "not_primary",
     "stale_epoch", "bad_frame", "bad_operation", "stale_sequence", "wrong_cluster", "too_many_clients", "busy",
-    "already_open",
+    "already_open", "lease_lapsed",
 )  # fmt: skip
 
 _MESSAGES = (
@@ -44,6 +45,7 @@ _MESSAGES = (
     "the store has no room for one more client: stop one, or wait until an unused one is dropped",
     "the partition's lock is held by a living process that does not go on (stopped or starved)",
     "this owner already holds the partition's lock: commit or abort the open record first",
+    "this store's lease ran out, so another host may be primary by now: it waits for the coordinator, ask again",
 )
 
 

@@ -495,6 +495,11 @@ class Table:
         return table
 
     @classmethod
+    def anonymous(cls, name: str, *sizes: int, **options: Any) -> Table:
+        """Make a table as `create` does, of the same arguments, that has no file and ends with this process."""
+        return cls._fill(name, os.memfd_create(name), *sizes, **options)
+
+    @classmethod
     def attach(cls, name: str) -> Table:
         """Join the table that another process made; raises NearstateError when there is none or it is none."""
         path = _path(name)
@@ -513,8 +518,8 @@ class Table:
 
     @classmethod
     def _fill(
-        cls, name: str, descriptor: int, capacity: int, value_bytes: int, partitions: int, epoch: int, cluster: int,
-        clients: int, window: int, replication_secret: int | None = None,
+        cls, name: str, descriptor: int, capacity: int, value_bytes: int, partitions: int = PARTITIONS, epoch: int = 1,
+        cluster: int = 0, clients: int = 64, window: int = 1024, replication_secret: int | None = None,
     ) -> Table:  # fmt: skip
         layout = _layout(capacity, value_bytes, partitions, clients, window, replication_secret is not None)
         size_bytes = layout[TOTAL_WORDS] * 8

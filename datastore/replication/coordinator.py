@@ -1,0 +1,356 @@
+"""Who is primary, who is backup, who may answer, and what happens when a host is gone?
+
+Pure: it is told the time and what arrived, and returns what to send. Nothing it decides is sent before the state it decided on
+is saved (`dirty`, then `save`): after a crash it goes on from there, and since it then knows of no lease it grants nothing new
+for as long as an old one could last.
+
+Leases. A host may answer until its lease runs out, counted on its own clock from when it *asked*; the coordinator counts from
+when it *granted*, and adds a margin for clocks that drift. So the host is always the first to think that it is over.
+(C. Gray, D. Cheriton: Leases, SOSP 1989.)
+
+Whatever takes a right away from a host happens in two steps:
+
+    revoke   the new map says so; the host hears of it, and says so with its next heartbeat, or its lease runs out
+    act      only then does a map give the right to somebody else
+
+    failure   the lease of a primary ran out        -> the next member is primary, alone or with the rest (one map)
+    removal   a backup's lease ran out, or its       -> it is `leaving`; heard or run out -> it is gone
+              primary cannot reach it
+    filling   too few members                        -> a learner; its primary says it has all -> it is a member
+    move      a command                              -> target learns, is a member; the primary hands over: `successor`;
+                                                        it has stopped -> the target is primary; the old one leaves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from datastore.native.errors import NearstateError, unknown
+from datastore.replication.maps import ClusterMap, Group
+
+MILLISECOND_NS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a lease is, how much longer the coordinator waits, how often hosts ask for a new one; after what time a frame
+    is sent again, a peer without acknowledgments is called unreachable, and it may learn from that primary again."""
+
+    lease_ns: int = 80 * MILLISECOND_NS
+    margin_ns: int = 8 * MILLISECOND_NS
+    heartbeat_ns: int = 15 * MILLISECOND_NS
+    retry_ns: int = 20 * MILLISECOND_NS
+    unreachable_ns: int = 100 * MILLISECOND_NS
+    suspect_ns: int = 1000 * MILLISECOND_NS
+
+
+@dataclass
+class HostState:
+    """What the coordinator knows of a host. granted_until_ns: on its own clock, margin included."""
+
+    granted_until_ns: int
+    incarnation: int = 0
+    epoch: int = 0
+    heard_ns: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a store host says of itself: the map it follows; (partition, host) pairs that have all; partitions that it has
+    stopped serving for their successors; peers that do not acknowledge."""
+
+    host: str
+    cluster: int
+    incarnation: int
+    epoch: int
+    sent_ns: int
+    synchronised: tuple[tuple[int, str], ...] = ()
+    released: tuple[int, ...] = ()
+    unreachable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What the coordinator answers: a lease from `sent_ns` on, for the map of `epoch`; the map itself if it is news.
+
+    incarnation: of the process it is for. An older map makes primary a host whose process ended; the next one there is empty.
+    """
+
+    incarnation: int
+    sent_ns: int
+    lease_ns: int
+    epoch: int
+    map: ClusterMap | None = None
+    refusal: str = ""
+
+
+@dataclass
+class Coordinator:
+    """The decisions. hosts: who may have a store. replicas: how many members each group should have."""
+
+    map: ClusterMap
+    cluster: int
+    replicas: int
+    hosts: dict[str, HostState]
+    timing: Timing = field(default_factory=Timing)
+    moves: dict[int, str] = field(default_factory=dict)
+    suspects: dict[tuple[str, str], int] = field(default_factory=dict)
+    dirty: bool = False
+    log: list[str] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, document: dict[str, Any], now_ns: int, timing: Timing | None = None) -> Coordinator:
+        """Begin, or go on after a crash, from what `save` returned."""
+        timing = timing or Timing()
+        until = now_ns + timing.lease_ns + timing.margin_ns
+        hosts = {name: HostState(until, int(state["incarnation"]), draining=bool(state["draining"]))
+                 for name, state in document["hosts"].items()}  # fmt: skip
+        moves = {int(partition): str(target) for partition, target in document["moves"].items()}
+        return cls(ClusterMap.from_json(document["map"]), document["cluster"], document["replicas"], hosts, timing, moves)
+
+    def save(self) -> dict[str, Any]:
+        """Return all that must outlive a crash, as a JSON object."""
+        return {"map": self.map.to_json(), "cluster": self.cluster, "replicas": self.replicas,
+                "moves": {str(partition): target for partition, target in self.moves.items()},
+                "hosts": {name: {"incarnation": state.incarnation, "draining": state.draining}
+                          for name, state in self.hosts.items()}}  # fmt: skip
+
+    # ---- what arrives -------------------------------------------------------------------------------------------------
+
+    def hear(self, now_ns: int, beat: Heartbeat) -> Grant:
+        """Take a heartbeat; return the answer, to be sent once `dirty` state is saved."""
+        refusal = self._refusal(beat)
+        if refusal:
+            return Grant(beat.incarnation, beat.sent_ns, 0, self.map.epoch, None, refusal)
+        state = self.hosts[beat.host]
+        if state.incarnation != beat.incarnation and not self._admit(now_ns, beat):
+            return Grant(
+                beat.incarnation,
+                beat.sent_ns,
+                0,
+                self.map.epoch,
+                None,
+                f"{beat.host} restarted: waiting for its old lease to end",
+            )
+        state.epoch, state.heard_ns = max(state.epoch, beat.epoch), now_ns
+        self._listen(now_ns, beat)
+        self.advance(now_ns)
+        if beat.epoch == self.map.epoch:
+            state.granted_until_ns = max(state.granted_until_ns, now_ns + self.timing.lease_ns + self.timing.margin_ns)
+            return Grant(beat.incarnation, beat.sent_ns, self.timing.lease_ns, self.map.epoch)
+        return Grant(beat.incarnation, beat.sent_ns, 0, self.map.epoch, self.map)
+
+    def news(self, host: str) -> Grant:
+        """Return the newest map, to be sent to a host when there is one, without waiting for its heartbeat."""
+        return Grant(self.hosts[host].incarnation, 0, 0, self.map.epoch, self.map)
+
+    def _refusal(self, beat: Heartbeat) -> str:
+        if beat.cluster != self.cluster:
+            return f"{beat.host} belongs to cluster {beat.cluster:x}, this is the coordinator of {self.cluster:x}"
+        if beat.host not in self.hosts:
+            return f"{beat.host} is no host of this cluster: {', '.join(self.hosts)} are"
+        if beat.epoch > self.map.epoch:
+            return f"{beat.host} follows map {beat.epoch}, the coordinator's is {self.map.epoch}: it has lost its state"
+        return ""
+
+    def _admit(self, now_ns: int, beat: Heartbeat) -> bool:
+        """Take in a host that began anew, empty. What it held is lost; nobody acts on that before its old lease is over."""
+        state = self.hosts[beat.host]
+        if state.incarnation and now_ns < state.granted_until_ns:
+            return False
+        if state.incarnation:
+            self._bury(beat.host)
+        state.incarnation, state.epoch = beat.incarnation, 0
+        self.dirty = True
+        self._note(f"{beat.host} joins")
+        return True
+
+    def _bury(self, host: str) -> None:
+        """The copies of `host` are gone, and it has no rights any more."""
+        groups: dict[int, Group] = {}
+        for partition, group in enumerate(self.map.groups):
+            if host in group.replicas():
+                groups[partition] = self._without(group, host)
+        self._new_map(groups)
+
+    def _listen(self, now_ns: int, beat: Heartbeat) -> None:
+        """Act on what a primary says of its partitions."""
+        if beat.epoch != self.map.epoch:
+            return  # it speaks of groups as they were
+        groups: dict[int, Group] = {}
+        for partition, host in beat.synchronised:
+            group = groups.get(partition) or self.map.groups[partition]
+            if group.primary == beat.host and host in group.learners:
+                learners = tuple(learner for learner in group.learners if learner != host)
+                groups[partition] = replace(group, members=(*group.members, host), learners=learners)
+        for partition in beat.released:
+            group = groups.get(partition) or self.map.groups[partition]
+            if group.primary == beat.host and group.successor in group.members:
+                groups[partition] = self._handed_over(partition, group)
+        for host in beat.unreachable:
+            for partition, group in enumerate(self.map.groups):
+                group = groups.get(partition) or group
+                if group.primary == beat.host and host in group.members + group.learners and host != beat.host:
+                    groups[partition] = self._leave(group, host)
+                    self.suspects[beat.host, host] = now_ns + self.timing.suspect_ns
+        self._new_map(groups)
+
+    def _handed_over(self, partition: int, group: Group) -> Group:
+        """The primary has stopped: its successor reigns from the next epoch on, and it stays a member."""
+        assert group.successor
+        members = (group.successor, *(host for host in group.members if host != group.successor))
+        self.moves.pop(partition, None)
+        return replace(group, members=members, successor=None, reign=self.map.epoch + 1)
+
+    @staticmethod
+    def _leave(group: Group, host: str) -> Group:
+        """`host` is to be no replica any more: first it must know."""
+        return replace(
+            group,
+            members=tuple(member for member in group.members if member != host),
+            learners=tuple(learner for learner in group.learners if learner != host),
+            leaving=tuple(dict.fromkeys((*group.leaving, host))),
+            successor=None if group.successor == host else group.successor,
+        )
+
+    def _without(self, group: Group, host: str) -> Group:
+        """The group without a host that has no rights any more; if it was primary, the next member is."""
+        members = tuple(member for member in group.members if member != host)
+        was_primary = group.primary == host
+        rest = Group(
+            members,
+            self.map.epoch + 1 if was_primary else group.reign,
+            tuple(learner for learner in group.learners if learner != host and not (was_primary and not members)),
+            tuple(other for other in group.leaving if other != host),
+            None if was_primary or group.successor == host else group.successor,
+            {name: epoch for name, epoch in group.joined.items() if name != host},
+        )
+        return self._pruned(rest)
+
+    @staticmethod
+    def _pruned(group: Group) -> Group:
+        return replace(group, joined={host: epoch for host, epoch in group.joined.items() if host in group.replicas()})
+
+    # ---- what time brings ---------------------------------------------------------------------------------------------
+
+    def advance(self, now_ns: int) -> None:
+        """Do what is due: failures, removals that are known, moves, fillings. Call it often."""
+        self._fail(now_ns)
+        self._finish_leaving(now_ns)
+        self._move(now_ns)
+        self._fill(now_ns)
+
+    def alive(self, now_ns: int) -> list[str]:
+        """Return the hosts that are there: with a lease, or heard of within one."""
+        span = self.timing.lease_ns + self.timing.margin_ns
+        return [name for name, state in self.hosts.items()
+                if state.incarnation and state.heard_ns and now_ns - state.heard_ns < span]  # fmt: skip
+
+    def _lapsed(self, host: str, now_ns: int) -> bool:
+        state = self.hosts.get(host)
+        return state is None or now_ns >= state.granted_until_ns
+
+    def _fail(self, now_ns: int) -> None:
+        """Let groups go on without the hosts whose lease is over, unless that would leave no copy: one may come back with it."""
+        gone = [host for host, state in self.hosts.items()
+                if state.incarnation and self._lapsed(host, now_ns) and self._silent(host, now_ns)]  # fmt: skip
+        groups: dict[int, Group] = {}
+        for partition, group in enumerate(self.map.groups):
+            if set(group.members) <= set(gone):
+                continue
+            for host in gone:
+                if host in group.members + group.learners:
+                    groups[partition] = self._without(groups.get(partition, group), host)
+        if groups:
+            self._note(f"without {', '.join(gone)}, whose leases are over: {len(groups)} partitions")
+        self._new_map(groups)
+
+    def _silent(self, host: str, now_ns: int) -> bool:
+        return now_ns - self.hosts[host].heard_ns >= self.timing.lease_ns
+
+    def _finish_leaving(self, now_ns: int) -> None:
+        groups: dict[int, Group] = {}
+        for partition, group in enumerate(self.map.groups):
+            left = tuple(host for host in group.leaving if self._knows(host) or self._lapsed(host, now_ns))
+            if left:
+                groups[partition] = self._pruned(replace(group, leaving=tuple(h for h in group.leaving if h not in left)))
+        self._new_map(groups)
+
+    def _knows(self, host: str) -> bool:
+        """Tell whether a host follows the newest map: then it claims no right that this one took away."""
+        return host in self.hosts and self.hosts[host].epoch >= self.map.epoch
+
+    def _fill(self, now_ns: int) -> None:
+        """Give groups that are too small learners, on the hosts that hold least."""
+        alive = [host for host in self.alive(now_ns) if not self.hosts[host].draining]
+        load = {host: sum(host in group.members + group.learners for group in self.map.groups) for host in alive}
+        groups: dict[int, Group] = {}
+        for partition, group in enumerate(self.map.groups):
+            if not group.members or group.leaving or len(group.members) + len(group.learners) >= self.replicas:
+                continue
+            fit = [host for host in alive if host not in group.replicas() and not self._suspected(group, host, now_ns)]
+            if fit and group.primary in self.alive(now_ns):
+                chosen = min(fit, key=lambda host: (load[host], host))
+                load[chosen] += 1
+                groups[partition] = self._with_learner(group, chosen)
+        self._new_map(groups)
+
+    def _suspected(self, group: Group, host: str, now_ns: int) -> bool:
+        return bool(group.primary and now_ns < self.suspects.get((group.primary, host), 0))
+
+    def _with_learner(self, group: Group, host: str) -> Group:
+        return replace(group, learners=(*group.learners, host), joined={**group.joined, host: self.map.epoch + 1})
+
+    def _move(self, now_ns: int) -> None:
+        """Bring every move one step further, and let go of members beyond the number asked for."""
+        groups: dict[int, Group] = {}
+        for partition, target in list(self.moves.items()):
+            group = self.map.groups[partition]
+            if group.primary == target:
+                del self.moves[partition]
+                self.dirty = True
+            elif group.leaving or target not in self.alive(now_ns):
+                continue
+            elif target not in group.members + group.learners:
+                groups[partition] = self._with_learner(group, target)
+            elif target in group.members and group.successor != target:
+                groups[partition] = replace(group, successor=target)
+        for partition, group in enumerate(self.map.groups):
+            if len(group.members) > self.replicas and not group.leaving and partition not in self.moves and not group.successor:
+                groups[partition] = self._leave(group, group.members[-1])
+        self._new_map(groups)
+
+    # ---- what people ask ----------------------------------------------------------------------------------------------
+
+    def move(self, partitions: Iterable[int], target: str) -> None:
+        """Make `target` the primary of partitions, without losing anything. Raises NearstateError for unknown ones."""
+        if target not in self.hosts:
+            raise unknown("store host", target, self.hosts)
+        for partition in partitions:
+            if not 0 <= partition < len(self.map.groups):
+                raise NearstateError(f"partition {partition} cannot be moved: there are 0 to {len(self.map.groups) - 1}")
+            self.moves[partition] = target
+        self.dirty = True
+
+    def add_host(self, host: str, now_ns: int) -> None:
+        """Let a host join. Raises NearstateError if one of that name is there."""
+        if host in self.hosts:
+            raise NearstateError(f"host {host!r} is in the cluster already: give the new one another name")
+        self.hosts[host] = HostState(now_ns)
+        self.dirty = True
+
+    # ---- inside -------------------------------------------------------------------------------------------------------
+
+    def _new_map(self, groups: dict[int, Group]) -> None:
+        """Make the next map, with these groups changed."""
+        changed = {partition: group for partition, group in groups.items() if group != self.map.groups[partition]}
+        if changed:
+            every = tuple(changed.get(partition, group) for partition, group in enumerate(self.map.groups))
+            self.map = ClusterMap(self.map.epoch + 1, every)
+            self.dirty = True
+
+    def _note(self, line: str) -> None:
+        self.log.append(f"map {self.map.epoch}: {line}")

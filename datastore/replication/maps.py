@@ -1,0 +1,76 @@
+"""Who holds which partition: the map that the coordinator writes and everybody else follows.
+
+A map is data with an epoch; the coordinator alone makes new ones. Each partition has a group:
+
+    members    hosts with a full copy, primary first
+    learners   hosts that are being given one
+    leaving    hosts that were replicas and may not know yet that they are none: the primary goes on waiting for them
+    successor  the member that the primary is to hand over to, or nobody
+    reign      the epoch since which the primary is primary
+    joined     for each of these hosts the epoch at which it became a replica
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datastore.native.errors import NearstateError
+from datastore.store.partitions import PartitionMap
+
+
+@dataclass(frozen=True)
+class Group:
+    """The replicas of a partition; see the module's text."""
+
+    members: tuple[str, ...]
+    reign: int
+    learners: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    successor: str | None = None
+    joined: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def primary(self) -> str | None:
+        return self.members[0] if self.members else None
+
+    def replicas(self) -> tuple[str, ...]:
+        """Everybody who gets the partition's changes."""
+        return self.members + self.learners + self.leaving
+
+
+@dataclass(frozen=True)
+class ClusterMap:
+    """All groups, by partition, under one epoch."""
+
+    epoch: int
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def first(cls, placement: Sequence[Sequence[str]], epoch: int = 1) -> ClusterMap:
+        """Return the map that a placement begins with. Its backups learn first: a primary alone knows that all are empty."""
+        return cls(epoch, tuple(Group(tuple(hosts), epoch, joined=dict.fromkeys(hosts, epoch)) for hosts in placement))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the map as a JSON object."""
+        return {"epoch": self.epoch, "groups": [
+            {"members": list(g.members), "reign": g.reign, "learners": list(g.learners), "leaving": list(g.leaving),
+             "successor": g.successor, "joined": g.joined} for g in self.groups]}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any] | str) -> ClusterMap:
+        """Read what `to_json` returned; raises NearstateError when it is none."""
+        try:
+            fields = json.loads(document) if isinstance(document, str) else document
+            return cls(int(fields["epoch"]), tuple(
+                Group(tuple(g["members"]), int(g["reign"]), tuple(g["learners"]), tuple(g["leaving"]), g["successor"],
+                      {str(host): int(epoch) for host, epoch in g["joined"].items()})
+                for g in fields["groups"]))  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NearstateError(f"not a cluster map: {error!r}") from error
+
+    def placement(self) -> PartitionMap:
+        """Return who serves what, as clients need it; a partition without members keeps an empty name."""
+        return PartitionMap(self.epoch, tuple(group.members or ("",) for group in self.groups))

@@ -1,0 +1,684 @@
+"""How do a partition's changes get from its primary to its backups?
+
+Replicas are alike word for word, so a change is "these slots now read so". The table keeps a dirty bit for each slot; whoever
+changes a record under the partition's lock sets it and counts the partition's changes, be it the store process or a network
+function in place. The store process alone ships. For each peer and partition there is at most one frame under way:
+
+    ship     lock; hand the table's dirty bits to every peer's pending ones; write what this peer's bits stand for; unlock
+    apply    at the peer: all of a frame, under the lock, or nothing of it
+    take_ack the frame's bits are forgotten; when every counted peer has the changes up to n, n is `committed`
+
+What changes while a frame is under way waits for the next one, and a record that changes often is shipped once a round trip.
+A lost frame's bits are pending again. Frames carry two epochs, since when their primary is primary and since when the peer is
+its replica (older than what the peer knows: refused), a serial number, and the serial of the last frame acknowledged: a peer
+whose own is not in between has missed something and asks for an image. So frames may be lost, doubled and late.
+
+    image    every record of the partition; always the first frame of a primary to a peer
+    delta    what changed
+    news     nothing but what is committed by now: a clean backup may answer reads
+
+Completion records travel in the frame of the changes they belong to: a retry after a failover finds both or neither.
+
+A frame, after the header of four words that all frames have (`store/protocol.py`):
+
+    0   partition (16) | kind and flags (16) | buckets that follow (32)
+    1   epoch of the primary (32) | epoch of the peer (32)    2  serial of the last frame acknowledged    3  serial
+    4   changes after this frame    5  changes committed    6  version floor    7  records (32) | completions that follow (32)
+    8.. a bucket: number << 8 | bits; its first word; the slots of bits 0 to 6
+        a completion: client id, then the record of its ring
+
+and its acknowledgment: partition (16) | status (8 of 16); word 1 of the frame; serial.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from datastore.native import inline, jit
+from datastore.native.memory import fence, trailing_zeros
+from datastore.store.layout import (
+    BACKUP,
+    BUCKET_DIRTY,
+    BUCKET_WORDS,
+    BUCKETS,
+    BUCKETS_OFFSET,
+    CHANGES_AT,
+    CLIENT_HEADER_WORDS,
+    CLIENT_ID,
+    CLIENT_STRIDE,
+    CLIENTS,
+    CLIENTS_AT,
+    CLUSTER,
+    COMMITTED_ALWAYS,
+    COMMITTED_AT,
+    COUNT,
+    DIRTY_OFFSET,
+    DONE_SEQUENCE,
+    DONE_VALUE,
+    FLOOR,
+    NO_ROLE,
+    PARTITION_COUNT,
+    PRIMARY,
+    RETIRING,
+    ROLE,
+    ROLE_BITS,
+    ROLE_MASK,
+    SLOT_WORDS,
+    SLOTS,
+    U0,
+    U1,
+    VALUE_WORDS,
+    WINDOW,
+    partition_at,
+    word,
+)
+from datastore.store.layout import EPOCH as EPOCH_OF_MAP
+from datastore.store.locking import lock, release, role_word
+from datastore.store.operations import KEY_LOW, OPERATION_VALUE, SEQUENCE, done_partition
+from datastore.store.partitions import PARTITION_BITS
+from datastore.store.protocol import FRAME_HEADER_WORDS, find_client, frame_operations, write_frame_header
+from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, TOO_MANY_CLIENTS, UNKNOWN_PARTITION
+
+GAP = 254
+"""Status of an acknowledgment: a frame before this one is missing, send an image."""
+DUPLICATE = 253
+"""`judge`: this frame, or a later one, was applied already; it is acknowledged again."""
+REPLICATE_WORDS, ACK_WORDS = 8, 3
+IMAGE, NEWS, COUNTED_FLAG = 1, 2, 4
+
+# how a peer takes part in a partition
+OUT, LEARNING, COUNTED = range(3)
+"""COUNTED: nothing is committed without it. A learning one becomes that with the acknowledgment of its image."""
+# words of a link
+MODE, SENT, ACKED, UNDER_WAY, CHANGES_SENT, CHANGES_ACKED, WANTS_IMAGE, SENT_IMAGE = range(8)
+DONE_SENT, DONE_ACKED, SENT_NS, TOLD, COUNTED_FROM, LINK_JOINED, OWING_NS = range(8, 15)
+LINK_WORDS = 16
+"""SENT, ACKED: serials. LINK_JOINED: the epoch at which the peer became a replica, this time. OWING_NS: when the
+first frame was sent that the peer owes an acknowledgment for; 0: it owes none."""
+# words of `followed`
+EPOCH, SERIAL, JOINED = range(3)
+"""JOINED: the epoch at which this host became a replica, this time; 0: it is none, and takes no frames."""
+DONE_QUEUE = 1024
+"""Completion records of a partition that can be on their way; more, and the peer gets an image."""
+LOW16, LOW32 = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF)
+
+
+class Shipping(NamedTuple):
+    """What the store process remembers; it ends with it, and then every peer gets images.
+
+    links: int64[peers, partitions, LINK_WORDS]. pending, unacked: uint64[peers, partitions, dirty words], as the table's dirty
+    bytes. done: int64[partitions, DONE_QUEUE], word indices of completion records, and done_end: int64[partitions], how many
+    there ever were. followed: int64[partitions, 4], the last frame applied. connected: uint8[clients], for `find_client`.
+    control: int64[4].
+    """
+
+    links: np.ndarray
+    pending: np.ndarray
+    unacked: np.ndarray
+    done: np.ndarray
+    done_end: np.ndarray
+    followed: np.ndarray
+    connected: np.ndarray
+    control: np.ndarray
+
+
+ASYNCHRONOUS, NEXT_FIRST = range(2)
+REPLICATES, ACKNOWLEDGES = 2, 4
+"""Flags of the frames between stores."""
+
+
+def make_shipping(words: np.ndarray, peers: int, connected: np.ndarray, asynchronous: bool = False) -> Shipping:
+    """Return the state of a store process that replicates the table `words` to and from `peers` others."""
+    partitions, dirty_words = int(words[PARTITION_COUNT]), -(-int(words[BUCKETS]) // 8)
+    control = np.zeros(4, np.int64)
+    control[ASYNCHRONOUS] = asynchronous
+    return Shipping(
+        np.zeros((peers, partitions, LINK_WORDS), np.int64),
+        np.zeros((peers, partitions, dirty_words), np.uint64),
+        np.zeros((peers, partitions, dirty_words), np.uint64),
+        np.zeros((partitions, DONE_QUEUE), np.int64),
+        np.zeros(partitions, np.int64),
+        np.zeros((partitions, 4), np.int64),
+        connected,
+        control,
+    )
+
+
+def image_words(words: np.ndarray) -> int:
+    """Return how long a frame of this table can be."""
+    completions = int(words[CLIENTS]) * int(words[WINDOW]) * (1 + DONE_VALUE + int(words[VALUE_WORDS]))
+    return FRAME_HEADER_WORDS + REPLICATE_WORDS + int(words[BUCKETS]) * (2 + SLOTS * int(words[SLOT_WORDS])) + completions
+
+
+@inline
+def changes(words: np.ndarray, partition: int) -> Any:
+    """Return how often a partition has changed."""
+    return word(words, word(words, CHANGES_AT) + partition)
+
+
+@inline
+def committed(words: np.ndarray, partition: int) -> Any:
+    """Return how many of a partition's changes every counted peer has."""
+    return word(words, word(words, COMMITTED_AT) + partition)
+
+
+@inline
+def reign(words: np.ndarray, partition: int) -> Any:
+    """Return since which epoch the partition's primary is primary, as far as this host knows."""
+    return word(words, partition_at(words, partition) + ROLE) >> ROLE_BITS
+
+
+@inline
+def role(words: np.ndarray, partition: int) -> Any:
+    """Return what this host is to a partition."""
+    return word(words, partition_at(words, partition) + ROLE) & ROLE_MASK
+
+
+@inline
+def rules(role: int) -> Any:
+    """Tell whether a role ships: a retiring primary does until all it has changed is committed."""
+    return role in (PRIMARY, RETIRING)
+
+
+# ---- at the primary ---------------------------------------------------------------------------------------------------
+
+
+@jit
+def feed(shipping: Shipping, words: np.ndarray, peer: int, partition: int, mode: int, joined: int) -> None:
+    """Begin to ship a partition to a peer, with an image. COUNTED: nothing is committed any more until it has it."""
+    link = shipping.links[peer, partition]
+    link[MODE], link[WANTS_IMAGE], link[UNDER_WAY], link[LINK_JOINED], link[OWING_NS] = mode, 1, 0, joined, 0
+    link[CHANGES_ACKED], link[COUNTED_FROM] = 0, changes(words, partition)
+    recommit(shipping, words, partition)
+
+
+@jit
+def starve(shipping: Shipping, words: np.ndarray, peer: int, partition: int) -> None:
+    """Ship no more of a partition to a peer: it is no replica any longer."""
+    link = shipping.links[peer, partition]
+    link[MODE], link[UNDER_WAY], link[OWING_NS] = OUT, 0, 0
+    recommit(shipping, words, partition)
+
+
+@jit
+def note_completion(shipping: Shipping, partition: int, done: int) -> None:
+    """Remember that a completion record belongs to the changes of a partition."""
+    shipping.done[partition, shipping.done_end[partition] % DONE_QUEUE] = done
+    shipping.done_end[partition] += 1
+
+
+@inline
+def has_to_ship(shipping: Shipping, words: np.ndarray, peer: int, partition: int) -> Any:
+    """Tell whether a frame is due: none is under way, and there are changes, an image, completions or news."""
+    link = shipping.links[peer, partition]
+    return (
+        link[MODE] != OUT
+        and link[UNDER_WAY] == 0
+        and (
+            link[WANTS_IMAGE] != 0
+            or changes(words, partition) != link[CHANGES_SENT]
+            or shipping.done_end[partition] != link[DONE_ACKED]
+            or has_news(shipping, words, peer, partition)
+        )
+    )
+
+
+@inline
+def has_news(shipping: Shipping, words: np.ndarray, peer: int, partition: int) -> Any:
+    """Tell whether a counted peer can learn that it is clean."""
+    link = shipping.links[peer, partition]
+    return link[MODE] == COUNTED and link[CHANGES_ACKED] > link[TOLD] and committed(words, partition) >= link[CHANGES_ACKED]
+
+
+@jit
+def hand_out_dirty(shipping: Shipping, words: np.ndarray, partition: int) -> None:
+    """Move the table's dirty bits of a partition to every peer it is shipped to; the lock is held."""
+    at = partition_at(words, partition) + word(words, DIRTY_OFFSET)
+    for n in range(shipping.pending.shape[2]):
+        bits = words[at + n]
+        if bits != U0:
+            for peer in range(shipping.links.shape[0]):
+                if shipping.links[peer, partition, MODE] != OUT:
+                    shipping.pending[peer, partition, n] |= bits
+            words[at + n] = U0
+
+
+@jit
+def want_all(shipping: Shipping, words: np.ndarray, peer: int, partition: int) -> None:
+    """Make every record of a partition pending, and every bucket that says anything."""
+    pending = shipping.pending[peer, partition]
+    first = partition_at(words, partition) + word(words, BUCKETS_OFFSET)
+    for n in range(pending.size):
+        pending[n] = U0
+    for bucket in range(word(words, BUCKETS)):
+        tags = words[first + bucket * word(words, BUCKET_WORDS)]
+        bits = U0
+        for position in range(SLOTS):
+            bits |= (tags >> np.uint64(8 * position + 7) & U1) << np.uint64(position)
+        if tags != U0:
+            bits |= U1 << np.uint64(BUCKET_DIRTY)
+        pending[bucket >> 3] |= bits << np.uint64((bucket & 7) * 8)
+
+
+@jit
+def pending_words(shipping: Shipping, words: np.ndarray, peer: int, partition: int) -> int:
+    """Return how many words a peer's pending buckets take in a frame."""
+    total = 0
+    slot_words = word(words, SLOT_WORDS)
+    for n in range(shipping.pending.shape[2]):
+        bits = shipping.pending[peer, partition, n]
+        while bits != U0:
+            bucket_bits = bits & np.uint64(0xFF)
+            if bucket_bits != U0:
+                total += 2
+                for position in range(SLOTS):
+                    if bucket_bits >> np.uint64(position) & U1 != U0:
+                        total += slot_words
+            bits >>= np.uint64(8)
+    return total
+
+
+@jit
+def write_buckets(shipping: Shipping, words: np.ndarray, peer: int, partition: int, out: np.ndarray, at: int) -> tuple[int, int]:
+    """Write a peer's pending buckets, which are then unacknowledged ones; return (how many, where they end)."""
+    first, slot_words = partition_at(words, partition) + word(words, BUCKETS_OFFSET), word(words, SLOT_WORDS)
+    pending, unacked = shipping.pending[peer, partition], shipping.unacked[peer, partition]
+    count = 0
+    for n in range(pending.size):
+        unacked[n] = pending[n]
+        pending[n] = U0
+        bits = unacked[n]
+        bucket = n * 8
+        while bits != U0:
+            bucket_bits = bits & np.uint64(0xFF)
+            if bucket_bits != U0 and bucket < word(words, BUCKETS):
+                source = first + bucket * word(words, BUCKET_WORDS)
+                out[at] = np.uint64(bucket) << np.uint64(8) | bucket_bits
+                out[at + 1] = words[source]
+                at += 2
+                count += 1
+                for position in range(SLOTS):
+                    if bucket_bits >> np.uint64(position) & U1 != U0:
+                        for m in range(slot_words):
+                            out[at + m] = words[source + 1 + position * slot_words + m]
+                        at += slot_words
+            bits >>= np.uint64(8)
+            bucket += 1
+    return count, at
+
+
+@inline
+def done_client(words: np.ndarray, done: int) -> Any:
+    """Return the word index of the client's slot that a completion record is in."""
+    return word(words, CLIENTS_AT) + (done - word(words, CLIENTS_AT)) // word(words, CLIENT_STRIDE) * word(words, CLIENT_STRIDE)
+
+
+@jit
+def write_completion(words: np.ndarray, done: int, out: np.ndarray, at: int) -> int:
+    """Write a completion record into a frame; return where it ends."""
+    out[at] = words[done_client(words, done) + CLIENT_ID]
+    for n in range(DONE_VALUE + word(words, VALUE_WORDS)):
+        out[at + 1 + n] = words[done + n]
+    return at + 1 + DONE_VALUE + word(words, VALUE_WORDS)
+
+
+@jit
+def write_all_completions(words: np.ndarray, partition: int, out: np.ndarray, at: int) -> tuple[int, int]:
+    """Write every completion record of a partition; return (how many, where they end). out: empty to count them only."""
+    count, step = 0, DONE_VALUE + word(words, VALUE_WORDS)
+    for client in range(word(words, CLIENTS)):
+        ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE)
+        if words[ring + CLIENT_ID] == U0:
+            continue
+        for n in range(word(words, WINDOW)):
+            done = ring + CLIENT_HEADER_WORDS + n * step
+            if words[done + DONE_SEQUENCE] != U0 and done_partition(words, done) == partition:
+                if out.size > 0:
+                    at = write_completion(words, done, out, at)
+                count += 1
+    return count, at
+
+
+NOTHING = np.zeros(0, np.uint64)
+
+
+@jit
+def ship(
+    shipping: Shipping, words: np.ndarray, owner: int, peer: int, partition: int, now_ns: int, nothing: np.ndarray,
+    out: np.ndarray, at: int, end: int,
+) -> int:  # fmt: skip
+    """Write the frame that is due for a peer, without its header, to `out[at:end]`; return its words.
+
+    0: nothing is due; -1: there is no room, or the lock cannot be had: later. nothing: uint64[0].
+    """
+    if not has_to_ship(shipping, words, peer, partition):
+        return 0
+    base = partition_at(words, partition)
+    if lock(words, owner, base) != OK:
+        return -1
+    written = 0
+    if rules(role(words, partition)):
+        hand_out_dirty(shipping, words, partition)
+        written = write_frame(shipping, words, peer, partition, now_ns, nothing, out, at, end)
+    release(words, base)
+    return written
+
+
+@jit
+def write_frame(
+    shipping: Shipping, words: np.ndarray, peer: int, partition: int, now_ns: int, nothing: np.ndarray, out: np.ndarray,
+    at: int, end: int,
+) -> int:  # fmt: skip
+    """`ship`, with the lock held and the dirty bits handed out."""
+    link, base = shipping.links[peer, partition], partition_at(words, partition)
+    if shipping.done_end[partition] - link[DONE_ACKED] > DONE_QUEUE:
+        link[WANTS_IMAGE] = 1
+    step = 1 + DONE_VALUE + word(words, VALUE_WORDS)
+    kind = IMAGE if link[WANTS_IMAGE] != 0 else 0
+    now_changed = changes(words, partition)
+    if kind == IMAGE:
+        want_all(shipping, words, peer, partition)
+        completions = write_all_completions(words, partition, nothing, 0)[0]
+    else:
+        completions = shipping.done_end[partition] - link[DONE_ACKED]
+        if completions == 0 and now_changed == link[CHANGES_SENT]:
+            kind = NEWS
+    needed = REPLICATE_WORDS + completions * step
+    if kind != NEWS:
+        needed += pending_words(shipping, words, peer, partition)
+    if needed > end - at:
+        return -1
+    buckets, to = 0, at + REPLICATE_WORDS
+    if kind != NEWS:
+        buckets, to = write_buckets(shipping, words, peer, partition, out, to)
+        if kind == IMAGE:
+            completions, to = write_all_completions(words, partition, out, to)
+        else:
+            for n in range(link[DONE_ACKED], shipping.done_end[partition]):
+                to = write_completion(words, shipping.done[partition, n % DONE_QUEUE], out, to)
+        link[SENT] += 1
+        link[UNDER_WAY] = 1
+        if link[OWING_NS] == 0:
+            link[OWING_NS] = now_ns
+        link[CHANGES_SENT], link[DONE_SENT] = now_changed, shipping.done_end[partition]
+        link[SENT_IMAGE], link[WANTS_IMAGE], link[SENT_NS] = kind & IMAGE, 0, now_ns
+    link[TOLD] = min(committed(words, partition), link[CHANGES_ACKED] if kind == NEWS else now_changed)
+    flags = kind | (COUNTED_FLAG if link[MODE] == COUNTED else 0)
+    out[at] = np.uint64(partition) | np.uint64(flags) << np.uint64(16) | np.uint64(buckets) << np.uint64(32)
+    out[at + 1] = np.uint64(reign(words, partition)) | np.uint64(link[LINK_JOINED]) << np.uint64(32)
+    out[at + 2], out[at + 3] = np.uint64(link[ACKED]), np.uint64(link[SENT])
+    out[at + 4], out[at + 5], out[at + 6] = np.uint64(now_changed), np.uint64(link[TOLD]), words[base + FLOOR]
+    out[at + 7] = words[base + COUNT] | np.uint64(completions) << np.uint64(32)
+    return to - at
+
+
+@jit
+def ship_all(
+    shipping: Shipping, words: np.ndarray, owner: int, peer: int, now_ns: int, nothing: np.ndarray, out: np.ndarray, at: int,
+    end: int,
+) -> int:  # fmt: skip
+    """Write the frames that are due for a peer, as many as fit into `out[at:end]`; return where they end.
+
+    Partitions take turns in being first, so that a small buffer starves none.
+    """
+    partitions = shipping.done_end.size
+    first = shipping.control[NEXT_FIRST] % partitions
+    for n in range(partitions):
+        partition = (first + n) % partitions
+        written = ship(shipping, words, owner, peer, partition, now_ns, nothing, out, at + FRAME_HEADER_WORDS, end)
+        if written > 0:
+            write_frame_header(out, at, 1, written, REPLICATES, words[EPOCH_OF_MAP], U0, words[CLUSTER])
+            at += FRAME_HEADER_WORDS + written
+        elif written < 0:
+            shipping.control[NEXT_FIRST] = partition
+            break
+    return at
+
+
+@jit
+def note_answers(shipping: Shipping, words: np.ndarray, client: int, answer: np.ndarray, at: int) -> None:
+    """Note the completion records of the answered frame at `answer[at]`, so that they are shipped with the changes."""
+    count = frame_operations(answer, at)
+    answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
+    if client < 0 or words[DIRTY_OFFSET] == U0:
+        return
+    ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE) + CLIENT_HEADER_WORDS
+    for n in range(count):
+        operation = at + FRAME_HEADER_WORDS + n * answer_words
+        sequence = answer[operation + SEQUENCE]
+        done = ring + np.int64(sequence % words[WINDOW]) * (DONE_VALUE + word(words, VALUE_WORDS))
+        partition = np.int64(answer[operation + KEY_LOW] & PARTITION_BITS)
+        if sequence != U0 and words[done + DONE_SEQUENCE] == sequence and partition == done_partition(words, done):
+            note_completion(shipping, partition, done)
+
+
+@jit
+def take_ack(shipping: Shipping, words: np.ndarray, peer: int, ack: np.ndarray, at: int) -> int:
+    """Take an acknowledgment, three words; return its status, BAD_FRAME when it cannot be one."""
+    partition, status = np.int64(ack[at] & LOW16), np.int64(ack[at] >> np.uint64(16) & np.uint64(0xFF))
+    if partition >= shipping.done_end.size:
+        return BAD_FRAME
+    link = shipping.links[peer, partition]
+    epochs = np.uint64(reign(words, partition)) | np.uint64(link[LINK_JOINED]) << np.uint64(32)
+    if ack[at + 1] != epochs or not rules(role(words, partition)) or link[MODE] == OUT:
+        return status
+    if np.int64(ack[at + 2]) != link[SENT] or link[UNDER_WAY] == 0:
+        return status
+    if status == GAP:
+        link[UNDER_WAY], link[WANTS_IMAGE] = 0, 1
+        return status
+    if status != OK:  # it does not know of a map yet that this host knows, or the other way round: `lose` sends it again
+        return status
+    link[UNDER_WAY], link[OWING_NS], link[ACKED] = 0, 0, link[SENT]
+    link[CHANGES_ACKED], link[DONE_ACKED] = link[CHANGES_SENT], link[DONE_SENT]
+    for n in range(shipping.unacked.shape[2]):
+        shipping.unacked[peer, partition, n] = U0
+    if link[MODE] == LEARNING:
+        link[MODE], link[COUNTED_FROM] = COUNTED, changes(words, partition)
+    recommit(shipping, words, partition)
+    return OK
+
+
+@jit
+def recommit(shipping: Shipping, words: np.ndarray, partition: int) -> None:
+    """Work out again how many changes of a partition are committed."""
+    least = COMMITTED_ALWAYS
+    if shipping.control[ASYNCHRONOUS] == 0:
+        for peer in range(shipping.links.shape[0]):
+            link = shipping.links[peer, partition]
+            if link[MODE] == COUNTED:
+                least = min(least, link[CHANGES_ACKED])
+    words[word(words, COMMITTED_AT) + partition] = np.uint64(least)
+
+
+@inline
+def is_synchronised(shipping: Shipping, peer: int, partition: int) -> Any:
+    """Tell whether a peer has all that was ever committed, and will have all that ever is."""
+    link = shipping.links[peer, partition]
+    return link[MODE] == COUNTED and link[CHANGES_ACKED] >= link[COUNTED_FROM]
+
+
+@jit
+def lose(shipping: Shipping, peer: int, before_ns: int) -> int:
+    """Take the frames to a peer that were sent before `before_ns` for lost: all of it is pending again. Return how many."""
+    lost = 0
+    for partition in range(shipping.done_end.size):
+        link = shipping.links[peer, partition]
+        if link[MODE] == OUT or link[UNDER_WAY] == 0 or link[SENT_NS] >= before_ns:
+            continue
+        for n in range(shipping.unacked.shape[2]):
+            shipping.pending[peer, partition, n] |= shipping.unacked[peer, partition, n]
+        link[WANTS_IMAGE] |= link[SENT_IMAGE]
+        link[UNDER_WAY], link[CHANGES_SENT] = 0, -1
+        lost += 1
+    return lost
+
+
+# ---- at the backup ----------------------------------------------------------------------------------------------------
+
+
+@inline
+def judge(kind: int, epoch: int, joined: int, base: int, serial: int, my_epoch: int, my_joined: int, my_serial: int) -> Any:
+    """Return what to do with a frame, given the last one applied: OK (apply it), DUPLICATE, STALE_EPOCH or GAP.
+
+    STALE_EPOCH is also the answer to a frame for a replica that this host does not know to be.
+    """
+    if epoch < my_epoch or joined != my_joined:
+        return STALE_EPOCH
+    if epoch > my_epoch:
+        return OK if kind == IMAGE else GAP
+    if serial <= my_serial:
+        return DUPLICATE
+    return OK if kind == IMAGE or base <= my_serial else GAP
+
+
+@jit
+def check_body(words: np.ndarray, frame: np.ndarray, at: int, length: int) -> int:
+    """Return OK when a frame's buckets and completions fill its `length` words and name places that exist."""
+    buckets, completions = np.int64(frame[at] >> np.uint64(32)), np.int64(frame[at + 7] >> np.uint64(32))
+    end, slot_words = at + length, word(words, SLOT_WORDS)
+    to = at + REPLICATE_WORDS
+    for _ in range(buckets):
+        if to + 2 > end or frame[to] >> np.uint64(8) >= words[BUCKETS]:
+            return BAD_FRAME
+        bits = frame[to] & np.uint64(0x7F)
+        to += 2
+        while bits != U0:
+            to += slot_words
+            bits &= bits - U1
+    step = 1 + DONE_VALUE + word(words, VALUE_WORDS)
+    return OK if completions >= 0 and completions <= (end - to) // step and to + completions * step == end else BAD_FRAME
+
+
+@jit
+def apply(
+    shipping: Shipping, words: np.ndarray, owner: int, now_s: int, frame: np.ndarray, at: int, length: int, ack: np.ndarray,
+    ack_at: int,
+) -> int:  # fmt: skip
+    """Apply the frame, without its header, of `length` words at `frame[at]`; return the words of the acknowledgment, 0 or 3."""
+    if length < REPLICATE_WORDS or np.int64(frame[at] & LOW16) >= shipping.done_end.size:
+        return acknowledge(frame, at, UNKNOWN_PARTITION, ack, ack_at)
+    partition = np.int64(frame[at] & LOW16)
+    status = check_body(words, frame, at, length)
+    if status != OK:
+        return acknowledge(frame, at, status, ack, ack_at)
+    flags = np.int64(frame[at] >> np.uint64(16) & LOW16)
+    if flags & NEWS:
+        hear_news(shipping, words, owner, frame, at)
+        return 0
+    epoch, joined = np.int64(frame[at + 1] & LOW32), np.int64(frame[at + 1] >> np.uint64(32))
+    followed = shipping.followed[partition]
+    my_epoch = reign(words, partition)
+    my_serial = followed[SERIAL] if my_epoch == followed[EPOCH] else -1
+    status = judge(flags & IMAGE, epoch, joined, np.int64(frame[at + 2]), np.int64(frame[at + 3]), my_epoch, followed[JOINED],
+                   my_serial)  # fmt: skip
+    if status == OK and my_epoch == epoch and rules(role(words, partition)):
+        status = STALE_EPOCH
+    if status == OK:
+        status = overwrite(shipping, words, owner, now_s, frame, at, partition)
+    return acknowledge(frame, at, OK if status == DUPLICATE else status, ack, ack_at)
+
+
+@inline
+def acknowledge(frame: np.ndarray, at: int, status: int, ack: np.ndarray, ack_at: int) -> Any:
+    """Write the acknowledgment of a frame; return its words."""
+    ack[ack_at] = frame[at] & LOW16 | np.uint64(status) << np.uint64(16)
+    ack[ack_at + 1], ack[ack_at + 2] = frame[at + 1], frame[at + 3]
+    return ACK_WORDS
+
+
+@jit
+def overwrite(shipping: Shipping, words: np.ndarray, owner: int, now_s: int, frame: np.ndarray, at: int, partition: int) -> int:
+    """Make the partition read as a frame says it does; return OK, BUSY, or TOO_MANY_CLIENTS and then nothing is done."""
+    to, base = at + REPLICATE_WORDS, partition_at(words, partition)
+    flags, epoch = np.int64(frame[at] >> np.uint64(16) & LOW16), np.int64(frame[at + 1] & LOW32)
+    status = lock(words, owner, base)
+    if status != OK:
+        return status
+    words[base + ROLE] = role_word(epoch, NO_ROLE)  # a kill from here on leaves a partition that nobody may use
+    fence()
+    shipping.followed[partition, EPOCH] = -1
+    if flags & IMAGE:
+        for bucket in range(word(words, BUCKETS)):
+            words[base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)] = U0
+        forget_completions(words, partition)
+    to = read_buckets(words, base, frame, to, np.int64(frame[at] >> np.uint64(32)))
+    status = read_completions(shipping, words, now_s, frame, to, np.int64(frame[at + 7] >> np.uint64(32)))
+    if status == OK:
+        words[base + FLOOR], words[base + COUNT] = frame[at + 6], frame[at + 7] & LOW32
+        words[word(words, CHANGES_AT) + partition] = frame[at + 4]
+        words[word(words, COMMITTED_AT) + partition] = frame[at + 5]
+        shipping.followed[partition, EPOCH], shipping.followed[partition, SERIAL] = epoch, np.int64(frame[at + 3])
+        fence()
+        words[base + ROLE] = role_word(epoch, BACKUP if flags & COUNTED_FLAG else NO_ROLE)
+    release(words, base)
+    return status
+
+
+@jit
+def read_buckets(words: np.ndarray, base: int, frame: np.ndarray, at: int, buckets: int) -> int:
+    """Copy buckets' first words and slots from a frame; return where they end."""
+    first, slot_words = base + word(words, BUCKETS_OFFSET), word(words, SLOT_WORDS)
+    for _ in range(buckets):
+        target = first + np.int64(frame[at] >> np.uint64(8)) * word(words, BUCKET_WORDS)
+        bits = frame[at] & np.uint64(0x7F)
+        words[target] = frame[at + 1]
+        at += 2
+        while bits != U0:
+            slot = target + 1 + np.int64(trailing_zeros(bits)) * slot_words
+            for n in range(slot_words):
+                words[slot + n] = frame[at + n]
+            at += slot_words
+            bits &= bits - U1
+    return at
+
+
+@jit
+def forget_completions(words: np.ndarray, partition: int) -> None:
+    """Drop the completion records of a partition: an image brings those that hold."""
+    step = DONE_VALUE + word(words, VALUE_WORDS)
+    for client in range(word(words, CLIENTS)):
+        ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE)
+        if words[ring + CLIENT_ID] == U0:
+            continue
+        for n in range(word(words, WINDOW)):
+            done = ring + CLIENT_HEADER_WORDS + n * step
+            if words[done + DONE_SEQUENCE] != U0 and done_partition(words, done) == partition:
+                words[done + DONE_SEQUENCE] = U0
+
+
+@jit
+def read_completions(shipping: Shipping, words: np.ndarray, now_s: int, frame: np.ndarray, at: int, completions: int) -> int:
+    """Copy completion records from a frame to the rings of their clients, unless a later one is there."""
+    step = DONE_VALUE + word(words, VALUE_WORDS)
+    for _ in range(completions):
+        client = find_client(words, frame[at], now_s, shipping.connected)
+        if client < 0:
+            return TOO_MANY_CLIENTS
+        ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE) + CLIENT_HEADER_WORDS
+        done = ring + np.int64(frame[at + 1 + DONE_SEQUENCE] % words[WINDOW]) * step
+        if words[done + DONE_SEQUENCE] <= frame[at + 1 + DONE_SEQUENCE]:
+            for n in range(step):
+                words[done + n] = frame[at + 1 + n]
+        at += 1 + step
+    return OK
+
+
+@jit
+def hear_news(shipping: Shipping, words: np.ndarray, owner: int, frame: np.ndarray, at: int) -> None:
+    """Learn what is committed, and that this host counts, if nothing was missed before."""
+    partition = np.int64(frame[at] & LOW16)
+    base, epoch = partition_at(words, partition), np.int64(frame[at + 1] & LOW32)
+    followed = shipping.followed[partition]
+    if followed[EPOCH] != epoch or reign(words, partition) != epoch or followed[SERIAL] != np.int64(frame[at + 3]):
+        return
+    if followed[JOINED] != np.int64(frame[at + 1] >> np.uint64(32)):
+        return
+    if rules(role(words, partition)) or lock(words, owner, base) != OK:
+        return
+    words[word(words, COMMITTED_AT) + partition] = frame[at + 5]
+    if np.int64(frame[at] >> np.uint64(16)) & COUNTED_FLAG:
+        words[base + ROLE] = role_word(epoch, BACKUP)
+    release(words, base)

@@ -1,0 +1,164 @@
+"""Is the checker any good? Each of these breaks one rule of the protocol; the simulator must notice every one of them.
+
+Mutants take the place of functions, which compiled callers would not notice: they live in uncompiled runs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datastore.native import INTERPRETED
+from datastore.replication import holds, shipping
+from datastore.replication.coordinator import Coordinator, Grant, HostState
+from datastore.replication.maps import Group
+from datastore.replication.replica import Replica
+from datastore.store import operations
+from datastore.store.statuses import OK
+from datastore.verification.simulator import Violation, simulate
+
+pytestmark = pytest.mark.python_mode
+if not INTERPRETED:
+    pytest.skip("mutants take the place of functions, which compiled callers do not notice", allow_module_level=True)
+MOST_SEEDS = 150
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def without(name: str, answer: Any, *modules: Any) -> Patch:
+    """Return a mutation that lets a function answer always the same."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in modules:
+            monkeypatch.setattr(module, name, lambda *_: answer)
+
+    return patch
+
+
+def trusts_every_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = shipping.judge
+
+    def judge(kind: int, epoch: int, joined: int, base: int, serial: int, my_epoch: int, my_joined: int, my_serial: int) -> Any:
+        return sound(kind, max(epoch, my_epoch), joined, base, serial, my_epoch, joined, my_serial)
+
+    monkeypatch.setattr(shipping, "judge", judge)
+
+
+def reads_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_clean_backup(words: np.ndarray, base: int, partition: int, epoch: int) -> bool:
+        return bool(words[base + 1] & np.uint64(3) == np.uint64(2))
+
+    monkeypatch.setattr(operations, "is_clean_backup", is_clean_backup)
+
+
+def answers_when_deposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holds, "rules", lambda role: True)
+    monkeypatch.setattr(holds, "reign", lambda words, partition: 0)
+
+
+def trusts_old_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retry is answered from its completion record also where its change may have been lost."""
+    sound = operations.once
+
+    def once(words: np.ndarray, owner: int, client: int, epoch: int, now_s: int, request: np.ndarray, at: int, *rest: Any) -> Any:
+        with pytest.MonkeyPatch.context() as blind:
+            sequence = request[at + operations.SEQUENCE]
+            ring = operations.word(words, operations.CLIENTS_AT) + client * operations.word(words, operations.CLIENT_STRIDE)
+            step = operations.DONE_VALUE + operations.word(words, operations.VALUE_WORDS)
+            done = ring + operations.CLIENT_HEADER_WORDS + int(sequence % words[operations.WINDOW]) * step
+            if words[done + operations.DONE_SEQUENCE] == sequence:
+                blind.setattr(operations, "is_primary", lambda *_: True)
+            return sound(words, owner, client, epoch, now_s, request, at, *rest)
+
+    monkeypatch.setattr(operations, "once", once)
+
+
+def forgets_lost_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was in a lost frame is not shipped again."""
+    sound = shipping.lose
+
+    def lose(state: shipping.Shipping, peer: int, before_ns: int) -> int:
+        state.unacked[peer] = 0
+        return sound(state, peer, before_ns)
+
+    monkeypatch.setattr(shipping, "lose", lose)
+
+
+def obeys_maps_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that began anew follows a map made for the process before it."""
+    sound = Replica.hear
+
+    def hear(self: Replica, grant: Grant) -> bool:
+        return sound(self, Grant(self.incarnation, *[getattr(grant, name) for name in ("sent_ns", "lease_ns", "epoch", "map")]))
+
+    monkeypatch.setattr(Replica, "hear", hear)
+
+
+def promotes_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a lease to run out: silence is enough."""
+    monkeypatch.setattr(Coordinator, "_lapsed", lambda self, host, now_ns: True)
+    monkeypatch.setattr(Coordinator, "_silent", lambda self, host, now_ns: now_ns - self.hosts[host].heard_ns > 40_000_000)
+
+
+def forgets_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that starts again believes that nobody has a lease."""
+    sound = Coordinator.start.__func__  # type: ignore[attr-defined]
+
+    def start(cls: type[Coordinator], document: dict[str, Any], now_ns: int, timing: Any = None) -> Coordinator:
+        begun: Coordinator = sound(cls, document, now_ns, timing)
+        begun.hosts = {name: HostState(0, state.incarnation) for name, state in begun.hosts.items()}
+        return begun
+
+    monkeypatch.setattr(Coordinator, "start", classmethod(start))
+
+
+def ignores_removal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup that the map leaves out goes on answering."""
+    sound = Replica._follow
+
+    def follow(self: Replica, partition: int, group: Group) -> None:
+        if self.host in group.members + group.learners or shipping.rules(shipping.role(self.words, partition)):
+            sound(self, partition, group)
+
+    monkeypatch.setattr(Replica, "_follow", follow)
+
+
+FIRST_SEED = {"applies frames of deposed primaries": 7, "reads dirty backups": 11, "ignores that its lease ran out": 64}
+"""Seeds known to catch a mutant, tried first to save time."""
+MUTANTS: dict[str, Patch] = {
+    "acknowledges before it replicates": without("waits_for", -1, holds),
+    "applies frames of deposed primaries": trusts_every_frame,
+    "reads dirty backups": reads_anywhere,
+    "ignores that its lease ran out": without("lease_lapsed", False, holds),
+    "forgets completion records at failover": without("read_completions", OK, shipping),
+    "trusts its own old completion records": trusts_old_completions,
+    "answers after it was deposed": answers_when_deposed,
+    "forgets what a lost frame held": forgets_lost_frames,
+    "obeys maps for an earlier process": obeys_maps_for_others,
+    "promotes before the lease is over": promotes_early,
+    "forgets leases when it starts again": forgets_leases,
+    "counts learners that know nothing": without("is_synchronised", True, shipping),
+    "goes on reading when it is no backup any more": ignores_removal,
+    "believes that everybody knows the newest map": lambda m: m.setattr(Coordinator, "_knows", lambda self, host: True),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_every_mutant_is_caught(mutant, monkeypatch):
+    MUTANTS[mutant](monkeypatch)
+    with np.errstate(over="ignore"):
+        for seed in (FIRST_SEED.get(mutant, 0), *range(MOST_SEEDS)):
+            try:
+                simulate(seed, 1.5, keep_trace=False)
+            except Violation:
+                return
+    pytest.fail(f"nobody noticed a store that {mutant}, in {MOST_SEEDS} seeds")
+
+
+def test_the_sound_protocol_passes_where_mutants_fail():
+    with np.errstate(over="ignore"):
+        for seed in range(4):
+            simulate(seed, 1.5, keep_trace=False)
