@@ -6,6 +6,8 @@ PLACEMENTS = ("local", "integrated", "integrated:hashed", "centralized")
 STATEFUL = {"topology": ("rack",), "nf": ("firewall", "traffic_counter"), "placement": PLACEMENTS}
 STATELESS = {"topology": ("rack",), "nf": ("passthrough",), "placement": ("local",)}
 """The floor: without state, every placement is the same."""
+CHAINED = {"topology": ("rack",), "nf": ("firewall+nat", "firewall|nat"), "placement": ("integrated",)}
+"""Two functions in one process on each of two NF hosts, and each on a host of its own."""
 
 EXPERIMENT = Experiment(
     question="How long does a packet take through the rack when its state is local, beside the NF, or on a store host?",
@@ -19,6 +21,11 @@ EXPERIMENT = Experiment(
             "sweeps": ({**STATEFUL, "nf": ("traffic_counter",), "placement": ("integrated", "centralized")},),
             "settings": {"seconds": 0.5},
         },
-        "paper": {"repeats": 5, "settings": {"seconds": 10.0}, "traffic": {"flows": 10_000}},
+        "paper": {
+            "sweeps": (STATEFUL, STATELESS, CHAINED),
+            "repeats": 5,
+            "settings": {"seconds": 10.0},
+            "traffic": {"flows": 10_000},
+        },
     },
 )

@@ -49,7 +49,7 @@ class Rig:
         self.chain = make_chain(functions, settings or {}, VALUE_BYTES)
         self.client = client or Client([], 1, VALUE_BYTES, 1, 1)
         hosts = len(self.client.addresses)
-        primary = np.full(PARTITIONS, HERE) if primary is None else primary
+        self.primary = primary = np.full(PARTITIONS, HERE) if primary is None else primary
         self.engine = make_engine(self.chain, self.frames, primary, self.table.register_owner(), 1, VALUE_BYTES // 8, hosts)
 
     def __call__(self, frame: bytes, side: int = INSIDE) -> list[tuple[int, bytes]]:

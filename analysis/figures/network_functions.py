@@ -43,7 +43,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
 
 
 def answer(frame: pd.DataFrame) -> str:
-    """Say what every function reaches of the one that does nothing, and the two that the kernel has of the kernel's."""
+    """Say what every function reaches of the one that does nothing, and of the kernel's where that was measured."""
     rows = saturated(frame)
     ours = rows[(rows["placement"] != "nftables") & (rows["flows"] == 10_000)]
     nothing = typical(ours, "delivered_kpps", nf="passthrough")

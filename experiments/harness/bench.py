@@ -179,6 +179,17 @@ class Bench:
                            for name in self.stores_of(stage)],
                 "spin_us": 5.0 if (os.cpu_count() or 1) < 8 else 50.0}  # fmt: skip
 
+    def change_settings(self, functions: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give network functions other settings, by function and name, while they run: every instance, one after the other.
+
+        Raises NearstateError when one refuses.
+        """
+        for process in self.functions.values():
+            process.send({"settings": functions})
+            answer = process.receive(READY_S) or {}
+            if not answer.get("changed"):
+                raise NearstateError(f"{process.name} did not change its settings: {answer.get('error', 'no answer')}")
+
     def start_workload(self) -> None:
         """Start sink and generator."""
         client, server = (self.network.hosts[name] for name in ("client", "server"))

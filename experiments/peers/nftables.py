@@ -2,8 +2,9 @@
 
 The kernel forwards between `inside` and `outside` of nf1 in its own network namespace. As `firewall`: established and related
 traffic both ways, new connections only from inside. As `nat`: what inside opens leaves with one of the addresses that `nat` has,
-always the same for a client, and nothing new comes in. As "firewall+nat": both. Client and server get the kernel's two MAC
-addresses for each other; else nothing outside that namespace is changed.
+always the same for a client, and nothing new comes in. As "firewall+nat": both. As `load_balancer`: what is for the virtual
+address goes to one of its backends, by their weights and a hash of client address and port. Client and server get the kernel's
+two MAC addresses for each other; else nothing outside that namespace is changed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
 from datastore.native.errors import NearstateError, unknown
+from nfs._backends import REWRITTEN
 from nfs.dataplane import load
 from topologies.emulation import system
 
@@ -46,7 +48,13 @@ TRANSLATE = """
     oifname "outside" snat to %s persistent
   }
 """
-RULES = {"firewall": FILTER, "nat": GUARD + TRANSLATE, "firewall+nat": FILTER + TRANSLATE}
+BALANCE = """
+  chain balanced {
+    type nat hook prerouting priority -100;
+    ip daddr %s meta l4proto { tcp, udp } dnat to jhash ip saddr . th sport mod %d map { %s }
+  }
+"""
+RULES = {"firewall": FILTER, "nat": GUARD + TRANSLATE, "firewall+nat": FILTER + TRANSLATE, "load_balancer": BALANCE}
 """By the network functions, alone or in a chain, whose job it is; "": none are named, the firewall's."""
 
 
@@ -67,9 +75,10 @@ class Kernel:
 
 
 def rules(nf: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the rules for the job of network function or chain `nf`. settings: of functions, by name; the NAT's addresses count.
+    """Return the rules for the job of network function or chain `nf`. settings: of functions, by name; the NAT's addresses and
+    the balancer's pool count.
 
-    Raises NearstateError for a job that is not among RULES.
+    Raises NearstateError for a job that is not among RULES, and for a pool that keeps other than its clients' ports.
     """
     if nf and nf not in RULES:
         raise unknown("job of the peer nftables", nf, RULES)
@@ -77,18 +86,45 @@ def rules(nf: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
     if "nat" in nf:
         first, count = load("nat").make_env(settings.get("nat"))["external_addresses"][0]
         text = text % f"{IPv4Address(int(first))}-{IPv4Address(int(first + count - 1))}"
+    if nf == "load_balancer":
+        text = text % balanced(settings)
     return f"table ip nearstate {{{text}}}\n"
+
+
+def balanced(settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, str]:
+    """Return the balancer's virtual address, the sum of its backends' weights, and who has which of so many hash values."""
+    env = load("load_balancer").make_env(settings.get("load_balancer"))
+    shares, total = [], 0
+    for weight, address, port in pool(settings):
+        if port or env["mode"][0] != REWRITTEN or env["ports"].any():
+            raise NearstateError("peer nftables balances all ports and leaves them as they are: give load_balancer ports='all', "
+                                 "mode='rewrite' and backends without a port")  # fmt: skip
+        if weight:
+            shares.append(f"{total}-{total + weight - 1} : {address}")
+            total += weight
+    if not total:
+        raise NearstateError("peer nftables: none of load_balancer's backends has a weight; give at least one")
+    return str(IPv4Address(int(env["virtual_address"][0]))), total, ", ".join(shares)
+
+
+def pool(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, IPv4Address, int]]:
+    """Return (weight, address, port) of each backend of the balancer."""
+    words = load("load_balancer").make_env(settings.get("load_balancer"))["backends"][0][::2]
+    return [(int(word) >> 48, IPv4Address(int(word) >> 16 & 0xFFFFFFFF), int(word) & 0xFFFF) for word in words if word]
 
 
 def start(bench: Bench) -> Kernel:
     """Let the kernel of nf1's namespace do the job. Raises NearstateError when nft is missing or refuses."""
     nf, text = bench.nf_hosts[0], rules(bench.trial.nf, bench.settings["functions"])
     client, server = (bench.network.hosts[name].interfaces["net"] for name in ("client", "server"))
+    outside = [str(server.ipv4).partition("/")[0]]
+    if bench.trial.nf == "load_balancer":
+        outside += [str(address) for _, address, _ in pool(bench.settings["functions"])]
     commands = [
         ["ip", "address", "add", INSIDE_GATEWAY, "dev", "inside"],
         ["ip", "address", "add", OUTSIDE_GATEWAY, "dev", "outside"],
-        ["ip", "neighbour", "replace", str(server.ipv4).partition("/")[0], "lladdr", server.mac, "dev", "outside",
-         "nud", "permanent"],
+        *(["ip", "neighbour", "replace", address, "lladdr", server.mac, "dev", "outside", "nud", "permanent"]
+          for address in outside),
         ["ip", "neighbour", "replace", str(client.ipv4).partition("/")[0], "lladdr", client.mac, "dev", "inside",
          "nud", "permanent"],
         ["ip", "route", "add", CLIENTS, "via", str(client.ipv4).partition("/")[0], "dev", "inside"],

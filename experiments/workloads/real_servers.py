@@ -70,7 +70,8 @@ SHADOW = "root:*:19000:0:99999:7:::\n"
 
 
 def main(config: dict[str, Any], control: Any) -> None:
-    """Process target. config: address to serve at; files {name: bytes} to serve, of random content by `seed`.
+    """Process target. config: address to serve at; files {name: bytes} to serve, of random content by `seed`; services: which
+    of the servers to start, all without it.
 
     Answers {"connections": true} with {"connections": established at the web server}.
     """
@@ -79,7 +80,8 @@ def main(config: dict[str, Any], control: Any) -> None:
     system.private_folder(str(FOLDER), FOLDER_MBYTES)
     served = write_files(config["files"], int(config["seed"]))
     write_configurations(config["address"])
-    processes = {name: start(command) for name, command in commands(config["address"]).items()}
+    started = commands(config["address"])
+    processes = {name: start(started[name]) for name in config.get("services", started)}
     await_listening(processes)
     keys = {"user_key": (FOLDER / "user_key").read_text(), "host_key": (FOLDER / "host_key.pub").read_text()}
     control.send({"ready": True, "sha256": served, **keys})
@@ -147,7 +149,8 @@ def start(command: list[str]) -> subprocess.Popen[bytes]:
 
 def await_listening(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
     """Wait until all servers listen; without connecting, which a server could take for a client."""
-    wanted = {"nginx": HTTP_PORT, "iperf3": IPERF_PORT, "sshd": SSH_PORT, "dnsmasq": DNS_PORT}
+    ports = {"nginx": HTTP_PORT, "iperf3": IPERF_PORT, "sshd": SSH_PORT, "dnsmasq": DNS_PORT}
+    wanted = {name: ports[name] for name in processes}
     deadline = time.monotonic() + READY_S
     while missing := [name for name, port in wanted.items() if port not in set(ports_in(LISTEN))]:
         ended = [name for name in missing if processes[name].poll() is not None]

@@ -61,8 +61,8 @@ def test_what_the_generator_sends_is_counted_once_at_each_stage(emulation: tuple
                             settings={"offered_kpps": 5.0, "seconds": 0.5, "lateness_limit_us": 0.0})  # fmt: skip
     trial = Trial("mine", "rack", "firewall|nat", "integrated", 1, {}, {}, 0, 1)
     line = run_trial(trial, experiment, journal, launcher, tmp_path)
-    assert line["valid"], line["invalid_reasons"]
-    ledger = line["ledger"]
+    [point] = line["points"] or pytest.fail(str(line["invalid_reasons"]))
+    ledger = point["ledger"]
     assert ledger["unaccounted"] == 0, line
     assert ledger["received"] > 0.9 * ledger["sent"] > 2000, line
     assert 2 * ledger["received"] <= ledger["nf"]["received"] <= 2 * ledger["sent"], "once by the firewall, once by the NAT"

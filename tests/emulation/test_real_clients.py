@@ -32,7 +32,7 @@ IN_CI = [("firewall", "integrated"), ("firewall", "centralized"), ("nat", "integ
 IN_LONG_MODE = [("firewall", "local"), ("firewall", "integrated:hashed"), ("passthrough", "local")]
 IN_LONG_MODE += [("traffic_counter", placement) for placement in ("local", "integrated", "integrated:hashed", "centralized")]
 IN_LONG_MODE += [("nat", placement) for placement in ("local", "integrated:hashed", "centralized")]
-IN_LONG_MODE += [("nat_symmetric", "integrated"), ("firewall+nat", "integrated")]
+IN_LONG_MODE += [("nat_symmetric", "integrated"), ("firewall+nat", "integrated"), ("firewall|nat", "integrated")]
 SYSTEMS = [*IN_CI, *(pytest.param(system, marks=LONG) for system in IN_LONG_MODE)]
 """(network function, placement): a new one is added here by its name, a chain as "firewall+nat"."""
 STATELESS = ("passthrough", "traffic_counter")

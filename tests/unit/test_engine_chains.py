@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 
 from datastore.native import INTERPRETED
 from datastore.native.errors import NearstateError
-from datastore.store.client import Client
-from datastore.store.partitions import PARTITIONS, key_low
+from datastore.store.partitions import key_low
 from nfs.dataplane import (
     DROP,
     ENDPOINT,
@@ -34,8 +32,7 @@ from nfs.dataplane.engine import HERE
 from nfs.dataplane.keys import endpoint_key
 from nfs.dataplane.steps import load_chain
 from tests.packets import CLIENT_PORT, checksums_hold, expected, tcp, udp
-from tests.rig import VALUE_BYTES, Rig
-from tests.unit.test_store_server import CLUSTER, Store
+from tests.rig import Rig
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the packet loop runs compiled")
 
@@ -96,23 +93,6 @@ def tally(packet: Any, nothing: Any, env: Any) -> int:
 def kind_of_little_nat(monkeypatch: pytest.MonkeyPatch) -> None:
     """The function above writes kind 77 into its claims; its own records must have it too."""
     monkeypatch.setattr("nfs.dataplane.steps.kind_of", lambda name: 77 if name == "little_nat" else kind_of(name))
-
-
-@pytest.fixture(params=["here", "there", "half"])
-def where(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """All state in the private table; all in a store process; or half of the partitions each, so that claims cross over."""
-    if request.param == "here":
-        yield {}
-        return
-    store = Store(value_bytes=VALUE_BYTES)
-    client = Client([("127.0.0.1", store.port)], 1, VALUE_BYTES, CLUSTER)
-    client.connect()
-    primary = np.zeros(PARTITIONS, np.int64)
-    if request.param == "half":
-        primary[::2] = HERE
-    yield {"client": client, "primary": primary}
-    client.close()
-    store.close()
 
 
 def source(frame: bytes) -> tuple[int, int]:

@@ -111,6 +111,18 @@ def test_nftables_is_told_the_job_and_the_addresses(nf: str) -> None:
     assert ("nat" in nf) is (f"{IPv4Address(int(first))}-{IPv4Address(int(first + count - 1))}" in nftables.rules(nf, {}))
 
 
+def test_nftables_is_told_the_pool_and_its_weights() -> None:
+    given: dict[str, dict[str, Any]] = {"load_balancer": {"virtual_address": "10.128.0.1", "ports": "all"}}
+    given["load_balancer"]["backends"] = ["10.128.0.2 weight 3", "10.128.0.3 weight 0", "10.128.0.4"]
+    text = nftables.rules("load_balancer", given)
+    assert "ip daddr 10.128.0.1 " in text
+    assert "mod 4 map { 0-2 : 10.128.0.2, 3-3 : 10.128.0.4 }" in text
+    for backends, message in ((["10.128.0.2:8080"], "backends without a port"), (["10.128.0.2 weight 0"], "none of")):
+        given["load_balancer"]["backends"] = backends
+        with pytest.raises(NearstateError, match=message):
+            nftables.rules("load_balancer", given)
+
+
 def test_a_job_that_nftables_cannot_do_is_named() -> None:
     with pytest.raises(NearstateError, match="unknown job of the peer nftables 'traffic_counter'"):
         nftables.rules("traffic_counter", {})

@@ -22,27 +22,44 @@ SETTINGS = {**COMMON_SETTINGS, "workloads": WORKLOADS, "seconds": 1, "udp_mbps":
             "large_bytes": 10_000_000, "downloads": 3, "connections": 16, "many": 1000, "handshakes": 200}  # fmt: skip
 ANSWER_S = 120.0
 SMALL, LARGE = "small", "large"
+HTTP_ONLY = {"services": ["nginx"]}
 Answer = dict[str, Any]
 
 
 class RealClients:
-    """Servers on one host and clients on another, of a started bench."""
+    """Servers on one host and clients on another, of a started bench.
 
-    def __init__(self, bench: Bench, client: str = "client", server: str = "server") -> None:
+    address: what the clients ask in place of the server's own, a balancer's. backends: hosts besides the server's that serve the
+    same files over HTTP. served_at: the address they all serve at in place of their own.
+    """
+
+    def __init__(
+        self, bench: Bench, client: str = "client", server: str = "server", address: str = "", backends: Sequence[str] = (),
+        served_at: str = "",
+    ) -> None:  # fmt: skip
         self.bench, settings = bench, bench.settings
-        hosts = bench.network.hosts
-        address = str(hosts[server].interfaces["net"].ipv4).partition("/")[0]
         files = {SMALL: int(settings["small_bytes"]), LARGE: int(settings["large_bytes"])}
-        self.servers = self._spawn("servers", server, {"address": address, "files": files, "seed": bench.trial.seed})
-        told = self._ready(self.servers)
+        config = {"files": files, "seed": bench.trial.seed}
+        own = {name: str(bench.network.hosts[name].interfaces["net"].ipv4).partition("/")[0] for name in (server, *backends)}
+        serving = {name: config | {"address": served_at or own[name]} | (HTTP_ONLY if name != server else {}) for name in own}
+        self.backends = {name: self._spawn("servers", name, serving[name]) for name in own}
+        told = {name: self._ready(process) for name, process in self.backends.items()}[server]
+        self.servers = self.backends[server]
         self.sha256: dict[str, str] = told["sha256"]
-        keys = {name: told[name] for name in ("user_key", "host_key")}
-        self.clients = self._spawn("clients", client, {"address": address, **keys})
-        self._ready(self.clients)
+        self._asked = (client, {"address": address or own[server], **{name: told[name] for name in ("user_key", "host_key")}})
+        self.clients = self.more_clients()
+
+    def more_clients(self) -> RunningProcess:
+        """Start clients that do one thing while the others do another."""
+        clients = self._spawn("clients", *self._asked)
+        self._ready(clients)
+        return clients
 
     def _spawn(self, role: str, host: str, config: dict[str, Any]) -> RunningProcess:
         target = f"experiments.workloads.real_{role}:main"
-        process = self.bench.launcher.spawn(f"{role}-on-{host}", self.bench.network.hosts[host], target, config)
+        started = sum(process.name.startswith(f"{role}-on-{host}") for process in self.bench.extra)
+        name = f"{role}-on-{host}{f'-{started + 1}' if started else ''}"
+        process = self.bench.launcher.spawn(name, self.bench.network.hosts[host], target, config)
         self.bench.extra.insert(0, process)  # clients end before their servers, and say so
         return process
 
@@ -53,31 +70,37 @@ class RealClients:
             raise NearstateError(f"{process.name} was not ready after {READY_S:g} s; its log is {process.log}")
         return answer
 
-    def begin(self, action: str, **arguments: Any) -> None:
+    def begin(self, action: str, clients: RunningProcess | None = None, **arguments: Any) -> None:
         """Have the clients do something; `end` returns what came of it."""
-        self.clients.send({"do": action, **arguments})
+        (clients or self.clients).send({"do": action, **arguments})
 
-    def end(self) -> Answer:
+    def end(self, clients: RunningProcess | None = None) -> Answer:
         """Return the action's result; where its program failed, {"failed": what it said}."""
-        answer = self.clients.receive(ANSWER_S)
+        process = clients or self.clients
+        answer = process.receive(ANSWER_S)
         if answer is None:
-            raise NearstateError(f"{self.clients.name} did not answer in {ANSWER_S:g} s; its log is {self.clients.log}")
+            raise NearstateError(f"{process.name} did not answer in {ANSWER_S:g} s; its log is {process.log}")
         return answer
 
-    def do(self, action: str, **arguments: Any) -> Answer:
+    def do(self, action: str, clients: RunningProcess | None = None, **arguments: Any) -> Answer:
         """Begin and end."""
-        self.begin(action, **arguments)
-        return self.end()
+        self.begin(action, clients, **arguments)
+        return self.end(clients)
 
     def stacks(self) -> dict[str, dict[str, int]]:
         """Return the trouble counted by the kernels of both ends: segments sent again, datagrams no reader came for in time."""
         wanted = {"Tcp": ("RetransSegs",), "Udp": ("RcvbufErrors",)}
         return {process.name: protocol_counters(process.pid, wanted) for process in (self.clients, self.servers)}
 
-    def connections(self) -> int:
-        """Return how many connections are established at the web server now."""
-        self.servers.send({"connections": True})
-        return int((self.servers.receive(READY_S) or {}).get("connections", -1))
+    def connections(self, server: str = "") -> int:
+        """Return how many connections are established now at the web server, or at that of host `server`."""
+        process = self.backends[server] if server else self.servers
+        process.send({"connections": True})
+        return int((process.receive(READY_S) or {}).get("connections", -1))
+
+    def accepted(self, server: str) -> int:
+        """Return how many connections host `server` has ever accepted."""
+        return protocol_counters(self.backends[server].pid, {"Tcp": ("PassiveOpens",)})["PassiveOpens"]
 
 
 def protocol_counters(pid: int, wanted: Mapping[str, Sequence[str]]) -> dict[str, int]:
