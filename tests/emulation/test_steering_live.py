@@ -168,6 +168,31 @@ def test_wrong_commands_are_answered_and_change_nothing(rack: Network) -> None:
     assert (after["instances"], after["returns"]) == (before["instances"], before["returns"])
 
 
+def test_a_chain_over_hosts_and_back_leaves_exactly_its_own_rules(rack: Network) -> None:
+    """The instances are silent here: what a host would send on is sent by the test."""
+    assert rack.switch is not None
+    rack.chain([["nf1", "nf2"], ["nf3"]])
+    assert set(rack.steering()) == {"nf1|nf3", "nf2|nf3"}
+    dump = ["ovs-ofctl", "-O", "OpenFlow13", "dump-flows", rack.switch.bridge]
+    assert system.run(dump, rack.journal.environment()).count("priority=") == rack.show()["rules"]
+    mac = {name: rack.hosts[name].interfaces["net"].mac for name in ("client", "server")}
+    client, server = ("client", "net"), ("server", "net")
+    inside, outside = ({n: (f"nf{n}", side) for n in (1, 2, 3)} for side in ("inside", "outside"))
+    hops = [(client, inside[2]), (outside[2], inside[3]), (outside[1], inside[3]), (outside[3], server)]
+    back = [(server, outside[3]), (inside[3], outside[2]), (inside[2], client)]
+    taps = Taps(rack, sorted({end for hop in hops + back for end in hop}))
+    for from_client, ways in ((True, hops), (False, back)):
+        for start, end in ways:
+            taps.sockets[start].send(packet("udp", 9, from_client, (mac["server"], mac["client"])))
+            assert taps.collect(1) == {struct.pack(">4sBBH", b"nstt", 1, from_client, 9): [end]}, (start, end)
+    for tap in taps.sockets.values():
+        tap.close()
+    with pytest.raises(NearstateError, match="chain: instance 'nf1' is in 2 places"):
+        rack.chain([["nf1"], ["nf1"]])
+    rack.chain([["nf1", "nf2", "nf3"]])
+    assert_steered(rack, [0, 1, 2, 255])
+
+
 def test_frames_nobody_may_have_are_dropped_and_counted(rack: Network) -> None:
     before = rack.show()["refused_packets"]
     taps = Taps(rack, [(host.name, name) for host in rack.hosts.values() for name in host.interfaces])

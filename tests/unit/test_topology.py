@@ -20,6 +20,8 @@ def test_rack_has_the_hosts_and_cables_asked_for() -> None:
     graph = topology.plan("rack", {"nf_hosts": 3, "store_hosts": 2, "delay_us": 10.0}).graph
     assert graph.hosts() == ["client", "control", "nf1", "nf2", "nf3", "server", "store1", "store2"]
     assert len(graph.links()) == 2 + 3 * 3 + 2 + 1
+    plan = topology.plan("rack", {"server_hosts": 3})
+    assert (plan.hosts("server"), plan.hosts("nf")) == (["server", "server2", "server3"], ["nf1", "nf2"])
     assert {info["delay_us"] for _, _, info in graph.links(withInfo=True)} == {10.0}
 
 
