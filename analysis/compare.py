@@ -69,7 +69,7 @@ def compare(
             raise unknown("experiment in these results", name, set(frame["experiment"]))
     for name in (baseline, other):
         if name not in {*frame["placement"], *PLACEMENTS}:
-            raise unknown("placement", name, {*frame["placement"], *PLACEMENTS})
+            raise unknown("placement in these results", name, set(frame["placement"]))
     if baseline == other:
         raise NearstateError(f"placement {baseline!r} cannot be compared with itself: name two different ones")
     chosen = frame[frame["experiment"].isin(experiments)] if experiments else frame

@@ -17,14 +17,16 @@ def draw_figures(run: Path, names: Sequence[str] | None = None) -> list[Path]:
     """Write `figures/<name>.pdf`, `.png` and `.csv` into a results folder and return their paths, figure by figure.
 
     `names` are of figures or of experiments (all figures of one). Without names every figure is drawn that the run has
-    valid measurements for; a named one that it has none for is refused.
+    valid measurements for; a named figure that it has none for is refused, an experiment when none of its figures is drawn.
     """
     run = Path(run)
     wanted = select(names)
     frame = measurements([read_run(run)])
     written = {figure.name: draw_figure(figure, frame, run / "figures") for figure in wanted}
-    absent = [figure for figure in wanted if not written[figure.name]]
-    if names and absent:
+    drawn = [figure for figure in wanted if written[figure.name]]
+    told = {*(figure.name for figure in drawn), *(figure.experiment for figure in drawn)}
+    absent = [figure for figure in wanted if {figure.name, figure.experiment}.intersection(names or ()) - told]
+    if absent:
         raise NearstateError(
             f"figure {absent[0].name!r} cannot be drawn: {run} holds no valid measurement for it; "
             f"run experiment {absent[0].experiment!r} first"

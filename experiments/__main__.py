@@ -22,13 +22,21 @@ EXAMPLES = """examples:
 
 
 def list_experiments(arguments: argparse.Namespace) -> None:
-    """Print each experiment with its question and how many trials each profile has."""
+    """Print each experiment with its question and how many trials each profile has; one that cannot be loaded, with why."""
     from experiments.harness import spec
 
+    broken = []
     for name in spec.experiment_names():
-        experiment = spec.load(name)
+        try:
+            experiment = spec.load(name)
+        except NearstateError as error:
+            broken.append(name)
+            print(f"{name}\n    cannot be loaded: {error}")
+            continue
         counts = [f"{profile} {len(list(spec.trials(name, experiment.for_profile(profile))))}" for profile in spec.PROFILES]
         print(f"{name}\n    {experiment.question}\n    trials: {', '.join(counts)}")
+    if broken:
+        raise NearstateError(f"cannot be loaded: {', '.join(broken)}; see the list above")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -104,15 +112,17 @@ def doctor(arguments: argparse.Namespace) -> None:
 
     facts = box.examine()
     print(box.render(facts))
-    if any(fact.problem for fact in facts):
+    if any(fact.lacking for fact in facts):
         raise SystemExit(1)
 
 
 def clean(arguments: argparse.Namespace) -> None:
     """Remove what runs that were killed left behind, and nothing else."""
+    from experiments.harness.record import Record
     from topologies.emulation import journal
 
-    removed = journal.clean(arguments.run)
+    killed = arguments.run is None or arguments.run in journal.runs()
+    removed = journal.clean(arguments.run if killed else Record.open(arguments.run).run_id)  # refuses a run that never was
     for item in removed:
         print(f"removed {item}")
     print(f"{len(removed)} leftovers removed")

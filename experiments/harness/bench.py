@@ -22,6 +22,7 @@ from datastore.store.partitions import PARTITIONS
 from experiments.harness import accounting, spec
 from experiments.harness.spec import Experiment, Trial, peer_names
 from experiments.workloads.traffic import CHOICES, packets_in
+from nfs.dataplane.port import KINDS
 from topologies.emulation.network import EmulatedHost, Network
 from topologies.emulation.processes import Launcher, RunningProcess
 
@@ -295,3 +296,6 @@ COMMON_SETTINGS: Mapping[str, Any] = {"capacity": 1 << 16, "value_bytes": 32, "p
 """Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness, by
 which NF host answers come back, the network functions' own settings by function and name, and whether every interface is
 recorded (which costs speed: a recorded trial is no repeat of one that is not)."""
+
+CHOICES_OF: Mapping[str, tuple[str, ...]] = {"paths": PATHS, "port_kind": ("auto", *KINDS)}
+"""The values of settings that are one of a few words."""

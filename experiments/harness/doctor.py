@@ -58,12 +58,18 @@ SET_UP = "call ./run_all.sh or ./run_tests.sh: they install it"
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of the examination; `problem` and `fix` are set together, or neither."""
+    """One line of the examination; `problem` and `fix` are set together, or neither. `instead`: what does as well meanwhile."""
 
     name: str
     value: str
     problem: str | None = None
     fix: str | None = None
+    instead: str | None = None
+
+    @property
+    def lacking(self) -> bool:
+        """Whether something is missing that nothing stands in for."""
+        return self.problem is not None and self.instead is None
 
 
 def examine() -> list[Fact]:
@@ -77,11 +83,12 @@ def render(facts: list[Fact]) -> str:
     width = max(len(fact.name) for fact in facts)
     lines = []
     for fact in facts:
-        lines.append(f"{'!' if fact.problem else ' '} {fact.name:<{width}}  {fact.value}")
+        lines.append(f"{'!' if fact.lacking else ' '} {fact.name:<{width}}  {fact.value}")
         if fact.problem:
             lines.append(f"  {'':<{width}}  problem: {fact.problem}")
             lines.append(f"  {'':<{width}}  fix: {fact.fix}")
-    problems = sum(fact.problem is not None for fact in facts)
+            lines += [f"  {'':<{width}}  until then: {fact.instead}"] if fact.instead else []
+    problems = sum(fact.lacking for fact in facts)
     return "\n".join([*lines, "", f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problems"])
 
 
@@ -384,8 +391,8 @@ def check_netem(box: Box) -> Fact:
         "netem",
         "netem",
         "the kernel delays links",
-        "modprobe sch_netem; on Ubuntu apt-get install linux-modules-extra-$(uname -r); until then links are "
-        "delayed by our own wire",
+        "modprobe sch_netem; on Ubuntu apt-get install linux-modules-extra-$(uname -r)",
+        "links are delayed by our own wire",
     )
 
 
@@ -519,11 +526,11 @@ def _guarded(check: Callable[[Box], Fact], box: Box) -> Fact:
         return Fact(name, "unknown", f"could not be told: {error!r}", "report this line with your distribution's name")
 
 
-def _tried(box: Box, name: str, key: str, good: str, fix: str) -> Fact:
+def _tried(box: Box, name: str, key: str, good: str, fix: str, instead: str | None = None) -> Fact:
     if not box.root:
         return Fact(name, "unknown without root")
     result = box.trial.get(key, "the trial did not end: see .venv/bin/python -m experiments.harness.doctor")
-    return Fact(name, good) if result == "works" else Fact(name, "does not work", result, fix)
+    return Fact(name, good) if result == "works" else Fact(name, "does not work", result, fix, instead)
 
 
 def _runner_lives(path: Path) -> bool:

@@ -123,6 +123,7 @@ def load(name: str) -> Experiment:
 
 def check(name: str, experiment: Experiment) -> None:
     """Check everything that can be checked without starting anything. Raises NearstateError naming the wrong value."""
+    from experiments.harness import bench
     from topologies.emulation import topology
 
     if experiment.procedure not in procedure_names():
@@ -138,6 +139,7 @@ def check(name: str, experiment: Experiment) -> None:
         if key not in procedure.SETTINGS:
             raise unknown(f"setting of experiment {name!r}", key, procedure.SETTINGS)
         check_setting(name, key, value, procedure.SETTINGS[key])
+        check_choice(key, value, bench.CHOICES_OF)
     known = {"topology": topology.names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
     for grid in experiment.sweeps:
         for key in (*grid, *grid.get("settings", ())):
@@ -149,6 +151,7 @@ def check(name: str, experiment: Experiment) -> None:
                 check_setting(name, key, value, DEFAULTS[key])
             elif key in procedure.SETTINGS:
                 check_setting(name, key, value, procedure.SETTINGS[key])
+            check_choice(key, value, bench.CHOICES_OF)
         for key, names in known.items():
             for value in values_of(grid, key):
                 for part in itertools.chain(*stages(value)) if key == "nf" else [value]:
@@ -177,6 +180,14 @@ def check_setting(name: str, key: str, value: Any, default: Any) -> None:
     list with items like the default's, and so on. A default of None says no kind: whoever reads the setting checks it."""
     if default is not None and not _alike(value, default):
         raise NearstateError(f"experiment {name!r}: {key}={value!r} is no {_kind(default)}; the default is {default!r}")
+
+
+def check_choice(key: str, value: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raise NearstateError unless a setting with a few valid words is one of them, and the number of replicas at least 1."""
+    if key in choices and value not in choices[key]:
+        raise unknown(f"value of setting {key}", value, choices[key])
+    if key == "replicas" and value < 1:
+        raise NearstateError(f"replicas={value}; at least 1 is needed: the record itself")
 
 
 def _alike(value: Any, default: Any) -> bool:

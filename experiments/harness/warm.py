@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from datastore.native import ROOT
+from datastore.native.errors import NearstateError
 from nfs.dataplane import declaration
 
 PATTERNS = ("datastore/*/*.py", "nfs/dataplane/*.py", "experiments/workloads/*.py", "topologies/emulation/*.py")
@@ -40,11 +41,21 @@ def steps() -> list[tuple[str, Callable[[], Any]]]:
     return found + [(f"nfs.{name}", lambda name=name: declaration.load(name).compiled) for name in declaration.names()]
 
 
-def compile_step(name: str) -> tuple[str, float]:
-    """Compile one of the steps; returns its name and the seconds it took."""
+def compiled(compile_it: Callable[[], Any]) -> str:
+    """Compile one of the steps; returns what is to be told of it.
+
+    A network function that cannot be compiled is told here, and refused where it is asked for: it stops nothing else.
+    """
     started = time.monotonic()
-    dict(steps())[name]()
-    return name, time.monotonic() - started
+    try:
+        compile_it()
+    except NearstateError as error:
+        return f"cannot be compiled: {error}"
+    return f"{time.monotonic() - started:.1f} s"
+
+
+def _compiled(name: str) -> tuple[str, str]:
+    return name, compiled(dict(steps())[name])
 
 
 def main() -> None:
@@ -52,8 +63,8 @@ def main() -> None:
     argparse.ArgumentParser(prog="python -m experiments.harness.warm", description=main.__doc__).parse_args()
     names = list(dict.fromkeys((*LONGEST, *(name for name, _ in steps()))))
     with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
-        for number, (name, seconds) in enumerate(pool.imap_unordered(compile_step, names), 1):
-            print(f"[{number}/{len(names)}] {name} {seconds:.1f} s", flush=True)
+        for number, (name, told) in enumerate(pool.imap_unordered(_compiled, names), 1):
+            print(f"[{number}/{len(names)}] {name} {told}", flush=True)
 
 
 if __name__ == "__main__":

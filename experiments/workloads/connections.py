@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes as C
 import ipaddress
+import os
 import struct
 import time
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from experiments.workloads.traffic import packets_in
 from nfs.dataplane.frames import Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import ACK, RST, SYN, TCP
 from nfs.dataplane.port import BURST, FD, TX_REFUSED, Port, closed_port, open_port, reclaim, refill, rx_burst, tx_flush, tx_push
+from topologies.emulation import system
 
 FRAME_BYTES = 60
 SEGMENT_BYTES = 54
@@ -354,10 +356,17 @@ def _open_step(
             "latency": summary_us(initiator.latency), "lateness": summary_us(initiator.lateness)}  # fmt: skip
 
 
+def silence(interface: str) -> None:
+    """Take an interface's addresses: by AF_PACKET the kernel sees every SYN too, and would answer its own with a RST."""
+    system.run(["ip", "address", "flush", "dev", interface], dict(os.environ))
+
+
 def responder_main(config: dict[str, Any], control: Any) -> None:
     """Process target: {"interface", "port_kind"}. {"first": n, "connections": c} starts counting, {"collect": true} answers."""
     frames = make_frames(16384)
     opened = open_port(config["interface"], frames, config.get("port_kind", "auto"))
+    if opened.kind == "afpacket":
+        silence(config["interface"])
     C.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     responder, drops = make_responder(0, 1), opened.statistics()
     refill(opened.port, frames)

@@ -31,10 +31,10 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journa
 
 @pytest.fixture
 def bench(emulation: tuple[Journal, Launcher], request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """The workload's bench with the network function and under the placement that the test names."""
+    """The workload's bench with the network function, the placement and the kind of ports that the test names."""
     journal, launcher = emulation
-    nf, placement = request.param
-    experiment = Experiment("Do they open?", "connection_rate", (), settings=SETTINGS)
+    nf, placement, port_kind = request.param
+    experiment = Experiment("Do they open?", "connection_rate", (), settings={**SETTINGS, "port_kind": port_kind})
     trial = Trial("mine", "back_to_back", nf, placement, 1, {}, {}, 0, 1)
     network = Network("back_to_back", network_parameters(trial, experiment), journal.run_id, launcher, journal)
     bench = Bench(trial, experiment, network, launcher)
@@ -52,8 +52,10 @@ def assert_all_opened(point: dict[str, Any]) -> None:
     assert (ledger["repeated"], ledger["foreign"], point["metrics"]["failed"]) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("bench", [(nf, placement) for nf in ("firewall", "nat") for placement in ("integrated", "nftables")],
-                         indirect=True, ids="-".join)  # fmt: skip
+OPENED = [(nf, placement, "auto") for nf in ("firewall", "nat") for placement in ("integrated", "nftables")]
+
+
+@pytest.mark.parametrize("bench", [*OPENED, ("firewall", "integrated", "afpacket")], indirect=True, ids="-".join)
 def test_every_connection_opens_through_our_functions_and_the_kernel_s(bench: Bench) -> None:
     points = connection_rate.measure(bench)
     for point in points[:2]:
@@ -65,7 +67,7 @@ def test_every_connection_opens_through_our_functions_and_the_kernel_s(bench: Be
         assert points[1]["ledger"]["nf"]["forwarded"] == 3 * 500, "SYN, SYN ACK and ACK of each"
 
 
-@pytest.mark.parametrize("bench", [("firewall", "local")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("bench", [("firewall", "local", "auto")], indirect=True, ids="-".join)
 def test_connections_without_an_answer_have_failed(bench: Bench) -> None:
     bench.start_state()
     bench.start_functions()

@@ -85,3 +85,15 @@ def test_wrong_names_are_refused_before_anything_starts() -> None:
         assert refused.stderr.startswith("error: unknown")
         assert hint in refused.stderr
     assert set(RESULTS.glob("*")) == runs
+
+
+def test_the_shell_pings_all_hosts_that_share_a_network() -> None:
+    """Interfaces of the packet loop have no address: a host is known by the first that it has."""
+    shell = [sys.executable, "-m", "experiments", "shell", "--nf", "passthrough"]
+    done = subprocess.run(shell, cwd=ROOT, input="pingall 1\nexit\n", capture_output=True, text=True, timeout=RUN_S, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert "None" not in said
+    reached = ("client -> X X X server", "server -> client X X X", "nf1 -> X control nf2 X", "control -> X nf1 nf2 X")
+    for line in reached:
+        assert line in said, said

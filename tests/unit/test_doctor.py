@@ -16,6 +16,7 @@ import pytest
 
 from datastore.native import ROOT
 from datastore.native.errors import NearstateError
+from experiments.__main__ import main
 from experiments.harness import doctor
 from experiments.harness.doctor import Box, Fact
 from nfs.dataplane import afxdp
@@ -78,6 +79,20 @@ def test_rendering_marks_problems_and_counts_them() -> None:
         "1 problem",
     ]
     assert doctor.render([Fact("CPU", "2 x fast")]).endswith("\nno problems")
+
+
+def test_what_something_stands_in_for_is_told_and_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = doctor.check_netem(SimpleNamespace(root=True, trial={"netem": "tc: kind is unknown"}))  # type: ignore[arg-type]
+    assert doctor.render([without]).splitlines()[-3:] == [
+        "         until then: links are delayed by our own wire",
+        "",
+        "no problems",
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda: [without])
+    assert main(["doctor"]) == 0
+    monkeypatch.setattr(doctor, "examine", lambda: [without, Fact("root", "no", "experiments need it", "sudo")])
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor"])
 
 
 def test_host_facts_are_plain_data_of_this_box() -> None:

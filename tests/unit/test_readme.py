@@ -10,6 +10,8 @@ from pathlib import Path
 from datastore.native import ROOT
 from tests.documents import README_FILES, example
 
+DOCUMENTED_FIGURE = "analysis/figures/<name>.py"
+
 PACKAGES = ("analysis", "datastore", "experiments", "nfs", "topologies")
 ASK = """
 from analysis.figures import definitions
@@ -56,6 +58,17 @@ def test_the_examples_pass_the_checks_of_the_repository(tmp_path: Path) -> None:
             [sys.executable, "-m", *check, *README_FILES], cwd=folder, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "analysis/figures/reordering.py").write_text(example(DOCUMENTED_FIGURE, "docs/results.md"))
+    chosen = ["tests/unit/test_analysis.py", "-k", "figure_definition or fonts or named or one_topology"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
     untyped = [line for path in README_FILES[1:] for line in example(path).splitlines() if line.lstrip().startswith("def ")
                and "->" not in line]  # fmt: skip
     assert untyped == []  # mypy wants annotations everywhere but in the function of an NF

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.harness import spec
+from datastore.native.errors import NearstateError
+from experiments.__main__ import main
+from experiments.harness import spec, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("list", "run", "compare", "figures", "doctor", "clean", "shell")
@@ -34,6 +36,38 @@ def test_list_names_every_experiment_with_its_question() -> None:
         assert spec.load(name).question in output
 
 
+def test_one_broken_file_is_named_and_the_rest_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a network function with a mistake breaks the experiment that measures all of them."""
+
+    def load(name: str) -> spec.Experiment:
+        if name == "network_functions":
+            raise NearstateError("nfs/mine.py:3: SyntaxError: invalid syntax")
+        return loaded(name)
+
+    loaded = spec.load
+    monkeypatch.setattr(spec, "load", load)
+    assert main(["list"]) == 1
+    output, complaints = capsys.readouterr()
+    assert "network_functions\n    cannot be loaded: nfs/mine.py:3: SyntaxError: invalid syntax\n" in output
+    assert all(
+        f"{name}\n    {loaded(name).question}\n" in output for name in spec.experiment_names() if name != "network_functions"
+    )
+    assert complaints == "error: cannot be loaded: network_functions; see the list above\n"
+
+
+def test_a_function_that_cannot_be_compiled_is_told_and_stops_nothing() -> None:
+    def compile_it() -> None:
+        raise NearstateError("nfs/mine.py:3: SyntaxError: invalid syntax")
+
+    assert warm.compiled(compile_it) == "cannot be compiled: nfs/mine.py:3: SyntaxError: invalid syntax"
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.harness.warm", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage: python -m experiments.harness.warm")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -42,6 +76,7 @@ def test_list_names_every_experiment_with_its_question() -> None:
         (("run", "--resume", "no-such-run"), "unknown run 'no-such-run'"),
         (("compare", "--run", "no-such-run"), "unknown run 'no-such-run'"),
         (("figures", "no-such-run"), "unknown run 'no-such-run'"),
+        (("clean", "no-such-run"), "unknown run 'no-such-run'"),
     ],
 )
 def test_bad_input_is_one_line_and_starts_nothing(arguments: tuple[str, ...], said: str) -> None:

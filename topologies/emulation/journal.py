@@ -148,6 +148,11 @@ class Journal:
         os.write(self._file, json.dumps(entry).encode() + b"\n")
 
 
+def runs() -> list[str]:
+    """Return the ids of the runs that have a journal: they run, or were killed."""
+    return sorted(path.stem for path in folder().glob("*.jsonl"))
+
+
 def clean(run_id: str | None = None) -> list[str]:
     """Remove what dead runners left (one run, or all of them); return a line for each thing removed. Idempotent.
 

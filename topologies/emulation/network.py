@@ -263,7 +263,9 @@ class Network:
         for host in self._emulated():
             interfaces = {}
             for interface in host.intfs.values():
-                interfaces[interface.name] = Interface(interface.name, interface.mac, addresses.get((host.name, interface.name)))
+                address = addresses.get((host.name, interface.name))
+                interface.ip = address.partition("/")[0] if address else None
+                interfaces[interface.name] = Interface(interface.name, interface.mac, address)
             cgroup = self._limits.limit(host.name, self.plan.cpu[host.role]) if host.role in self.plan.cpu else None
             if cgroup:
                 (cgroup / "cgroup.procs").write_text(str(host.pid))

@@ -100,6 +100,10 @@ class NamespaceHost(QuietShell, Host):
     def configDefault(self, **_: Any) -> None:
         """Nothing: the network configures all interfaces at once."""
 
+    def IP(self, intf: Any = None) -> str | None:
+        """Return an interface's address; without one that of the first that has one: the packet loop's own have none."""
+        return super().IP(intf) if intf else next((end.ip for end in self.intfList() if end.ip), None)
+
 
 class Cable(Link):
     """A link whose devices the network makes later, all in one batch. `delay_us` is for each direction."""
