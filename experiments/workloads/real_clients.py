@@ -95,10 +95,15 @@ def run(command: Sequence[str], timeout_s: float) -> str:
 
 
 def ping(address: str, count: int, payload_bytes: int = 56, deadline_s: int = 5) -> dict[str, Any]:
-    """Ask for echoes, 10 ms apart, until there are `count`. Returns {sent, received, median_us}."""
+    """Ask for echoes, 10 ms apart, until there are `count`. Returns {sent, received, duplicates, median_us}.
+
+    received: of the first `count`. With a deadline, ping sends more while answers are on their way (ping(8), -w).
+    """
     command = ["ping", "-n", "-c", str(count), "-i", "0.01", "-w", str(deadline_s), "-s", str(payload_bytes), address]
-    times_ms = [float(found) for found in re.findall(r"time=([\d.]+) ms", run(command, MARGIN_S))]
-    return {"sent": count, "received": len(times_ms), "median_us": 1000 * statistics.median(times_ms or [0.0])}
+    told = run(command, MARGIN_S)
+    times_ms = {int(number): float(ms) for number, ms in re.findall(r"icmp_seq=(\d+) .*time=([\d.]+) ms", told)}
+    return {"sent": count, "received": sum(number <= count for number in times_ms), "duplicates": told.count("(DUP!)"),
+            "median_us": 1000 * statistics.median(times_ms.values() or [0.0])}  # fmt: skip
 
 
 def trace(address: str, method: str = "default") -> dict[str, Any]:
