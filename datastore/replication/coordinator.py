@@ -45,6 +45,16 @@ class Timing:
     unreachable_ns: int = 100 * MILLISECOND_NS
     suspect_ns: int = 1000 * MILLISECOND_NS
 
+    @classmethod
+    def of(cls, lease_ms: float | None) -> Timing:
+        """Return the timing for a lease, all in proportion; None: the default. Raises NearstateError for one that is no time."""
+        if lease_ms is None:
+            return cls()
+        if not 10 <= lease_ms <= 60_000:
+            raise NearstateError(f"lease of {lease_ms} ms: 10 to 60000 ms are possible; the default is 80")
+        factor = lease_ms * MILLISECOND_NS / cls.lease_ns
+        return cls(*(int(getattr(cls, name) * factor) for name in cls.__dataclass_fields__))
+
 
 @dataclass
 class HostState:
@@ -117,6 +127,14 @@ class Coordinator:
                 "moves": {str(partition): target for partition, target in self.moves.items()},
                 "hosts": {name: {"incarnation": state.incarnation, "draining": state.draining}
                           for name, state in self.hosts.items()}}  # fmt: skip
+
+    def restore(self, document: dict[str, Any]) -> None:
+        """Take back what was decided since `save` returned `document`: it could not be saved."""
+        self.map = ClusterMap.from_json(document["map"])
+        self.moves = {int(partition): str(target) for partition, target in document["moves"].items()}
+        for name, state in document["hosts"].items():
+            self.hosts[name].incarnation, self.hosts[name].draining = int(state["incarnation"]), bool(state["draining"])
+        self.dirty = False
 
     # ---- what arrives -------------------------------------------------------------------------------------------------
 

@@ -132,7 +132,8 @@ def serve_frame(
     else:
         written = answer_frame(words, owner, client, now_ns // 1_000_000_000, request, at, length, answer, answer_at)
         note_answers(shipping, words, client, answer, answer_at)
-    hold(holds, words, connection, answer, answer_at, count, operation_words)
+    if words[DIRTY_OFFSET] != U0:
+        hold(holds, words, connection, answer, answer_at, count, operation_words)
     return written
 
 

@@ -78,7 +78,7 @@ from datastore.store.layout import EPOCH as EPOCH_OF_MAP
 from datastore.store.locking import lock, release, role_word
 from datastore.store.operations import KEY_LOW, OPERATION_VALUE, SEQUENCE, done_partition
 from datastore.store.partitions import PARTITION_BITS
-from datastore.store.protocol import FRAME_HEADER_WORDS, find_client, frame_operations, write_frame_header
+from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC, find_client, frame_operations, write_frame_header
 from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, TOO_MANY_CLIENTS, UNKNOWN_PARTITION
 
 GAP = 254
@@ -93,7 +93,7 @@ OUT, LEARNING, COUNTED = range(3)
 """COUNTED: nothing is committed without it. A learning one becomes that with the acknowledgment of its image."""
 # words of a link
 MODE, SENT, ACKED, UNDER_WAY, CHANGES_SENT, CHANGES_ACKED, WANTS_IMAGE, SENT_IMAGE = range(8)
-DONE_SENT, DONE_ACKED, SENT_NS, TOLD, COUNTED_FROM, LINK_JOINED, OWING_NS = range(8, 15)
+DONE_SENT, DONE_ACKED, SENT_NS, TOLD, COUNTED_FROM, LINK_JOINED, OWING_NS, REFUSED = range(8, 16)
 LINK_WORDS = 16
 """SENT, ACKED: serials. LINK_JOINED: the epoch at which the peer became a replica, this time. OWING_NS: when the
 first frame was sent that the peer owes an acknowledgment for; 0: it owes none."""
@@ -399,7 +399,7 @@ def write_frame(
             for n in range(link[DONE_ACKED], shipping.done_end[partition]):
                 to = write_completion(words, shipping.done[partition, n % DONE_QUEUE], out, to)
         link[SENT] += 1
-        link[UNDER_WAY] = 1
+        link[UNDER_WAY], link[REFUSED] = 1, 0
         if link[OWING_NS] == 0:
             link[OWING_NS] = now_ns
         link[CHANGES_SENT], link[DONE_SENT] = now_changed, shipping.done_end[partition]
@@ -437,6 +437,25 @@ def ship_all(
     return at
 
 
+@inline
+def is_peer_frame(buffer: np.ndarray, at: int) -> Any:
+    """Tell whether the frame at `at`, which has a header, is another store's."""
+    return np.int64(buffer[at + 1] >> np.uint64(16) & LOW16) == REPLICATES
+
+
+@jit
+def peer_frame_words(buffer: np.ndarray, at: int, end: int, longest: int) -> int:
+    """As `frame_words`, for a frame of another store, of at most `longest` words."""
+    if end - at < FRAME_HEADER_WORDS:
+        return 0 if end == at or buffer[at] & LOW32 == np.uint64(PROTOCOL_MAGIC) else -1
+    if buffer[at] & LOW32 != np.uint64(PROTOCOL_MAGIC) or not is_peer_frame(buffer, at):
+        return -1
+    frame_bytes = np.int64(buffer[at] >> np.uint64(32))
+    if frame_bytes & 7 or frame_bytes < (FRAME_HEADER_WORDS + REPLICATE_WORDS) * 8 or frame_bytes > longest * 8:
+        return -1
+    return frame_bytes >> 3 if end - at >= frame_bytes >> 3 else 0
+
+
 @jit
 def note_answers(shipping: Shipping, words: np.ndarray, client: int, answer: np.ndarray, at: int) -> None:
     """Note the completion records of the answered frame at `answer[at]`, so that they are shipped with the changes."""
@@ -470,6 +489,7 @@ def take_ack(shipping: Shipping, words: np.ndarray, peer: int, ack: np.ndarray, 
         link[UNDER_WAY], link[WANTS_IMAGE] = 0, 1
         return status
     if status != OK:  # it does not know of a map yet that this host knows, or the other way round: `lose` sends it again
+        link[REFUSED] = 1
         return status
     link[UNDER_WAY], link[OWING_NS], link[ACKED] = 0, 0, link[SENT]
     link[CHANGES_ACKED], link[DONE_ACKED] = link[CHANGES_SENT], link[DONE_SENT]
@@ -501,12 +521,17 @@ def is_synchronised(shipping: Shipping, peer: int, partition: int) -> Any:
 
 
 @jit
-def lose(shipping: Shipping, peer: int, before_ns: int) -> int:
-    """Take the frames to a peer that were sent before `before_ns` for lost: all of it is pending again. Return how many."""
+def lose(shipping: Shipping, peer: int, before_ns: int, refused_before_ns: int) -> int:
+    """Take frames to a peer for lost that were sent before `before_ns`, those it refused before `refused_before_ns`.
+
+    What they held is pending again. Returns how many. A peer refuses what is for a map that it does not know yet.
+    """
     lost = 0
     for partition in range(shipping.done_end.size):
         link = shipping.links[peer, partition]
-        if link[MODE] == OUT or link[UNDER_WAY] == 0 or link[SENT_NS] >= before_ns:
+        if link[MODE] == OUT or link[UNDER_WAY] == 0:
+            continue
+        if link[SENT_NS] >= (refused_before_ns if link[REFUSED] != 0 else before_ns):
             continue
         for n in range(shipping.unacked.shape[2]):
             shipping.pending[peer, partition, n] |= shipping.unacked[peer, partition, n]

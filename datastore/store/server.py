@@ -18,16 +18,33 @@ from datastore.native import jit
 from datastore.native.errors import NearstateError
 from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, libc_accept4, libc_close, now_ns, poll, pollfd, recv, send
 from datastore.native.memory import copy, fetch_add
+from datastore.replication.coordinator import Timing
+from datastore.replication.holds import FIRST_FRAME, LAST_FRAME, Holds, forget, has_room, let_go, make_holds, serve_frame
+from datastore.replication.links import Links, exchange, make_links, poll_links
+from datastore.replication.member import Member
+from datastore.replication.shipping import (
+    ACK_WORDS,
+    ACKNOWLEDGES,
+    Shipping,
+    apply,
+    image_words,
+    is_peer_frame,
+    make_shipping,
+    peer_frame_words,
+)
 from datastore.store.layout import (
     ADDRESS,
     BUCKETS,
+    CLIENT_ID,
     CLIENT_USED_S,
     CLIENTS,
     CLUSTER,
     CONNECTIONS,
+    DIRTY_OFFSET,
     EPOCH,
     PARTITION_COUNT,
     PORT,
+    U0,
     VALUE_WORDS,
     word,
 )
@@ -38,7 +55,6 @@ from datastore.store.protocol import (
     FRAME_HEADER_WORDS,
     FRAME_OPERATIONS,
     LARGEST_FRAME_BYTES,
-    answer_frame,
     client_at,
     find_client,
     frame_operations,
@@ -57,12 +73,15 @@ SWEEP_BUCKETS_BUSY, SWEEP_BUCKETS_IDLE = 32, 2048
 TURN_NS = 100_000_000
 """How long the compiled loop runs before Python looks at signals and control messages."""
 
+WAKERS = 2
+
 _SOCK_NONBLOCK, _SOCK_CLOEXEC = 0o4000, 0o2000000
 
 # What a server's `control` holds.
 LISTENER, WAKER, SWEEP_PARTITION, SWEEP_DONE, SWEEP_NS = range(5)
-# What a connection holds. Received: bytes up to this one. Answered and sent: of the send buffer.
-DESCRIPTOR, RECEIVED, ANSWERED, SENT, CLIENT, CLOSING = range(6)
+# What a connection holds. Received: bytes up to this one. Answered, released and sent: of the send buffer; an answer is released
+# when what it tells of is committed.
+DESCRIPTOR, RECEIVED, ANSWERED, RELEASED, SENT, CLIENT, CLOSING = range(7)
 CONNECTION_FIELDS = 8
 
 
@@ -83,15 +102,25 @@ class ServerState(NamedTuple):
     send_words: np.ndarray
     send_bytes: np.ndarray
     polled: np.ndarray
-    """int64[CONNECTION_LIMIT + 2]: listener, waker, connections"""
+    """int64[CONNECTION_LIMIT + 2 + n]: listener, waker, connections, peers, what else ends `serve` early"""
     scratch: np.ndarray
     """int64[2]"""
+    wakers: np.ndarray
+    """int64[n]: descriptors whose input ends `serve` early, -1: none"""
+    shipping: Shipping
+    holds: Holds
+    links: Links
 
 
-def new_state(words: np.ndarray, listener: int, waker: int = -1) -> ServerState:
-    """Return the state of a server on the table `words`. waker: a descriptor whose input ends `serve` early, or -1."""
+def new_state(words: np.ndarray, listener: int, waker: int = -1, peers: int = 0, asynchronous: bool = False) -> ServerState:
+    """Return the state of a server on the table `words`. waker: a descriptor whose input ends `serve` early, or -1.
+
+    peers: how many other stores it ships to; none unless the table replicates.
+    """
     answer_words = FRAME_HEADER_WORDS + FRAME_OPERATIONS * (OPERATION_VALUE + int(words[VALUE_WORDS]))
-    receive = np.zeros(CONNECTION_LIMIT * LARGEST_FRAME_BYTES // 8, np.uint64)
+    longest_words = max(LARGEST_FRAME_BYTES // 8, image_words(words) if peers else 0)
+    receive = np.zeros(CONNECTION_LIMIT * longest_words, np.uint64)
+    connected = np.zeros(max(int(words[CLIENTS]), 1), np.uint8)
     answers = np.zeros(CONNECTION_LIMIT * 4 * answer_words, np.uint64)
     control = np.zeros(8, np.int64)
     control[LISTENER], control[WAKER], control[SWEEP_NS] = listener, waker, time.monotonic_ns()
@@ -100,13 +129,17 @@ def new_state(words: np.ndarray, listener: int, waker: int = -1) -> ServerState:
         words,
         control,
         connections,
-        np.zeros(max(int(words[CLIENTS]), 1), np.uint8),
+        connected,
         receive,
         receive.view(np.uint8),
         answers,
         answers.view(np.uint8),
-        np.zeros(CONNECTION_LIMIT + 2, np.int64),
+        np.zeros(CONNECTION_LIMIT + 2 + peers + WAKERS, np.int64),
         np.zeros(2, np.int64),
+        np.full(WAKERS, -1, np.int64),
+        make_shipping(words, peers, connected, asynchronous),
+        make_holds(CONNECTION_LIMIT, 4 * FRAME_OPERATIONS, 4 * FRAME_OPERATIONS),
+        make_links(words, peers),
     )
 
 
@@ -141,6 +174,7 @@ def disconnect(server: ServerState, n: int) -> None:
     libc_close(np.int32(server.connections[n, DESCRIPTOR]))
     server.connections[n, DESCRIPTOR] = -1
     server.connections[n, CLIENT] = -1
+    forget(server.holds, n)
 
 
 @jit
@@ -170,7 +204,7 @@ def greet(server: ServerState, n: int, now_s: int, at: int, answer_at: int) -> i
 
 
 @jit
-def answer_all(server: ServerState, owner: int, n: int, now_s: int) -> None:
+def answer_all(server: ServerState, owner: int, n: int, now: int) -> None:
     """Do the whole frames a connection has received, as long as their answers have room, and keep the rest."""
     words, connections = server.words, server.connections
     receive_at = n * (server.receive_words.size // CONNECTION_LIMIT)
@@ -182,6 +216,8 @@ def answer_all(server: ServerState, owner: int, n: int, now_s: int) -> None:
     while connections[n, CLOSING] == 0:
         length = frame_words(server.receive_words, at, end, 0)
         answered = connections[n, ANSWERED] >> 3
+        if length < 0 and server.links.control.shape[0] > 0:
+            length = peer_frame_words(server.receive_words, at, end, server.receive_words.size // CONNECTION_LIMIT)
         if length == 0:
             break
         if length < 0:
@@ -190,19 +226,26 @@ def answer_all(server: ServerState, owner: int, n: int, now_s: int) -> None:
             connections[n, ANSWERED] += refuse_frame(words, server.send_words, send_at + answered) * 8
             connections[n, CLOSING] = 1
             break
+        if is_peer_frame(server.receive_words, at):
+            if send_size - answered < FRAME_HEADER_WORDS + ACK_WORDS:
+                break
+            connections[n, ANSWERED] += follow_frame(server, owner, now, at, length, send_at + answered) * 8
+            at += length
+            continue
         count = frame_operations(server.receive_words, at)
         if send_size - answered < FRAME_HEADER_WORDS + count * answer_words:
             break
         opcode = server.receive_words[at + FRAME_HEADER_WORDS] & np.uint64(0xFF)
         if count == 1 and opcode == np.uint64(HELLO):
-            written = greet(server, n, now_s, at, send_at + answered)
+            written = greet(server, n, now // 1_000_000_000, at, send_at + answered)
         else:
-            client = connections[n, CLIENT]
-            if client >= 0:
-                words[client_at(words, client) + CLIENT_USED_S] = np.uint64(now_s)
-            written = answer_frame(
-                words, owner, client, now_s, server.receive_words, at, length, server.send_words, send_at + answered
-            )
+            if not has_room(server.holds, n, count):
+                break
+            client = client_of(server, n, now // 1_000_000_000, at)
+            written = serve_frame(
+                server.shipping, server.holds, words, owner, client, n, now, server.receive_words, at, length,
+                server.send_words, send_at + answered,
+            )  # fmt: skip
         connections[n, ANSWERED] += written * 8
         at += length
     taken = (at - receive_at) * 8
@@ -214,30 +257,74 @@ def answer_all(server: ServerState, owner: int, n: int, now_s: int) -> None:
 
 
 @jit
+def client_of(server: ServerState, n: int, now_s: int, at: int) -> int:
+    """Return the slot of the client whose frame is at `at`, or -1.
+
+    Normally it is the one that said HELLO on this connection; an operation that another store may have done comes under the
+    id it had there (see `client.py`).
+    """
+    words, client = server.words, server.connections[n, CLIENT]
+    if client >= 0:
+        words[client_at(words, client) + CLIENT_USED_S] = np.uint64(now_s)
+        if words[client_at(words, client) + CLIENT_ID] != server.receive_words[at + 2]:
+            client = find_client(words, server.receive_words[at + 2], now_s, server.connected)
+    return client
+
+
+@jit
+def follow_frame(server: ServerState, owner: int, now: int, at: int, length: int, answer_at: int) -> int:
+    """Apply a frame of another store and write the acknowledgment; return its words, 0 when it needs none."""
+    words = server.words
+    written = apply(
+        server.shipping, words, owner, now // 1_000_000_000, server.receive_words, at + FRAME_HEADER_WORDS,
+        length - FRAME_HEADER_WORDS, server.send_words, answer_at + FRAME_HEADER_WORDS,
+    )  # fmt: skip
+    if written == 0:
+        return 0
+    write_frame_header(server.send_words, answer_at, 1, written, ACKNOWLEDGES, words[EPOCH], U0, words[CLUSTER])
+    return FRAME_HEADER_WORDS + written
+
+
+@jit
+def release_answers(server: ServerState, n: int) -> None:
+    """Let go what a connection may be told by now; acknowledgments and refusals do not wait, once they are first in line."""
+    connections, counts = server.connections, server.holds.counts
+    if server.words[DIRTY_OFFSET] == U0:
+        connections[n, RELEASED] = connections[n, ANSWERED]
+        return
+    end = let_go(server.holds, server.words, n, server.send_words)
+    if counts[n, FIRST_FRAME] == counts[n, LAST_FRAME]:
+        connections[n, RELEASED] = connections[n, ANSWERED]
+    elif end >= 0:
+        connections[n, RELEASED] = (end - n * (server.send_words.size // CONNECTION_LIMIT)) * 8
+
+
+@jit
 def send_answers(server: ServerState, n: int) -> None:
-    """Send what a connection has to send, as far as the peer takes it; a broken connection is closed."""
+    """Send what a connection has to send, as far as it is released and the peer takes it; a broken one is closed."""
     connections = server.connections
     start = n * (server.send_bytes.size // CONNECTION_LIMIT)
-    if connections[n, SENT] < connections[n, ANSWERED]:
+    release_answers(server, n)
+    if connections[n, SENT] < connections[n, RELEASED]:
         fd = connections[n, DESCRIPTOR]
-        sent = send(fd, server.send_bytes, start + connections[n, SENT], start + connections[n, ANSWERED])
+        sent = send(fd, server.send_bytes, start + connections[n, SENT], start + connections[n, RELEASED])
         if sent < 0 and sent != -EAGAIN:
             disconnect(server, n)
             return
         connections[n, SENT] += max(sent, 0)
     if connections[n, SENT] == connections[n, ANSWERED]:
-        connections[n, SENT], connections[n, ANSWERED] = 0, 0
+        connections[n, SENT], connections[n, RELEASED], connections[n, ANSWERED] = 0, 0, 0
         if connections[n, CLOSING] != 0:
             disconnect(server, n)
 
 
 @jit
-def converse(server: ServerState, owner: int, n: int, now_s: int) -> None:
+def converse(server: ServerState, owner: int, n: int, now: int) -> None:
     """Read, do and answer what a ready connection has."""
     connections = server.connections
     size = server.receive_bytes.size // CONNECTION_LIMIT
     start = n * size
-    if connections[n, ANSWERED] == 0 and connections[n, RECEIVED] < size:
+    if connections[n, SENT] == connections[n, RELEASED] and connections[n, RECEIVED] < size:
         got = recv(connections[n, DESCRIPTOR], server.receive_bytes, start + connections[n, RECEIVED], start + size)
         if got == 0 or (got < 0 and got != -EAGAIN):
             disconnect(server, n)
@@ -245,10 +332,23 @@ def converse(server: ServerState, owner: int, n: int, now_s: int) -> None:
         connections[n, RECEIVED] += max(got, 0)
     while connections[n, DESCRIPTOR] >= 0:
         before = connections[n, RECEIVED]
-        answer_all(server, owner, n, now_s)
+        answer_all(server, owner, n, now)
         send_answers(server, n)
         if connections[n, RECEIVED] == before or connections[n, ANSWERED] != 0:
             return
+
+
+@jit
+def replicate(server: ServerState, owner: int, now: int) -> None:
+    """Ship what changed, and let go the answers that waited for it."""
+    if server.links.control.shape[0] == 0:
+        return
+    exchange(server.links, server.shipping, server.words, owner, now)
+    for n in range(CONNECTION_LIMIT):
+        if server.connections[n, DESCRIPTOR] >= 0 and server.connections[n, ANSWERED] > 0:
+            send_answers(server, n)
+            if server.connections[n, DESCRIPTOR] >= 0 and server.connections[n, RECEIVED] > 0:
+                converse(server, owner, n, now)
 
 
 @jit
@@ -273,24 +373,24 @@ def sweep_step(server: ServerState, owner: int, now: int, most: int) -> None:
 
 @jit
 def wait(server: ServerState, timeout_ns: int) -> int:
-    """Sleep until the listener, the waker or a connection is ready, or time is up; return how many are.
+    """Sleep until the listener, a waker, a connection or a peer is ready, or time is up; return how many are.
 
-    A connection waits for room to send while it has answers left, else for input.
+    A connection waits for room to send while it has answers left that may go, else for input.
     """
     polled, connections = server.polled, server.connections
     polled[0], polled[1] = pollfd(server.control[LISTENER], POLLIN), pollfd(server.control[WAKER], POLLIN)
-    used = 0
     for n in range(CONNECTION_LIMIT):
-        events = POLLOUT if connections[n, ANSWERED] > connections[n, SENT] else POLLIN
+        events = POLLOUT if connections[n, RELEASED] > connections[n, SENT] else POLLIN
         polled[n + 2] = pollfd(connections[n, DESCRIPTOR], events)
-        if connections[n, DESCRIPTOR] >= 0:
-            used = n + 1
-    return int(poll(polled, used + 2, timeout_ns, server.scratch))
+    used = poll_links(server.links, polled, CONNECTION_LIMIT + 2)
+    for n in range(WAKERS):
+        polled[used + n] = pollfd(server.wakers[n], POLLIN)
+    return int(poll(polled, used + WAKERS, timeout_ns, server.scratch))
 
 
 @jit
 def serve(server: ServerState, owner: int, until_ns: int) -> int:
-    """Serve clients until `until_ns` of CLOCK_MONOTONIC; return 1 earlier when the waker has input, else 0.
+    """Serve clients until `until_ns` of CLOCK_MONOTONIC; return 1 earlier when a waker has input or a peer is lost, else 0.
 
     A signal also ends it early, so that Python can handle it. Sleeps in ppoll whenever there is nothing to do.
     """
@@ -308,12 +408,26 @@ def serve(server: ServerState, owner: int, until_ns: int) -> int:
                 if connections[n, ANSWERED] > 0:
                     send_answers(server, n)
                 if connections[n, DESCRIPTOR] >= 0:
-                    converse(server, owner, n, now // 1_000_000_000)
+                    converse(server, owner, n, now)
         if polled[0] >> 48 != 0:
             accept(server)
+        replicate(server, owner, now)
         sweep_step(server, owner, now, SWEEP_BUCKETS_BUSY if ready > 0 else SWEEP_BUCKETS_IDLE)
-        if polled[1] >> 48 != 0:
+        if polled[1] >> 48 != 0 or must_return(server):
             return 1
+
+
+@jit
+def must_return(server: ServerState) -> bool:
+    """Tell whether a waker has input, or a connection to a peer is lost: Python is to look."""
+    last = CONNECTION_LIMIT + 2 + server.links.control.shape[0]
+    for n in range(WAKERS):
+        if server.polled[last + n] >> 48 != 0:
+            return True
+    lost = 0
+    for peer in range(server.links.control.shape[0]):
+        lost += server.links.control[peer, 0] < -1
+    return lost > 0
 
 
 def apply_map(table: Table, host: str, placement: PartitionMap) -> None:
@@ -344,18 +458,21 @@ class StoreProcess:
     def __init__(self, config: dict[str, Any], waker: int = -1) -> None:
         """config: host, table, capacity, value_bytes, address, port, cluster, map (JSON), create; see `main`."""
         self.host = config["host"]
-        placement = PartitionMap.from_json(config["map"])
+        replication = config.get("replication")
+        placement = None if replication else PartitionMap.from_json(config["map"])
         self._created = bool(config["create"]) and not config.get("keep", False)
         if config["create"]:
             self.table = Table.create(
-                config["table"], config["capacity"], config["value_bytes"], epoch=placement.epoch, cluster=config["cluster"]
-            )
+                config["table"], config["capacity"], config["value_bytes"], epoch=placement.epoch if placement else 0,
+                cluster=config["cluster"], replication_secret=replication["secret"] if replication else None,
+            )  # fmt: skip
         else:
             self.table = Table.attach(config["table"])
         try:
             self.table.claim_server()
             self.owner = self.table.register_owner()
-            apply_map(self.table, self.host, placement)
+            if placement:
+                apply_map(self.table, self.host, placement)
             self._listener = listen(config["address"], config["port"])
         except BaseException:
             self.close()
@@ -364,15 +481,31 @@ class StoreProcess:
         words = self.table.words
         words[PORT] = self.port
         words[ADDRESS] = int.from_bytes(socket.inet_aton(address), "big")
-        self.state = new_state(words, self._listener.fileno(), waker)
+        peers = replication["peers"] if replication else []
+        self.state = new_state(
+            words, self._listener.fileno(), waker, len(peers), bool(replication and replication["asynchronous"])
+        )
         serve(self.state, self.owner, 0)  # compiled before anybody is told that the store is ready
+        self.member = Member(
+            self.host, self.table, self.owner, config["cluster"], peers, tuple(replication["coordinator"]), self.state.shipping,
+            self.state.links, Timing.of(replication.get("lease_ms")),
+        ) if replication else None  # fmt: skip
 
     def turn(self) -> bool:
         """Serve for TURN_NS, or until a signal or the waker; tell whether the waker has input."""
-        return bool(serve(self.state, self.owner, time.monotonic_ns() + TURN_NS))
+        until_ns = time.monotonic_ns() + TURN_NS
+        if self.member is None:
+            return bool(serve(self.state, self.owner, until_ns))
+        self.member.work()
+        self.state.wakers[0] = self.member.fileno()
+        serve(self.state, self.owner, min(until_ns, self.member.due_ns()))
+        return bool(self.state.polled[1] >> 48)
 
     def close(self) -> None:
         """Close connections and listener, and remove the table's name if this process made it."""
+        member: Member | None = getattr(self, "member", None)
+        if member:
+            member.close()
         if hasattr(self, "state"):
             for n in range(CONNECTION_LIMIT):
                 if self.state.connections[n, DESCRIPTOR] >= 0:
@@ -387,7 +520,9 @@ def main(config: dict[str, Any], control: Any) -> None:
     """Run a store process under the launcher: target of `Launcher.spawn`.
 
     config: {"host": name in the map, "table": name, "capacity": records, "value_bytes": n, "address": IPv4, "port": n,
-    "cluster": id, "map": PartitionMap as JSON, "create": bool, "keep": bool (optional: leave the table behind)}.
+    "cluster": id, "map": PartitionMap as JSON, "create": bool, "keep": bool (optional: leave the table behind)}, and optionally
+    "replication": {"coordinator": [address, port], "secret": n, "peers": [{"host", "address", "port"}], "asynchronous": bool,
+    "lease_ms": optional}: then it follows the coordinator's maps, and "map" is not looked at.
     control: `send(dict)`, `receive(timeout_s)`, `fileno()`. Sends {"ready": true, "port": n} (or {"error": line}); answers
     {"statistics": true} and {"map": ...}; ends at {"stop": true}, SIGTERM, or when the other side is gone.
     """

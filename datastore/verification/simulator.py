@@ -177,7 +177,8 @@ class StoreHost(Actor):
 
     def retry(self) -> None:
         for peer in range(len(self.replica.peers)):
-            ship.lose(self.shipping, peer, self.now() - self.world.timing.retry_ns)
+            before_ns = self.now() - self.world.timing.retry_ns
+            ship.lose(self.shipping, peer, before_ns, before_ns)
         self.pump()
         self.later(self.world.timing.retry_ns // 2, self.retry)
 

@@ -164,8 +164,8 @@ def test_lost_doubled_and_late_frames_do_no_harm(pair):
     primary.write(1, 5)
     (lost,) = primary.frames(now_ns=10)
     primary.write(2, 6)
-    assert lose(primary.shipping, 0, 5) == 0  # not yet
-    assert lose(primary.shipping, 0, 11) == 1
+    assert lose(primary.shipping, 0, 5, 5) == 0  # not yet
+    assert lose(primary.shipping, 0, 11, 11) == 1
     (again,) = primary.frames(now_ns=20)
     ack = backup.take(again)
     assert status_of(ack) == OK

@@ -80,9 +80,9 @@ def forgets_lost_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was in a lost frame is not shipped again."""
     sound = shipping.lose
 
-    def lose(state: shipping.Shipping, peer: int, before_ns: int) -> int:
+    def lose(state: shipping.Shipping, peer: int, before_ns: int, refused_before_ns: int) -> int:
         state.unacked[peer] = 0
-        return sound(state, peer, before_ns)
+        return sound(state, peer, before_ns, refused_before_ns)
 
     monkeypatch.setattr(shipping, "lose", lose)
 

@@ -1,0 +1,232 @@
+"""The coordinator process: the decisions of `coordinator.py` on a network, with their state on disk.
+
+Nothing is sent before the state it follows from is saved. When it cannot be saved (a full disk), the decision is taken back:
+leases go on as they are, no map changes, and `status` says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from datastore.native.errors import NearstateError
+from datastore.replication.coordinator import Coordinator, Grant, HostState, Timing
+from datastore.replication.maps import ClusterMap
+from datastore.replication.messages import LineSocket, grant_message, read_beat
+
+BACKLOG = 64
+
+
+class StateStore(Protocol):
+    """Where a coordinator's state outlives it."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was saved last, or None. Raises NearstateError when it cannot be read."""
+
+    def save(self, document: dict[str, Any]) -> None:
+        """Save, so that no crash can undo it. Raises NearstateError when that is impossible."""
+
+
+class FileState:
+    """A file, replaced as a whole: a crash leaves the old or the new one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> dict[str, Any] | None:
+        try:
+            document: dict[str, Any] = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise NearstateError(f"coordinator's state in {self.path} cannot be read: {error}; restore it from a copy") from None
+        return document
+
+    def save(self, document: dict[str, Any]) -> None:
+        beside = self.path.with_suffix(".new")
+        try:
+            with beside.open("w") as file:
+                json.dump(document, file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise NearstateError(
+                f"coordinator's state cannot be saved in {self.path}: {error.strerror}; make room there"
+            ) from None
+
+
+class Coordination:
+    """A coordinator on a listening socket. config: see `main`."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        timing = Timing.of(config.get("lease_ms"))
+        self.state: StateStore = FileState(Path(config["state"]))
+        self.trouble = ""
+        document, now_ns = self.state.load(), time.monotonic_ns()
+        if document is None:
+            hosts = {name: HostState(now_ns) for name in config["hosts"]}
+            first = ClusterMap.first(config["placement"])
+            self.coordinator = Coordinator(first, config["cluster"], config["replicas"], hosts, timing)
+            self.state.save(self.coordinator.save())
+        else:
+            if document["cluster"] != config["cluster"]:
+                raise NearstateError(
+                    f"state in {config['state']} is of cluster {document['cluster']:x}, not {config['cluster']:x}"
+                )
+            self.coordinator = Coordinator.start(document, now_ns, timing)
+        self._saved = self.coordinator.save()
+        self._published = self.coordinator.map.epoch
+        self._lines: dict[int, LineSocket] = {}
+        self._hosts: dict[str, LineSocket] = {}
+        self.listener = socket.create_server((config["address"], config["port"]), backlog=BACKLOG)
+        self.listener.setblocking(False)
+        self.port = self.listener.getsockname()[1]
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ)
+
+    def turn(self, timeout_s: float) -> None:
+        """Wait for messages, answer them, and do what is due."""
+        for key, _ in self.selector.select(timeout_s):
+            if key.fileobj is self.listener:
+                self._accept()
+            elif isinstance(key.data, LineSocket):
+                self._converse(key.data)
+        for line in [line for line in self._lines.values() if line.has_output]:
+            try:
+                line.flush()
+            except OSError:
+                self._drop(line)
+        self.coordinator.advance(time.monotonic_ns())
+        self.publish()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self.listener.accept()
+        except BlockingIOError:
+            return
+        line = LineSocket(connection)
+        self._lines[line.fileno()] = line
+        self.selector.register(connection, selectors.EVENT_READ, line)
+
+    def _converse(self, line: LineSocket) -> None:
+        try:
+            for message in line.receive():
+                answer = self._answer(line, message)
+                self.publish()
+                line.send(answer)
+        except OSError:
+            self._drop(line)
+
+    def _drop(self, line: LineSocket) -> None:
+        if self._lines.pop(line.fileno(), None) is None:
+            return
+        self.selector.unregister(line.connection)
+        for host in [host for host, other in self._hosts.items() if other is line]:
+            del self._hosts[host]
+        line.close()
+
+    def _answer(self, line: LineSocket, message: dict[str, Any]) -> dict[str, Any]:
+        coordinator = self.coordinator
+        try:
+            if "beat" in message:
+                beat = read_beat(message["beat"])
+                grant = coordinator.hear(time.monotonic_ns(), beat)
+                if not grant.refusal:
+                    self._hosts[beat.host] = line
+                if not self.publish():
+                    grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
+                return grant_message(grant)
+            if "map" in message:
+                newest = coordinator.map if message["map"] != coordinator.map.epoch else None
+                return {"map": newest.to_json() if newest else None}
+            if "move" in message:
+                coordinator.move(map(int, message["move"]["partitions"]), str(message["move"]["target"]))
+                return {"epoch": coordinator.map.epoch}
+            if "status" in message:
+                return {"status": self.status()}
+        except (NearstateError, KeyError, TypeError, ValueError) as error:
+            return {"error": str(error)}
+        return {"error": f"unknown message {sorted(message)}: send beat, map, move or status"}
+
+    def publish(self) -> bool:
+        """Save what was decided and tell every store; False when it could not be saved, and is taken back."""
+        coordinator = self.coordinator
+        if coordinator.dirty:
+            coordinator.dirty = False
+            document = coordinator.save()
+            try:
+                self.state.save(document)
+            except NearstateError as error:
+                if not self.trouble:
+                    print(error, file=sys.stderr, flush=True)
+                self.trouble = str(error)
+                coordinator.restore(self._saved)
+                return False
+            self._saved, self.trouble = document, ""
+        if coordinator.map.epoch != self._published:
+            self._published = coordinator.map.epoch
+            for host, line in list(self._hosts.items()):
+                try:
+                    line.send(grant_message(coordinator.news(host)))
+                except OSError:
+                    self._drop(line)
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """Return map, hosts, leases and trouble, as a JSON object."""
+        now_ns = time.monotonic_ns()
+        hosts = {name: {"lease_ms": max(state.granted_until_ns - now_ns, 0) / 1e6, "epoch": state.epoch,
+                        "heard_ms_ago": (now_ns - state.heard_ns) / 1e6 if state.heard_ns else None}
+                 for name, state in self.coordinator.hosts.items()}  # fmt: skip
+        return {"map": self.coordinator.map.to_json(), "hosts": hosts, "moves": self.coordinator.moves, "trouble": self.trouble,
+                "replicas": self.coordinator.replicas, "log": self.coordinator.log[-20:]}  # fmt: skip
+
+    def close(self) -> None:
+        """Close every connection."""
+        for line in list(self._lines.values()):
+            self._drop(line)
+        self.selector.close()
+        self.listener.close()
+
+
+def main(config: dict[str, Any], control: Any) -> None:
+    """Run a coordinator under the launcher: target of `Launcher.spawn`.
+
+    config: {"address", "port", "cluster": id, "replicas": n, "hosts": [names], "placement": hosts of each partition, "state":
+    path, "lease_ms": optional}. Sends {"ready": true, "port": n} or {"error": line}; ends at {"stop": true}, SIGTERM, or when
+    the other side is gone.
+    """
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
+    try:
+        process = Coordination(config)
+    except (NearstateError, OSError) as error:
+        control.send({"error": str(error)})
+        return
+    control.send({"ready": True, "port": process.port})
+    process.selector.register(control, selectors.EVENT_READ)
+    try:
+        while not stopping:
+            process.turn(process.coordinator.timing.heartbeat_ns / 3e9)
+            message = control.receive(0)
+            if message and message.get("stop"):
+                return
+            if message and "status" in message:
+                control.send({"status": process.status()})
+    except EOFError:
+        pass
+    finally:
+        process.close()

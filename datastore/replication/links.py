@@ -1,0 +1,185 @@
+"""The store process' connections to the other stores: frames go out, acknowledgments come back.
+
+Each store connects to every other one and ships over its own connection; what a peer ships arrives at the server like a client's
+request (`store/server.py`). Python makes the connections, compiled code uses them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from datastore.native import jit
+from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, pollfd, recv, send
+from datastore.native.memory import copy
+from datastore.replication.shipping import ACK_WORDS, ACKNOWLEDGES, Shipping, image_words, lose, ship_all, take_ack
+from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC
+
+# words of a link's `control`
+DESCRIPTOR, TO_SEND, SENT, RECEIVED = range(4)
+ACK_FRAME_WORDS = FRAME_HEADER_WORDS + ACK_WORDS
+RECEIVE_BYTES = 1 << 16
+CONNECT_AGAIN_S = 0.02
+LOST_NS = 500_000_000
+"""A frame without an acknowledgment for so long is shipped again; a connection that breaks says so earlier."""
+REFUSED_AGAIN_NS = 10_000_000
+
+
+class Links(NamedTuple):
+    """control: int64[peers, 4], DESCRIPTOR -1: not connected. Byte and word arrays of a buffer are two views of one memory."""
+
+    control: np.ndarray
+    send_words: np.ndarray
+    send_bytes: np.ndarray
+    receive_words: np.ndarray
+    receive_bytes: np.ndarray
+    nothing: np.ndarray
+
+
+def make_links(words: np.ndarray, peers: int) -> Links:
+    """Return links to so many peers, connected to none; each has room for the longest frame of the table `words`."""
+    control = np.zeros((peers, 4), np.int64)
+    control[:, DESCRIPTOR] = -1
+    sending = np.zeros(peers * image_words(words), np.uint64)
+    receiving = np.zeros(peers * RECEIVE_BYTES // 8, np.uint64)
+    return Links(control, sending, sending.view(np.uint8), receiving, receiving.view(np.uint8), np.zeros(0, np.uint64))
+
+
+@jit
+def take_acks(links: Links, shipping: Shipping, words: np.ndarray, peer: int) -> bool:
+    """Read a peer's acknowledgments; return False when the connection is lost, or what arrives are none."""
+    control = links.control
+    start = peer * RECEIVE_BYTES
+    while True:
+        got = recv(control[peer, DESCRIPTOR], links.receive_bytes, start + control[peer, RECEIVED], start + RECEIVE_BYTES)
+        if got <= 0:
+            return got == -EAGAIN
+        control[peer, RECEIVED] += got
+        at, end = start >> 3, (start + control[peer, RECEIVED]) >> 3
+        while end - at >= ACK_FRAME_WORDS:
+            header = np.uint64(PROTOCOL_MAGIC) | np.uint64(ACK_FRAME_WORDS * 8) << np.uint64(32)
+            flags = np.int64(links.receive_words[at + 1] >> np.uint64(16) & np.uint64(0xFFFF))
+            if links.receive_words[at] != header or flags != ACKNOWLEDGES:
+                return False
+            take_ack(shipping, words, peer, links.receive_words, at + FRAME_HEADER_WORDS)
+            at += ACK_FRAME_WORDS
+        rest = control[peer, RECEIVED] - (at * 8 - start)
+        if rest > 0 and at * 8 > start:
+            copy(links.receive_bytes, start, links.receive_bytes, at * 8, rest)
+        control[peer, RECEIVED] = rest
+
+
+@jit
+def send_frames(links: Links, shipping: Shipping, words: np.ndarray, owner: int, peer: int, now_ns: int) -> bool:
+    """Ship what is due to a peer, as far as its socket takes it; return False when the connection is lost."""
+    control = links.control
+    size = links.send_words.size // links.control.shape[0]
+    start = peer * size
+    while True:
+        if control[peer, SENT] == control[peer, TO_SEND]:
+            end = ship_all(shipping, words, owner, peer, now_ns, links.nothing, links.send_words, start, start + size)
+            control[peer, SENT], control[peer, TO_SEND] = 0, (end - start) * 8
+            if end == start:
+                return True
+        first = start * 8
+        sent = send(control[peer, DESCRIPTOR], links.send_bytes, first + control[peer, SENT], first + control[peer, TO_SEND])
+        if sent < 0:
+            return sent == -EAGAIN
+        control[peer, SENT] += sent
+
+
+@jit
+def exchange(links: Links, shipping: Shipping, words: np.ndarray, owner: int, now_ns: int) -> int:
+    """Take acknowledgments and ship what is due, to all peers; return how many connections are lost."""
+    lost = 0
+    for peer in range(links.control.shape[0]):
+        if links.control[peer, DESCRIPTOR] < 0:
+            continue
+        lose(shipping, peer, now_ns - LOST_NS, now_ns - REFUSED_AGAIN_NS)
+        if not take_acks(links, shipping, words, peer) or not send_frames(links, shipping, words, owner, peer, now_ns):
+            links.control[peer, DESCRIPTOR] = -2 - links.control[peer, DESCRIPTOR]
+            lost += 1
+    return lost
+
+
+@jit
+def poll_links(links: Links, polled: np.ndarray, at: int) -> int:
+    """Write what to wait for to `polled` from `at` on; return where it ends."""
+    for peer in range(links.control.shape[0]):
+        waits = links.control[peer, SENT] < links.control[peer, TO_SEND]
+        polled[at + peer] = pollfd(max(links.control[peer, DESCRIPTOR], -1), POLLIN | POLLOUT if waits else POLLIN)
+    return at + links.control.shape[0]
+
+
+class Peers:
+    """The connections behind `Links`, made and made again without waiting."""
+
+    def __init__(self, addresses: Sequence[tuple[str, int]], links: Links, shipping: Shipping) -> None:
+        self.addresses, self.links, self.shipping = addresses, links, shipping
+        self._sockets: list[socket.socket | None] = [None] * len(addresses)
+        self._connecting: list[socket.socket | None] = [None] * len(addresses)
+        self._tried_at = [0.0] * len(addresses)
+
+    def mend(self) -> None:
+        """Close what is lost, and go on connecting. Call it often."""
+        for peer in range(len(self.addresses)):
+            if self.links.control[peer, DESCRIPTOR] < -1:
+                self._lose(peer)
+            if self.links.control[peer, DESCRIPTOR] == -1:
+                self._connect(peer)
+
+    def _lose(self, peer: int) -> None:
+        connection = self._sockets[peer]
+        if connection is not None:
+            connection.close()
+        self._sockets[peer] = None
+        self.links.control[peer] = (-1, 0, 0, 0)
+        now_ns = time.monotonic_ns() + 1
+        lose(self.shipping, peer, now_ns, now_ns)
+
+    def _connect(self, peer: int) -> None:
+        pending = self._connecting[peer]
+        if pending is None:
+            if time.monotonic() - self._tried_at[peer] < CONNECT_AGAIN_S:
+                return
+            self._tried_at[peer] = time.monotonic()
+            pending = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+            pending.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pending.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 200)
+            if pending.connect_ex(self.addresses[peer]) not in (0, errno.EINPROGRESS):
+                pending.close()
+                return
+            self._connecting[peer] = pending
+        if not select.select([], [pending], [], 0)[1]:
+            if time.monotonic() - self._tried_at[peer] > 10 * CONNECT_AGAIN_S:
+                self._give_up(peer)
+            return
+        self._connecting[peer] = None
+        if pending.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            pending.close()
+            return
+        self._sockets[peer] = pending
+        self.links.control[peer] = (pending.fileno(), 0, 0, 0)
+
+    def _give_up(self, peer: int) -> None:
+        pending = self._connecting[peer]
+        if pending is not None:
+            pending.close()
+        self._connecting[peer] = None
+
+    def close(self) -> None:
+        """Close every connection."""
+        for connection in [*self._sockets, *self._connecting]:
+            if connection is not None:
+                with contextlib.suppress(OSError):
+                    connection.close()
+
+
+__all__ = ["Links", "Peers", "exchange", "make_links", "poll_links"]

@@ -1,0 +1,102 @@
+"""The store process as a member of a cluster: it hears the coordinator, follows its maps, and keeps up its links."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from datastore.replication.coordinator import Timing
+from datastore.replication.links import Links, Peers
+from datastore.replication.messages import LineSocket, beat_message, read_grant
+from datastore.replication.replica import Replica
+from datastore.replication.shipping import Shipping
+from datastore.store.layout import EPOCH, LEASE_NS
+from datastore.store.table import Table
+
+CONNECT_AGAIN_NS = 20_000_000
+
+
+class Member:
+    """What `store/server.py` calls between turns of its compiled loop. It never waits."""
+
+    def __init__(
+        self, host: str, table: Table, owner: int, cluster: int, peers: Sequence[dict[str, Any]], coordinator: tuple[str, int],
+        shipping: Shipping, links: Links, timing: Timing | None = None,
+    ) -> None:  # fmt: skip
+        """peers: {"host", "address", "port"} of the other stores."""
+        self.table, self.coordinator, self.timing = table, coordinator, timing or Timing()
+        incarnation = time.time_ns() & (1 << 62) - 1
+        self.replica = Replica(host, [peer["host"] for peer in peers], table.words, shipping, owner, cluster, incarnation,
+                               self.timing)  # fmt: skip
+        self.peers = Peers([(peer["address"], peer["port"]) for peer in peers], links, shipping)
+        self._line: LineSocket | None = None
+        self._connecting: socket.socket | None = None
+        self._tried_ns = self._beat_ns = 0
+
+    def fileno(self) -> int:
+        """Return the descriptor whose input is a reason to call `work`, or -1."""
+        return self._line.fileno() if self._line else -1
+
+    def due_ns(self) -> int:
+        """Return when `work` is due at the latest."""
+        return self._beat_ns + self.timing.heartbeat_ns if self._line else time.monotonic_ns() + self.timing.heartbeat_ns // 3
+
+    def work(self) -> None:
+        """Hear the coordinator, tell it what is due, mend connections."""
+        now_ns = time.monotonic_ns()
+        self.peers.mend()
+        if self._line is None:
+            self._connect(now_ns)
+        if self._line is None:
+            return
+        try:
+            changed = False
+            for message in self._line.receive():
+                changed |= self.replica.hear(read_grant(message["grant"]))
+            if changed:
+                self.table.words[EPOCH] = self.replica.map.epoch
+            if changed or now_ns - self._beat_ns >= self.timing.heartbeat_ns:
+                self._beat_ns = time.monotonic_ns()
+                self._line.send(beat_message(self.replica.beat(self._beat_ns)))
+            self._line.flush()
+        except (OSError, KeyError):
+            self._line.close()
+            self._line = None
+
+    def _connect(self, now_ns: int) -> None:
+        if self._connecting is None:
+            if now_ns - self._tried_ns < CONNECT_AGAIN_NS:
+                return
+            self._tried_ns = now_ns
+            connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+            if connection.connect_ex(self.coordinator) not in (0, errno.EINPROGRESS):
+                connection.close()
+                return
+            self._connecting = connection
+        if not select.select([], [self._connecting], [], 0)[1]:
+            if now_ns - self._tried_ns > 10 * CONNECT_AGAIN_NS:
+                self._connecting.close()
+                self._connecting = None
+            return
+        connection, self._connecting = self._connecting, None
+        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            connection.close()
+        else:
+            self._line = LineSocket(connection)
+
+    def status(self) -> dict[str, Any]:
+        """Return what this host knows of itself, for people and tests."""
+        now_ns = time.monotonic_ns()
+        return {"epoch": self.replica.map.epoch, "lease_ms": (int(self.table.words[LEASE_NS]) - now_ns) / 1e6,
+                "refusal": self.replica.refusal, "coordinator": self._line is not None}  # fmt: skip
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.peers.close()
+        for connection in (self._line, self._connecting):
+            if connection is not None:
+                connection.close()
