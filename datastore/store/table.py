@@ -21,8 +21,9 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import numpy as np
 from datastore.native import allocating, inline, jit
 from datastore.native.errors import NearstateError
 from datastore.native.memory import fence, fetch_add, load_acquire, trailing_zeros
+from datastore.native.pages import private_memory
 from datastore.store import locking
 from datastore.store.layout import (
     ADDRESS,
@@ -453,12 +455,13 @@ class Table:
     words: uint64[n], what the compiled functions take. It stays valid after `close` for whoever still holds it.
     """
 
-    def __init__(self, name: str, descriptor: int, size_bytes: int) -> None:
+    def __init__(self, name: str, descriptor: int, memory: mmap.mmap) -> None:
+        """descriptor: of the file whose bytes the owners lock; `memory` is that file too, unless the table is private."""
         self.name = name
         self._descriptor = descriptor
         self._owners: list[int] = []
-        self._memory = mmap.mmap(descriptor, size_bytes)
-        self.words: np.ndarray = np.frombuffer(self._memory, np.uint64)
+        self._memory = memory
+        self.words: np.ndarray = np.frombuffer(memory, np.uint64)
 
     @classmethod
     def create(
@@ -477,8 +480,9 @@ class Table:
         except FileExistsError:
             raise NearstateError(f"table {name!r} exists already: attach to it, or remove {path}") from None
         try:
+            reserve = partial(_reserved, descriptor)
             return cls._fill(
-                name, descriptor, capacity, value_bytes, partitions, epoch, cluster, clients, window, replication_secret
+                name, descriptor, reserve, capacity, value_bytes, partitions, epoch, cluster, clients, window, replication_secret
             )
         except BaseException:
             os.close(descriptor)
@@ -489,7 +493,7 @@ class Table:
     def private(cls, capacity: int, value_bytes: int, partitions: int = PARTITIONS, epoch: int = 1) -> Table:
         """Make a table that ends with this process, which is primary of every partition (placement `local`)."""
         descriptor = os.memfd_create("nearstate-private")
-        table = cls._fill("(private)", descriptor, capacity, value_bytes, partitions, epoch, 0, 0, 1)
+        table = cls._fill("(private)", descriptor, private_memory, capacity, value_bytes, partitions, epoch, 0, 0, 1)
         for partition in range(partitions):
             table.set_role(partition, True, epoch)
         return table
@@ -497,7 +501,8 @@ class Table:
     @classmethod
     def anonymous(cls, name: str, *sizes: int, **options: Any) -> Table:
         """Make a table as `create` does, of the same arguments, that has no file and ends with this process."""
-        return cls._fill(name, os.memfd_create(name), *sizes, **options)
+        descriptor = os.memfd_create(name)
+        return cls._fill(name, descriptor, partial(_reserved, descriptor), *sizes, **options)
 
     @classmethod
     def attach(cls, name: str) -> Table:
@@ -509,7 +514,7 @@ class Table:
             raise NearstateError(f"no table {name!r} here: `python -m datastore list` shows those that are") from None
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes >= HEADER_WORDS * 8:
-            table = cls(name, descriptor, size_bytes)
+            table = cls(name, descriptor, mmap.mmap(descriptor, size_bytes))
             header = [int(table.words[at]) for at in (MAGIC, LAYOUT, TOTAL_WORDS)]
             if header == [MAGIC_NUMBER, LAYOUT_VERSION, size_bytes // 8]:
                 return table
@@ -518,15 +523,16 @@ class Table:
 
     @classmethod
     def _fill(
-        cls, name: str, descriptor: int, capacity: int, value_bytes: int, partitions: int = PARTITIONS, epoch: int = 1,
-        cluster: int = 0, clients: int = 64, window: int = 1024, replication_secret: int | None = None,
+        cls, name: str, descriptor: int, reserve: Callable[[int], mmap.mmap], capacity: int, value_bytes: int,
+        partitions: int = PARTITIONS, epoch: int = 1, cluster: int = 0, clients: int = 64, window: int = 1024,
+        replication_secret: int | None = None,
     ) -> Table:  # fmt: skip
         layout = _layout(capacity, value_bytes, partitions, clients, window, replication_secret is not None)
         size_bytes = layout[TOTAL_WORDS] * 8
         try:
             if size_bytes > _available_bytes():  # memory beyond that would be taken from processes that have it
                 raise OSError(error_numbers.ENOMEM, "not enough memory")
-            os.posix_fallocate(descriptor, 0, size_bytes)
+            memory = reserve(size_bytes)
         except OSError as error:
             if error.errno not in (error_numbers.ENOSPC, error_numbers.ENOMEM):
                 raise
@@ -534,7 +540,7 @@ class Table:
                 f"table {name!r} of {capacity} records needs {size_bytes / 1e6:.0f} MB of shared memory, which is not free: "
                 "lower the capacity, or free memory or /dev/shm"
             ) from None
-        table = cls(name, descriptor, size_bytes)
+        table = cls(name, descriptor, memory)
         words = table.words
         for at, content in layout.items():
             words[at] = content
@@ -674,6 +680,12 @@ class Table:
     def unlink(self) -> None:
         """Remove the table's name; processes that have it go on until they end."""
         _path(self.name).unlink(missing_ok=True)
+
+
+def _reserved(descriptor: int, size_bytes: int) -> mmap.mmap:
+    """Return a file's memory, all of it there. Raises OSError (ENOSPC) when there is not so much."""
+    os.posix_fallocate(descriptor, 0, size_bytes)
+    return mmap.mmap(descriptor, size_bytes)
 
 
 def _available_bytes() -> int:

@@ -6,12 +6,12 @@ room) or gives it back; `free + held by ports + held by the engine` is always th
 
 from __future__ import annotations
 
-import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from datastore.native import CHECKED, inline
+from datastore.native.pages import private_memory
 
 FRAME_BYTES = 2048
 """Frame size: an Ethernet frame of 1,518 bytes behind the 256 bytes the kernel keeps free in front of it (XDP headroom)."""
@@ -29,7 +29,7 @@ class Frames(NamedTuple):
 
 def make_frames(count: int = 8192) -> Frames:
     """Return an area of `count` free frames, page-aligned as AF_XDP wants it."""
-    memory = np.frombuffer(mmap.mmap(-1, count * FRAME_BYTES), dtype=np.uint8)
+    memory = np.frombuffer(private_memory(count * FRAME_BYTES), dtype=np.uint8)
     stack = np.arange(count, dtype=np.int64)[::-1] * FRAME_BYTES
     control = np.zeros(8, np.int64)
     control[FREE] = count
