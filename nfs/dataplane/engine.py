@@ -136,6 +136,7 @@ class Engine(NamedTuple):
     heads: np.ndarray
     addresses: np.ndarray
     lengths: np.ndarray
+    burst: np.ndarray
     scratch: np.ndarray
     pollfds: np.ndarray
 
@@ -159,7 +160,7 @@ def make_engine(chain: Chain, frames: Frames, primary: np.ndarray, owner: int, e
                   np.zeros((flights + 1, 2 * value_words), np.uint64), np.zeros((flights, 3 + CLAIM_WORDS), np.uint64),
                   np.zeros((count, 1 + 4 * ADDS), np.int64), make_pending(), make_fragments(), np.arange(flights, dtype=np.int64),
                   np.full(4 * flights, -1, np.int64), np.zeros(BURST, np.int64), np.zeros(BURST, np.int64),
-                  np.zeros(8, np.int64), np.zeros(4 + hosts, np.int64))  # fmt: skip
+                  np.zeros(BURST, np.int64), np.zeros(8, np.int64), np.zeros(4 + hosts, np.int64))  # fmt: skip
 
 
 @intrinsic
@@ -549,29 +550,66 @@ def wait_behind(engine: Engine, index: int, flight: int) -> int:
 
 
 @jit
-def advance(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState, index: int,
-            keyed: bool) -> None:  # fmt: skip
-    """Take a packet through the steps it has before it, until it leaves, is dropped, or waits. keyed: its key is known."""
-    steps = engine.steps
+def take_step(engine: Engine, words: np.ndarray, client: ClientState, index: int, step: int) -> int:
+    """Run a step's functions on packet `index`, whose key is known; returns the verdict's code, or WAITS."""
+    if engine.steps[step, KEY] != NONE:
+        if engine.primary[engine.packets[index].partition] == HERE:
+            return process_here(engine, words, client, index, step)
+        return process_there(engine, client, index, step)
+    code = run_functions(engine, index, step, engine.values[engine.values.shape[0] - 1], 0, 0)
+    if engine.control[ADDING]:
+        add_now(engine, words, step)
+    return code
+
+
+@jit
+def advance(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+            index: int) -> None:  # fmt: skip
+    """Take a packet through the steps it has before it, until it leaves, is dropped, or waits."""
     while engine.stages[index] & (TURNED - 1) < engine.control[STEPS]:
         step = step_of(engine, index)
-        if steps[step, KEY] == NONE:
-            code = run_functions(engine, index, step, engine.values[engine.values.shape[0] - 1], 0, 0)
-            if engine.control[ADDING]:
-                add_now(engine, words, step)
-        else:
-            if not keyed:
-                make_key(steps[step, KEY], steps[step, KIND], engine.packets, index)
-            if engine.primary[engine.packets[index].partition] == HERE:
-                code = process_here(engine, words, client, index, step)
-            else:
-                code = process_there(engine, client, index, step)
-            if code == WAITS:
-                return
-        keyed = False
-        if not step_taken(engine, frames, index, step, code):
+        if engine.steps[step, KEY] != NONE:
+            make_key(engine.steps[step, KEY], engine.steps[step, KIND], engine.packets, index)
+        code = take_step(engine, words, client, index, step)
+        if code == WAITS or not step_taken(engine, frames, index, step, code):
             return
     leave(engine, inside, outside, frames, index)
+
+
+@jit
+def find_keys(engine: Engine, words: np.ndarray, step: int, count: int) -> None:
+    """Make the step's keys of the first `count` packets of `burst`, and ask for the memory of all their records at once."""
+    key, kind = engine.steps[step, KEY], engine.steps[step, KIND]
+    for i in range(count):
+        index = engine.burst[i]
+        make_key(key, kind, engine.packets, index)
+        if engine.primary[engine.packets[index].partition] == HERE:
+            prefetch_record(words, engine.packets[index].key_low, engine.packets[index].key_high)
+
+
+@jit
+def advance_burst(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+                  arrived_from: int, count: int) -> None:  # fmt: skip
+    """`advance` for the first `count` packets of `burst`, a step at a time, so that their cache misses overlap."""
+    steps, burst = engine.control[STEPS], engine.burst
+    for stage in range(steps):
+        step = stage if arrived_from == INSIDE else steps - 1 - stage
+        if engine.steps[step, KEY] != NONE:
+            find_keys(engine, words, step, count)
+        on = 0
+        for i in range(count):
+            index = burst[i]
+            code = take_step(engine, words, client, index, step)
+            if code == WAITS or not step_taken(engine, frames, index, step, code):
+                continue
+            if engine.stages[index] & TURNED:
+                advance(engine, inside, outside, frames, words, client, index)
+                continue
+            burst[on] = index
+            on += 1
+        count = on
+    for i in range(count):
+        leave(engine, inside, outside, frames, burst[i])
 
 
 @inline
@@ -750,7 +788,7 @@ def release(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
         if engine.adds[index, 0] > 0:
             add_to_counters(engine, words, engine.adds[index], 0)
         if step_taken(engine, frames, index, step, np.int64(engine.packets[index].verdict)):
-            advance(engine, inside, outside, frames, words, client, index, False)
+            advance(engine, inside, outside, frames, words, client, index)
         index = following
 
 
@@ -878,8 +916,7 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
     count = rx_burst(port, frames, engine.addresses, engine.lengths, BURST)
     engine.ledger[causes.RECEIVED] += count
     control = engine.control
-    first = 0 if arrived_from == INSIDE else control[STEPS] - 1
-    key, kind = engine.steps[first, KEY], engine.steps[first, KIND]
+    flows = 0
     for i in range(count):
         index = engine.addresses[i] // FRAME_BYTES
         status = parse(frames.memory, engine.addresses[i], engine.lengths[i], arrived_from, engine.packets, index)
@@ -889,19 +926,15 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
                 status = 0
         elif status == 0:
             remember_first(engine.fragments, engine.packets, index, frames.memory, control[NOW_NS])
-        if status == 0 and key != NONE:
-            make_key(key, kind, engine.packets, index)
-            if engine.primary[engine.packets[index].partition] == HERE:
-                prefetch_record(words, engine.packets[index].key_low, engine.packets[index].key_high)
-    for i in range(count):
-        index = engine.addresses[i] // FRAME_BYTES
-        status = np.int64(engine.packets[index].status)
         if status == 0:
-            advance(engine, inside, outside, frames, words, client, index, True)
+            engine.burst[flows] = index
+            flows += 1
         elif control[PASSES] >> status & 1:
             leave(engine, inside, outside, frames, index)
         else:
             drop(engine, frames, index, status)
+    if flows > 0:
+        advance_burst(engine, inside, outside, frames, words, client, arrived_from, flows)
     return count
 
 
