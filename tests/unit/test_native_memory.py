@@ -202,6 +202,21 @@ def atomic_at(words: np.ndarray, index: int) -> int:
     return np.int64(load_acquire(words, index)) + np.int64(fetch_add(words, index, 1))
 
 
+@jit
+def element(words: np.ndarray, index: int) -> int:
+    return np.int64(words[index])
+
+
+@pytest.mark.bounds
+@pytest.mark.skipif(not CHECKED, reason="only with NUMBA_BOUNDSCHECK=1; run_tests.sh runs it so")
+def test_indices_do_not_count_from_the_end() -> None:
+    words = np.arange(4, dtype=np.uint64)
+    assert element(words, 3) == 3
+    for index in (-1, -4, 4):
+        with pytest.raises(IndexError):
+            element(words, index)
+
+
 @pytest.mark.bounds
 @pytest.mark.skipif(not CHECKED, reason="only with NUMBA_BOUNDSCHECK=1; run_tests.sh runs it so")
 @pytest.mark.parametrize("kind", range(len(WIDTHS)))
