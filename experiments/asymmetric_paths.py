@@ -12,6 +12,7 @@ EXPERIMENT = Experiment(
     seed=1,
     profiles={
         "smoke": {"sweeps": ({**GRID, "placement": ("integrated",)},), "settings": {"seconds": 0.4}},
+        "quick": {"settings": {"seconds": 0.4, "timeout_s": 0.5}},  # 200 handshakes each way
         "paper": {"repeats": 5, "settings": {"seconds": 10.0}},
     },
 )

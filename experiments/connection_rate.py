@@ -15,6 +15,7 @@ EXPERIMENT = Experiment(
             "sweeps": ({**OURS, "placement": ("integrated",)},),
             "settings": {"ladder_kops": (20,), "search_steps": 3, "search_seconds": 0.2, "seconds": 0.2, "warmup_seconds": 0.1},
         },
+        "quick": {"settings": {"ladder_kops": (50, 150), "warmup_seconds": 0.2}},
         "paper": {
             "repeats": 5,
             "settings": {"seconds": 2.0, "search_seconds": 2.0, "search_steps": 9, "capacity": 1 << 23,

@@ -21,6 +21,7 @@ EXPERIMENT = Experiment(
             "sweeps": ({**STATEFUL, "nf": ("traffic_counter",), "placement": ("integrated", "centralized")},),
             "settings": {"seconds": 0.5},
         },
+        "quick": {"settings": {"seconds": 1.0}},  # 10,000 packets
         "paper": {
             "sweeps": (STATEFUL, STATELESS, CHAINED),
             "repeats": 5,

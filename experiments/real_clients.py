@@ -15,7 +15,7 @@ EXPERIMENT = Experiment(
             "sweeps": ({**COMPARED, "placement": ("integrated",)},),
             "settings": {"workloads": ("download", "many_connections", "handshakes"), "downloads": 1},
         },
-        "quick": {"sweeps": (COMPARED,)},
+        "quick": {"sweeps": (COMPARED,), "settings": {"downloads": 2, "handshakes": 100}},
         "paper": {"repeats": 5, "settings": {"seconds": 10, "downloads": 20, "handshakes": 2000, "capacity": 1 << 19}},
     },
 )

@@ -14,7 +14,9 @@ EXPERIMENT = Experiment(
     seed=1,
     profiles={
         "smoke": {"settings": {"count_here": 50_000, "count_there": 1000, "pipeline_count": 32_000, "keys": 2000}},
-        "quick": {"repeats": 2},
+        "quick": {
+            "sweeps": (ACCESS, REDIS, {**DIRECT, "repeats": 2})
+        },  # a latency is of thousands of accesses, a rate of one run
         "paper": {"repeats": 5, "settings": {"count_here": 2_000_000, "count_there": 20_000, "pipeline_count": 6_400_000}},
     },
 )

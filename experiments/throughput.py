@@ -31,11 +31,13 @@ EXPERIMENT = Experiment(
         },
         "quick": {  # repeated where ratios are taken: one measurement of a rate moves by a fifth
             "sweeps": (
-                {**STATEFUL, "placement": ("integrated", "centralized"), "repeats": 2},
+                {**STATEFUL, "nf": ("firewall",), "placement": ("integrated", "centralized")},
+                {**STATEFUL, "nf": ("traffic_counter",), "placement": ("integrated", "centralized"), "repeats": 2},
                 {**STATEFUL, "nf": ("traffic_counter",), "placement": ("local", "integrated:hashed")},
                 STATELESS,
                 {**PATH, "repeats": 3},
-                {**BACK_TO_BACK, "placement": ("local", "integrated"), "repeats": 3},
+                {**BACK_TO_BACK, "nf": ("firewall",), "placement": ("local", "integrated"), "repeats": 3},
+                {**BACK_TO_BACK, "nf": ("traffic_counter",), "placement": ("local", "integrated"), "repeats": 2},
                 {**BACK_TO_BACK, "placement": ("centralized",)},
                 {**KERNEL, "repeats": 3},
             ),

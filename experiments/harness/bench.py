@@ -235,8 +235,8 @@ class Bench:
         """Wait until nothing more arrives (at most half a second) and return the sink's counts."""
         assert self.sink
         counts: dict[str, Any] = {"received": -1}
-        for _ in range(10):
-            time.sleep(0.05)
+        for pause_s in (0.01, 0.04, *[0.05] * 9):
+            time.sleep(pause_s)
             before = counts["received"]
             self.sink.send({"collect": self.steps})
             counts = self.sink.receive(READY_S) or counts
