@@ -1,4 +1,4 @@
-"""The command line: python -m datastore {list,statistics,records,serve,check,simulate}.
+"""The command line: python -m datastore {list,statistics,records,serve,status,move,check,simulate}.
 
 `statistics` and `records` look at the shared memory of a running store without making anybody wait: records are copied without
 a lock and copied again when someone was at work on them (`Table.records`).
@@ -31,6 +31,8 @@ EXAMPLES = """examples:
   python -m datastore statistics my-table --json
   python -m datastore records --partition 7 --limit 20
   python -m datastore serve --table my-table --capacity 100000 --value-bytes 32 --port 7700
+  python -m datastore status 10.9.255.1:7600
+  python -m datastore move 10.9.255.1:7600 0-63 nf2
   python -m datastore check results/latest/histories
   python -m datastore simulate --seed 89 --only "nf2|coordinator"
 
@@ -215,6 +217,42 @@ def simulate(arguments: argparse.Namespace) -> None:
     print("linearizable, and all replicas are alike")
 
 
+def coordinator_address(text: str) -> tuple[str, int]:
+    """Return ADDRESS:PORT as its parts."""
+    address, _, port = text.rpartition(":")
+    if not address or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no ADDRESS:PORT, as 10.9.255.1:7600")
+    return address, int(port)
+
+
+def status(arguments: argparse.Namespace) -> None:
+    """Print what a coordinator knows: the map, leases, who is missing, what is under way."""
+    from datastore.replication.report import host_sheet, troubles
+    from datastore.replication.routed import ask
+
+    answer = ask(arguments.coordinator, {"status": True})["status"]
+    if arguments.json:
+        print(json.dumps(answer))
+        return
+    console().print(host_sheet(answer))
+    for line in troubles(answer) or [f"all {len(answer['map']['groups'])} partitions have {answer['replicas']} copies"]:
+        print(line)
+
+
+def move(arguments: argparse.Namespace) -> None:
+    """Make a host the primary of partitions, losing nothing; it goes on in the background, `status` shows how far."""
+    from datastore.replication.routed import ask
+
+    first, _, last = arguments.partitions.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise NearstateError(f"partitions {arguments.partitions!r}: give one, as 7, or a range, as 0-63")
+    message = {"partitions": list(range(int(first), int(last or first) + 1)), "target": arguments.host}
+    answer = ask(arguments.coordinator, {"move": message})
+    if "error" in answer:
+        raise NearstateError(answer["error"])
+    print(f"{len(message['partitions'])} partitions are on their way to {arguments.host}")
+
+
 def console() -> Console:
     """Return where tables are printed: as wide as they are when the output is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=200)
@@ -260,6 +298,12 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--epoch", type=positive, default=1, help="epoch of the partition map (default: %(default)s)")
     server.add_argument("--attach", action="store_true", help="serve a table that exists instead of making one")
     server.add_argument("--keep", action="store_true", help="leave the table in shared memory at the end")
+    state = command("status", status)
+    moving = command("move", move, json_too=False)
+    for each in (state, moving):
+        each.add_argument("coordinator", type=coordinator_address, metavar="ADDRESS:PORT", help="where the coordinator listens")
+    moving.add_argument("partitions", metavar="PARTITIONS", help="one, or a range: 7, 0-63")
+    moving.add_argument("host", metavar="HOST", help="the store host that is to be their primary")
     simulation = command("simulate", simulate, json_too=False)
     simulation.add_argument("--seed", type=int, required=True, help="which run; a failing test names it")
     simulation.add_argument(

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from datastore import __main__ as command_line
+from datastore.native.errors import NearstateError
 from datastore.replication import coordination
 from datastore.replication.routed import RoutedClient, ask
 from datastore.store import server
@@ -99,12 +101,14 @@ class Cluster:
         return dict(answer["status"])
 
     def wait_until_full(self, timeout_s: float = 20) -> None:
-        """Wait until every group has its members and nothing is under way."""
+        """Wait until every host has a lease, every group its members, and nothing is under way."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            groups = self.status()["map"]["groups"]
+            status = self.status()
+            groups = status["map"]["groups"]
+            here = all(host["lease_ms"] > 0 and host["epoch"] == status["map"]["epoch"] for host in status["hosts"].values())
             replicas = self.coordinator_config["replicas"]
-            if all(len(g["members"]) == replicas and not g["leaving"] and not g["learners"] for g in groups):
+            if here and all(len(g["members"]) == replicas and not g["leaving"] and not g["learners"] for g in groups):
                 return
             time.sleep(0.05)
         raise AssertionError(f"groups are not full after {timeout_s} s: {self.status()['log']}")
@@ -155,6 +159,56 @@ def test_a_move_loses_nothing(cluster):
             assert client.do(ADD, 3, 9, (1).to_bytes(8, "little")).status == OK
         before = client.do(GET, 3, 9)
         assert before.version == int.from_bytes(before.value[:8], "little") - 4
+
+
+def test_status_and_move_on_the_command_line(cluster, capsys):
+    cluster.wait_until_full()
+    address = f"127.0.0.1:{cluster.ports['control']}"
+    assert command_line.main(["status", address]) == 0
+    shown = capsys.readouterr().out
+    assert "all 256 partitions have 2 copies" in shown
+    assert shown.count(" ok ") == len(HOSTS)
+    assert command_line.main(["move", address, "0-9", "nf3"]) == 0
+    deadline = time.monotonic() + 20
+    while any(group["members"][0] != "nf3" for group in cluster.status()["map"]["groups"][:10]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cluster.stores["nf1"].kill()
+    while "MISSING" not in shown:
+        assert time.monotonic() < deadline
+        assert command_line.main(["status", address]) == 0
+        shown = capsys.readouterr().out
+    assert command_line.main(["move", address, "0-9", "nf9"]) == 1
+    assert "unknown store host 'nf9'" in capsys.readouterr().err
+    assert command_line.main(["status", "127.0.0.1:1", "--json"]) == 1
+    assert "no coordinator answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_coordinator_that_cannot_save_changes_nothing_and_says_why(tmp_path):
+    class FullDisk(coordination.FileState):
+        def save(self, document: dict[str, Any]) -> None:
+            raise NearstateError("no space")
+
+    config = {"address": "127.0.0.1", "port": 0, "cluster": 1, "replicas": 2, "hosts": HOSTS,
+              "placement": [["nf1", "nf2"]] * PARTITIONS, "state": str(tmp_path / "state.json")}  # fmt: skip
+    process = coordination.Coordination(config)
+    try:
+        process.state = FullDisk(tmp_path / "state.json")
+        process.coordinator.move([3], "nf3")
+        assert not process.publish()
+        assert process.status()["trouble"] == "no space"
+        assert process.coordinator.moves == {}
+        process.state = coordination.FileState(tmp_path / "state.json")
+        process.coordinator.move([3], "nf3")
+        assert process.publish()
+        assert process.status()["trouble"] == ""
+    finally:
+        process.close()
+    again = coordination.Coordination(config)
+    again.close()
+    assert again.coordinator.moves == {3: "nf3"}
+    with pytest.raises(NearstateError, match="is of cluster 1, not 2"):
+        coordination.Coordination({**config, "cluster": 2})
 
 
 def work(cluster: Cluster, folder: Path, number: int, stop: threading.Event, lost: list[int]) -> None:
