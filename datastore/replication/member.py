@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import select
 import socket
 import time
@@ -11,8 +13,8 @@ from typing import Any
 
 from datastore.replication.coordinator import Timing
 from datastore.replication.links import Links, Peers
-from datastore.replication.messages import LineSocket, beat_message, read_grant
-from datastore.replication.replica import Replica
+from datastore.replication.messages import LineSocket, beat_message, read_gossip, read_grant
+from datastore.replication.replica import Ping, Replica
 from datastore.replication.shipping import Shipping
 from datastore.store.layout import EPOCH, LEASE_NS
 from datastore.store.table import Table
@@ -25,17 +27,23 @@ class Member:
 
     def __init__(
         self, host: str, table: Table, owner: int, cluster: int, peers: Sequence[dict[str, Any]], coordinator: tuple[str, int],
-        shipping: Shipping, links: Links, timing: Timing | None = None,
+        shipping: Shipping, links: Links, address: tuple[str, int], timing: Timing | None = None,
     ) -> None:  # fmt: skip
-        """peers: {"host", "address", "port"} of the other stores."""
+        """peers: {"host", "address", "port"} of the other stores. address: this store's; datagrams go to the same port.
+
+        Raises OSError when that port is not free.
+        """
         self.table, self.coordinator, self.timing = table, coordinator, timing or Timing()
         incarnation = time.time_ns() & (1 << 62) - 1
         self.replica = Replica(host, [peer["host"] for peer in peers], table.words, shipping, owner, cluster, incarnation,
                                self.timing)  # fmt: skip
         self.peers = Peers([(peer["address"], peer["port"]) for peer in peers], links, shipping)
+        self._addresses = [(peer["address"], peer["port"]) for peer in peers]
+        self.gossip = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self.gossip.bind(address)
         self._line: LineSocket | None = None
         self._connecting: socket.socket | None = None
-        self._tried_ns = self._beat_ns = 0
+        self._tried_ns = self._beat_ns = self._ping_ns = 0
 
     def fileno(self) -> int:
         """Return the descriptor whose input is a reason to call `work`, or -1."""
@@ -43,12 +51,18 @@ class Member:
 
     def due_ns(self) -> int:
         """Return when `work` is due at the latest."""
-        return self._beat_ns + self.timing.heartbeat_ns if self._line else time.monotonic_ns() + self.timing.heartbeat_ns // 3
+        if self._line is None:
+            return time.monotonic_ns() + self.timing.heartbeat_ns // 3
+        return min(self._beat_ns, self._ping_ns) + self.timing.heartbeat_ns
 
     def work(self) -> None:
         """Hear the coordinator, tell it what is due, mend connections."""
         now_ns = time.monotonic_ns()
         self.peers.mend()
+        self._listen()
+        self.replica.advance(now_ns)
+        if now_ns - self._ping_ns >= self.timing.heartbeat_ns:
+            self._ping()
         if self._line is None:
             self._connect(now_ns)
         if self._line is None:
@@ -56,9 +70,10 @@ class Member:
         try:
             changed = False
             for message in self._line.receive():
-                changed |= self.replica.hear(read_grant(message["grant"]))
+                changed |= self.replica.hear(now_ns, read_grant(message["grant"]))
             if changed:
                 self.table.words[EPOCH] = self.replica.map.epoch
+                self._ping()
             if changed or now_ns - self._beat_ns >= self.timing.heartbeat_ns:
                 self._beat_ns = time.monotonic_ns()
                 self._line.send(beat_message(self.replica.beat(self._beat_ns)))
@@ -66,6 +81,29 @@ class Member:
         except (OSError, KeyError):
             self._line.close()
             self._line = None
+
+    def _ping(self) -> None:
+        self._ping_ns = time.monotonic_ns()
+        data = json.dumps({"ping": vars(self.replica.ping(self._ping_ns))}).encode()
+        for address in self._addresses:
+            with contextlib.suppress(OSError):
+                self.gossip.sendto(data, address)
+
+    def _listen(self) -> None:
+        """Take what other stores said."""
+        for _ in range(256):
+            try:
+                data, sender = self.gossip.recvfrom(2048)
+            except OSError:  # nothing more, or a peer whose port is closed
+                return
+            said = read_gossip(data)
+            if isinstance(said, Ping):
+                pong = self.replica.pinged(time.monotonic_ns(), said)
+                if pong:
+                    with contextlib.suppress(OSError):
+                        self.gossip.sendto(json.dumps({"pong": vars(pong)}).encode(), sender)
+            elif said:
+                self.replica.ponged(said)
 
     def _connect(self, now_ns: int) -> None:
         if self._connecting is None:
@@ -97,6 +135,7 @@ class Member:
     def close(self) -> None:
         """Close every connection."""
         self.peers.close()
+        self.gossip.close()
         for connection in (self._line, self._connecting):
             if connection is not None:
                 connection.close()

@@ -1,4 +1,4 @@
-"""How stores, clients and coordinator speak: lines of JSON over TCP, few and small.
+"""How stores, clients and coordinator speak beside the data: JSON, in lines over TCP and in datagrams, few and small.
 
 store  -> coordinator   {"beat": {...}}      coordinator -> store    {"grant": {...}}     also unasked, with a new map
 anyone -> coordinator   {"map": epoch}       coordinator -> anyone   {"map": {...}}       null: that epoch is the newest
@@ -16,6 +16,7 @@ from typing import Any
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Grant, Heartbeat
 from datastore.replication.maps import ClusterMap
+from datastore.replication.replica import Ping, Pong
 
 LONGEST_LINE = 1 << 22
 
@@ -50,6 +51,20 @@ def read_grant(fields: dict[str, Any]) -> Grant:
                      str(fields["refusal"]))  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise NearstateError(f"not a grant: {error!r}") from None
+
+
+def read_gossip(data: bytes) -> Ping | Pong | None:
+    """Return what another store says in a datagram, None when it is nothing."""
+    try:
+        message = json.loads(data)
+        if "ping" in message:
+            fields = message["ping"]
+            return Ping(str(fields["host"]), *(int(fields[name]) for name in ("cluster", "incarnation", "epoch", "sent_ns")))
+        fields = message["pong"]
+        return Pong(str(fields["host"]), int(fields["epoch"]), int(fields["incarnation"]), int(fields["sent_ns"]),
+                    bool(fields["promise"]))  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 class LineSocket:

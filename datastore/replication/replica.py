@@ -2,11 +2,18 @@
 
 Pure, like the coordinator: it is told the time and what arrived. It writes roles into the table, where compiled code and the
 network functions on this host see them, and tells `shipping` whom to feed.
+
+A coordinator that is down must stop nothing but changes of the map. So stores also promise each other, with every ping: "for so
+long I will act on no map that takes a right from you, unless you say that you have it". With the promises of all hosts that
+share partitions with it, a host may answer without the coordinator's lease. A host that is to be primary, or that need not wait
+for a former backup any more, first lets its promises to those run out who may not know. Both waits begin with the last sign of
+life, so a failover takes no longer for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +26,30 @@ from datastore.store import locking
 from datastore.store.layout import LEASE_NS, NO_ROLE, PRIMARY, RETIRING, ROLE
 from datastore.store.locking import role_word
 from datastore.store.statuses import NAMES, OK
+
+FOR_EVER_NS = 1 << 62
+
+
+@dataclass(frozen=True)
+class Ping:
+    """What stores tell each other every while: whom, and which map they follow."""
+
+    host: str
+    cluster: int
+    incarnation: int
+    epoch: int
+    sent_ns: int
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The answer: of host `host`, to the ping that process `incarnation` sent at `sent_ns`, with or without a promise."""
+
+    host: str
+    epoch: int
+    incarnation: int
+    sent_ns: int
+    promise: bool
 
 
 class Replica:
@@ -34,19 +65,80 @@ class Replica:
         self.map = ClusterMap(0, ())
         self.words[LEASE_NS] = 1
         self.refusal = ""
+        self.coordinator_lease_ns = 1
+        self.promised_until_ns, self.promise_until_ns, self.peer_epoch = ([0] * len(self.peers) for _ in range(3))
+        self._deferred: dict[int, Group] = {}
 
-    def hear(self, grant: Grant) -> bool:
+    def hear(self, now_ns: int, grant: Grant) -> bool:
         """Take what the coordinator says; tell whether the map changed."""
         changed = False
         if grant.incarnation != self.incarnation:
             return changed
         self.refusal = grant.refusal
         if grant.map is not None and grant.map.epoch > self.map.epoch:
-            self.adopt(grant.map)
+            self.adopt(grant.map, now_ns)
             changed = True
         if grant.lease_ns and grant.epoch == self.map.epoch:
-            self.words[LEASE_NS] = max(int(self.words[LEASE_NS]), grant.sent_ns + grant.lease_ns)
+            self.coordinator_lease_ns = max(self.coordinator_lease_ns, grant.sent_ns + grant.lease_ns)
+        self._renew()
         return changed
+
+    def _renew(self) -> None:
+        """Work out until when this host may answer."""
+        if not self.map.epoch:
+            return
+        sharing = {host for group in self.map.groups if self.host in group.replicas() for host in group.replicas()}
+        promised = [self.promise_until_ns[peer] for peer, host in enumerate(self.peers) if host in sharing]
+        self.words[LEASE_NS] = max(self.coordinator_lease_ns, min(promised, default=FOR_EVER_NS))
+
+    # ---- promises -----------------------------------------------------------------------------------------------------
+
+    def ping(self, now_ns: int) -> Ping:
+        """Return what to send every other store now."""
+        return Ping(self.host, self.cluster, self.incarnation, self.map.epoch, now_ns)
+
+    def pinged(self, now_ns: int, ping: Ping) -> Pong | None:
+        """Take a ping; return the answer. Only who follows the same map gets a promise."""
+        if ping.host not in self.peers or ping.cluster != self.cluster or not self.map.epoch:
+            return None
+        peer = self.peers.index(ping.host)
+        self.peer_epoch[peer] = max(self.peer_epoch[peer], ping.epoch)
+        promise = ping.epoch == self.map.epoch and not self._deferred
+        if promise:
+            wait_ns = self.timing.lease_ns + self.timing.margin_ns
+            self.promised_until_ns[peer] = max(self.promised_until_ns[peer], now_ns + wait_ns)
+        return Pong(self.host, self.map.epoch, ping.incarnation, ping.sent_ns, promise)
+
+    def ponged(self, pong: Pong) -> None:
+        """Take the answer to a ping of this process."""
+        if pong.host not in self.peers or pong.incarnation != self.incarnation:
+            return
+        peer = self.peers.index(pong.host)
+        self.peer_epoch[peer] = max(self.peer_epoch[peer], pong.epoch)
+        if pong.promise and pong.epoch == self.map.epoch:
+            self.promise_until_ns[peer] = max(self.promise_until_ns[peer], pong.sent_ns + self.timing.lease_ns)
+            self._renew()
+
+    def may_not_know(self, peer: int, now_ns: int) -> bool:
+        """Tell whether a peer may hold a promise of this host and not know the map that this host follows."""
+        return now_ns < self.promised_until_ns[peer] and self.peer_epoch[peer] < self.map.epoch
+
+    def advance(self, now_ns: int) -> None:
+        """Do what waited for promises to run out. Call it often."""
+        for partition, group in list(self._deferred.items()):
+            if not self._must_wait(partition, group, now_ns):
+                del self._deferred[partition]
+                self._rule(partition, group)
+
+    def _must_wait(self, partition: int, group: Group, now_ns: int) -> bool:
+        """Tell whether becoming primary, or going on without a former replica, must wait."""
+        reigns = ship.reign(self.words, partition) == group.reign and ship.rules(ship.role(self.words, partition))
+        for peer, host in enumerate(self.peers):
+            feeds = self.shipping.links[peer, partition, ship.MODE] != ship.OUT
+            concerned = (feeds and host not in group.replicas()) if reigns else True
+            if concerned and self.may_not_know(peer, now_ns):
+                return True
+        return False
 
     def has_lease(self, now_ns: int) -> bool:
         """Tell whether this host may answer."""
@@ -84,18 +176,24 @@ class Replica:
 
     # ---- maps ---------------------------------------------------------------------------------------------------------
 
-    def adopt(self, new: ClusterMap) -> None:
-        """Follow a newer map. Raises NearstateError when it is for another number of partitions."""
+    def adopt(self, new: ClusterMap, now_ns: int) -> None:
+        """Follow a newer map, as far as promises allow now. Raises NearstateError when it is for another number of partitions."""
         partitions = self.shipping.done_end.size
         if len(new.groups) != partitions:
             raise NearstateError(f"map {new.epoch} has {len(new.groups)} partitions, this table {partitions}")
+        old, self.map = self.map, new
         for partition, group in enumerate(new.groups):
-            if not self.map.groups or group != self.map.groups[partition]:
-                if group.primary == self.host:
-                    self._rule(partition, group)
-                else:
-                    self._follow(partition, group)
-        self.map = new
+            if old.groups and group == old.groups[partition] and partition not in self._deferred:
+                continue
+            self._deferred.pop(partition, None)
+            if group.primary != self.host:
+                self._follow(partition, group)
+            elif not self._must_wait(partition, group, now_ns):
+                self._rule(partition, group)
+            else:
+                self._deferred[partition] = group
+                if ship.reign(self.words, partition) != group.reign:
+                    self._set_role(partition, NO_ROLE, group.reign)
 
     def _rule(self, partition: int, group: Group) -> None:
         """This host is primary: ship to everybody who counts."""

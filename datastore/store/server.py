@@ -488,7 +488,7 @@ class StoreProcess:
         serve(self.state, self.owner, 0)  # compiled before anybody is told that the store is ready
         self.member = Member(
             self.host, self.table, self.owner, config["cluster"], peers, tuple(replication["coordinator"]), self.state.shipping,
-            self.state.links, Timing.of(replication.get("lease_ms")),
+            self.state.links, (address, self.port), Timing.of(replication.get("lease_ms")),
         ) if replication else None  # fmt: skip
 
     def turn(self) -> bool:
@@ -497,7 +497,7 @@ class StoreProcess:
         if self.member is None:
             return bool(serve(self.state, self.owner, until_ns))
         self.member.work()
-        self.state.wakers[0] = self.member.fileno()
+        self.state.wakers[0], self.state.wakers[1] = self.member.fileno(), self.member.gossip.fileno()
         serve(self.state, self.owner, min(until_ns, self.member.due_ns()))
         return bool(self.state.polled[1] >> 48)
 

@@ -174,6 +174,8 @@ class StoreHost(Actor):
 
     def tell_coordinator(self) -> None:
         self.world.send(self.name, COORDINATOR, "beat", self.replica.beat(self.now()))
+        for host in self.replica.peers:
+            self.world.send(self.name, host, "ping", self.replica.ping(self.now()))
 
     def retry(self) -> None:
         for peer in range(len(self.replica.peers)):
@@ -184,13 +186,19 @@ class StoreHost(Actor):
 
     def deliver(self, source: str, kind: str, body: Any) -> None:
         if kind == "grant":
-            if self.replica.hear(body):
+            if self.replica.hear(self.now(), body):
                 self.world.note(f"{self.name} follows map {self.replica.map.epoch}")
                 self.tell_coordinator()
         elif kind == "request":
             self.serve(source, body)
         elif kind == "frames":
             self.apply(source, body)
+        elif kind == "ping":
+            pong = self.replica.pinged(self.now(), body)
+            if pong:
+                self.world.send(self.name, source, "pong", pong)
+        elif kind == "pong":
+            self.replica.ponged(body)
         elif kind == "ack":
             ship.take_ack(self.shipping, self.words, self.replica.peers.index(source), body, 0)
         self.pump()
@@ -222,6 +230,7 @@ class StoreHost(Actor):
 
     def pump(self) -> None:
         """Ship what is due, and answer what may be answered."""
+        self.replica.advance(self.now())
         for peer, host in enumerate(self.replica.peers):
             end = int(ship.ship_all(
                 self.shipping, self.words, self.owner, peer, self.now(), self.nothing, self.buffer, 0, FRAME_BUFFER_WORDS

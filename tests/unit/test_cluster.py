@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ import pytest
 from datastore import __main__ as command_line
 from datastore.native.errors import NearstateError
 from datastore.replication import coordination
+from datastore.replication.maps import ClusterMap
 from datastore.replication.routed import RoutedClient, ask
 from datastore.store import server
 from datastore.store.operations import ADD, ANY_VERSION, DELETE, GET, INSERT, PUT
@@ -159,6 +161,18 @@ def test_a_move_loses_nothing(cluster):
             assert client.do(ADD, 3, 9, (1).to_bytes(8, "little")).status == OK
         before = client.do(GET, 3, 9)
         assert before.version == int.from_bytes(before.value[:8], "little") - 4
+
+
+def test_while_the_coordinator_is_down_nothing_stops(cluster):
+    cluster.wait_until_full()
+    cluster.coordinator.kill()
+    time.sleep(2 * LEASE_MS / 1000)
+    with cluster.client(1) as client:
+        client.map = ClusterMap.from_json(json.loads(Path(cluster.coordinator_config["state"]).read_text())["map"])
+        for key in range(64):
+            assert client.do(ADD, key << 32 | key, 9, (1).to_bytes(8, "little"), timeout_s=1).status == OK
+    cluster.coordinator = Process(coordination.main, cluster.coordinator_config)
+    cluster.wait_until_full()
 
 
 def test_status_and_move_on_the_command_line(cluster, capsys):

@@ -40,6 +40,22 @@ def test_without_faults_everything_is_answered(replicas):
     assert world.actors["control"].coordinator.map.epoch == 1
 
 
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_while_the_coordinator_is_down_nothing_stops(replicas):
+    world = World(3, faults=CALM, replicas=replicas)
+    world.run(0.3)
+    world.actors["control"].crash()
+    world.run(0.3)
+    before = len(world.history)
+    world.run(1.0)
+    assert len(world.history) - before > before
+    world.actors["control"].restart()
+    world.run(0.3)
+    world.settle(2.0)
+    world.check()
+    world.close()
+
+
 def test_a_seed_is_a_run_byte_for_byte():
     first, again, other = simulate(11, 0.5), simulate(11, 0.5), simulate(12, 0.5)
     assert first.digest.hexdigest() == again.digest.hexdigest() != other.digest.hexdigest()

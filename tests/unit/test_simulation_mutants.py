@@ -6,6 +6,7 @@ Mutants take the place of functions, which compiled callers would not notice: th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,8 +92,8 @@ def obeys_maps_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that began anew follows a map made for the process before it."""
     sound = Replica.hear
 
-    def hear(self: Replica, grant: Grant) -> bool:
-        return sound(self, Grant(self.incarnation, *[getattr(grant, name) for name in ("sent_ns", "lease_ns", "epoch", "map")]))
+    def hear(self: Replica, now_ns: int, grant: Grant) -> bool:
+        return sound(self, now_ns, replace(grant, incarnation=self.incarnation))
 
     monkeypatch.setattr(Replica, "hear", hear)
 
@@ -113,6 +114,20 @@ def forgets_leases(monkeypatch: pytest.MonkeyPatch) -> None:
         return begun
 
     monkeypatch.setattr(Coordinator, "start", classmethod(start))
+
+
+def promises_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host promises also those who follow an older map, and they believe it."""
+    sound, believed = Replica.pinged, Replica.ponged
+
+    def pinged(self: Replica, now_ns: int, ping: Any) -> Any:
+        return sound(self, now_ns, replace(ping, epoch=self.map.epoch))
+
+    def ponged(self: Replica, pong: Any) -> None:
+        believed(self, replace(pong, epoch=self.map.epoch))
+
+    monkeypatch.setattr(Replica, "pinged", pinged)
+    monkeypatch.setattr(Replica, "ponged", ponged)
 
 
 def ignores_removal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +156,8 @@ MUTANTS: dict[str, Patch] = {
     "promotes before the lease is over": promotes_early,
     "forgets leases when it starts again": forgets_leases,
     "counts learners that know nothing": without("is_synchronised", True, shipping),
+    "breaks its promises": lambda m: m.setattr(Replica, "may_not_know", lambda self, peer, now_ns: False),
+    "promises whatever map others follow": promises_anybody,
     "goes on reading when it is no backup any more": ignores_removal,
     "believes that everybody knows the newest map": lambda m: m.setattr(Coordinator, "_knows", lambda self, host: True),
 }
