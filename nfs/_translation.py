@@ -74,6 +74,7 @@ EXHAUSTED_S = 10
 ONE_CONNECTION_BYTES = 1 << 24
 """A segment that begins at most so far before the end of a closing connection is one of it, sent again."""
 NUMBERS = 0xFFFFFFFF
+REDIRECT = 5
 
 SETTINGS = {
     "external_addresses": ("2u4", "10.64.0.0/28"),  # a network, an address, or consecutive addresses; kept as first and count
@@ -81,7 +82,7 @@ SETTINGS = {
     "icmp_timeout_s": ("i8", 60),
     "tcp_established_s": ("i8", 7440),
     "tcp_transitory_s": ("i8", 240),
-    "inbound_refresh": ("u1", True),  # RFC 4787, REQ-6b: packets from outside keep the port for its client, too
+    "inbound_refresh": ("u1", True),  # RFC 4787, REQ-6a: packets from outside keep the port for its client, too
     "pick_up": ("u1", False),  # a TCP connection whose SYN was not seen gets a port, as with nf_conntrack_tcp_loose
 }
 SHORTEST_TIMEOUT_S, LONGEST_TIMEOUT_S = 4, 86_400
@@ -286,6 +287,10 @@ def translate(packet, mapping, env, kind, by_flow):
     """Return the verdict on a packet, translated. kind: of the records. by_flow: the other party's endpoint is in their keys."""
     if packet.protocol != TCP and packet.protocol != UDP and packet.protocol != ICMP:
         env.cause = REFUSED_BY_RULE
+        return DROP
+    if (
+        packet.icmp_error and packet.icmp_type == REDIRECT
+    ):  # it names a router of the sender's network (RFC 1122, section 3.2.2.2)
         return DROP
     if packet.arrived_from == INSIDE:
         return outbound(packet, mapping, env, kind, by_flow)

@@ -9,14 +9,16 @@ Ports, claims and time-outs are told in `_translation.py`. What is required, and
 
     RFC 4787  1 endpoint-independent mapping; 2 paired pooling (the next address when a client's own is full); 3, 3a no port
               overloading, well-known and other ports apart as long as there are any; 4 parity; 5 UDP 300 s; 6 refreshed from
-              inside, and (`inbound_refresh`) the port from outside; 8 endpoint-independent filtering; 9 hairpinning with external
-              source; 10 no ALGs; 11 deterministic; 12 ICMP ends nothing; 13, 14 are the packet path's. Not: 7
+              inside, 6a (`inbound_refresh`) the port from outside; 8 endpoint-independent filtering; 9, 9a hairpinning with
+              external source; 10 no ALGs; 11 deterministic; 12 ICMP ends nothing; 14 fragments that follow their first. Not: 7;
+              13 (nothing is fragmented, no ICMP is sent); 14 for fragments that overtake their first, which are dropped
     RFC 5382  1, 3 as above; 2 SYN both ways, simultaneous open; 4 an unwanted SYN is dropped silently; 5 time-outs 2 h 4 min and
               4 min; 7 no overloading; 8 hairpinning; 9, 10 ICMP errors are translated and end nothing
-    RFC 5508  1 queries of all kinds; 2 60 s; 4, 5 errors translated, inside and out; 6 errors refresh nothing; 7 hairpinned
-              errors (the packet loop still drops them: it turns no ICMP error); 11 other ICMP is dropped. Not: 3 (no
-              checksum is validated: they are updated, so a wrong one stays wrong), hairpinned queries (of a NAPT nobody can be
-              meant), 8 (no ICMP is sent: the ledger counts)
+    RFC 5508  1, 1a queries of all kinds; 2 60 s; 3b, 3c options in a quotation, its checksums not validated; 4, 5 errors
+              translated, inside and out; 6 errors refresh nothing; 7, 7a hairpinned errors (hairpinned queries are asked of
+              Basic NAT only); 11 other ICMP is dropped, and so are redirects: they name a router of the sender's network
+              (RFC 1122, section 3.2.2.2). Not: 3, 3a (no checksum is validated: they are updated, so a wrong one stays
+              wrong); 8, 10 (no ICMP is sent: the ledger counts)
     RFC 7857  section 2: RST leaves the mapping its transitory time-out; a RST from outside alone shortens nothing
 
 For filtering by address and port as well, put the firewall before it: chain=("firewall", "nat"). For a port for every connection
@@ -26,8 +28,9 @@ replies and fragments, which switches steer by the address, come back to the sam
 Verdicts in trouble: all ports of a client's class taken, DROP with cause ports_exhausted, and the client's next packet searches
 on, so it recovers when a port expires. Protocols other than TCP, UDP and ICMP cannot share an address: DROP, refused_by_rule.
 DROP, too, for what may not be a client's first packet (a TCP segment that is no SYN, unless `pick_up`; a later fragment; an ICMP
-error about nothing known), and from outside to a port that nobody has. State unreachable or
-table full: no packet leaves untranslated.
+error about nothing known, a redirect), and from outside to a port that nobody has. Table full or state unreachable (causes
+table_full, state_unreachable): no packet leaves untranslated, a client whose claim was made before its record keeps the port, and
+all goes on as soon as there is room or the store answers.
 """
 
 from nfs._translation import MAPPING, SETTINGS, prepare, translate

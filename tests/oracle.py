@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,19 +29,32 @@ from nfs.dataplane.headers import ACK, FIN, ICMP, INSIDE, OUTSIDE, PACKET, RST, 
 from nfs.dataplane.ledger import MALFORMED, TRUNCATED
 from nfs.firewall import CLOSING, ESTABLISHED, OPEN, RESET, SYN_RECEIVED, SYN_SENT, TIME_WAIT
 from tests.conftest import Bench, Host
-from tests.traces import ECHO, ECHO_REPLY, EXPERIMENT, GRE, ICMP_ERRORS, IPV4, SCTP, URG, Trace, checksum, ip
+from tests.traces import (
+    CONVERSATIONS,
+    ECHO,
+    ECHO_REPLY,
+    EXPERIMENT,
+    GRE,
+    ICMP_ERRORS,
+    IPV4,
+    SCTP,
+    URG,
+    Conversation,
+    Seeded,
+    Trace,
+    checksum,
+    ip,
+)
+from tests.translated import Box, Left, Translated, plainly
 from topologies.emulation import system
 
 Ends = tuple[int, ...]
-Left = tuple[int, bytes] | None
-"""(Side by which a frame left, its bytes then); None: it did not."""
-
-BATCH = 64
 MARKER_S = 5.0
 MARKER = ip(0x0A7F0001, 0x0AFF0001, EXPERIMENT, b"nearstate marker")
 GATEWAYS = {"inside": "10.127.255.254/9", "outside": "10.255.255.254/9"}
-OWN = [socket.inet_aton(address.partition("/")[0]) for address in GATEWAYS.values()]
 NEIGHBOURS = {"inside": "10.127.255.253", "outside": "10.255.255.253"}
+SILENCE = "table ip silence {\n  chain own {\n    type filter hook output priority 0; policy drop;\n  }\n}\n"
+"""No ICMP errors of the kernel's own: only what forwards is compared."""
 FIREWALL_RULES = """
 table ip nearstate {
   chain through {
@@ -50,14 +64,22 @@ table ip nearstate {
   }
 }
 """
+SYSCTLS = {
+    "netfilter/nf_conntrack_tcp_loose": "0",  # only a SYN opens a connection
+    "netfilter/nf_conntrack_tcp_be_liberal": "1",  # sequence numbers and windows are the ends' business
+    "netfilter/nf_conntrack_checksum": "0",  # and so are the transport's checksums: we never read a payload
+}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A job that a network function of ours and the kernel both do.
+    """A job that a network function of ours, or a chain of them, and the kernel both do.
 
-    nf: its name. rules: what `nft -f` gets. sysctls: what the kernel must be told to do the same job, below /proc/sys/net.
-    same: whether two frames that left, ours and the kernel's, say the same, given the one that entered. known: what may differ.
+    nf: names, joined by "+". rules: what `nft -f` gets. sysctls: what the kernel must be told to do the same job, below
+    /proc/sys/net. same: whether two frames that left, ours and the kernel's, say the same, given the one that entered.
+    known: what may differ. external: the address that both translate clients to; "": they translate nothing. independent: ours
+    gives a client's port one external port for all who talk to it; the kernel does not. strict: the share of packets that must
+    be compared without any excuse.
     """
 
     nf: str
@@ -65,6 +87,26 @@ class Subject:
     sysctls: Mapping[str, str]
     same: Callable[[bytes, bytes, bytes], bool]
     known: tuple[Known, ...]
+    kinds: Mapping[Callable[[Seeded], Conversation], int] = field(default_factory=CONVERSATIONS.copy)
+    external: str = ""
+    independent: bool = False
+    strict: float = 0.6
+
+    @property
+    def functions(self) -> list[str]:
+        return self.nf.split("+")
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Return what our functions are told."""
+        return {name: {"external_addresses": [self.external]} for name in self.functions if name.startswith("nat")}
+
+    def passages(self, trace: Trace, ours: Box, theirs: Box) -> tuple[list[Left], list[Left]]:
+        """Return for each frame of a trace whether and how it left us and the kernel, translations undone."""
+        if not self.external:
+            return plainly(ours, trace), plainly(theirs, trace)
+        external = socket.inet_aton(self.external)
+        return Translated(ours, external, self.independent, True)(trace), Translated(theirs, external, False, False)(trace)
 
 
 def datagram(frame: bytes) -> bytes:
@@ -110,29 +152,28 @@ class Kernel:
             nf.ip(f"route replace {network} via {NEIGHBOURS[interface]} dev {interface}")
         sysctls = {"ipv4/ip_forward": "1", "ipv4/conf/all/rp_filter": "0", "ipv4/conf/all/send_redirects": "0"}
         with system.network_namespace(nf.pid):
-            system.run(["nft", "-f", "-"], dict(os.environ), subject.rules)
+            system.run(["nft", "-f", "-"], dict(os.environ), SILENCE + subject.rules)
             for name, value in (sysctls | dict(subject.sysctls)).items():
                 Path("/proc/sys/net", name).write_text(value)
         macs = tuple(bytes.fromhex(mac_of(nf, interface).replace(":", "")) for interface in ("inside", "outside"))
         return cls((client.packet_socket("net"), server.packet_socket("net")), (macs[0], macs[1]))
 
-    def __call__(self, trace: Trace) -> list[Left]:
-        """Return for each frame of a trace whether and how it left.
-
-        Raises NearstateError when something else leaves, or a marker is lost.
-        """
+    def box(self, trace: Trace) -> Box:
+        """Return what takes frames of a trace. It raises NearstateError when something else leaves, or a marker is lost."""
         places: dict[bytes, list[int]] = {}
         for at, frame in enumerate(trace.frames):
             places.setdefault(identity(frame), []).append(at)
-        left: list[Left] = [None] * len(trace.frames)
-        with one_cpu(self.cpu):
-            for start in range(0, len(trace.frames), BATCH):
-                for side, frame in self._batch(trace.frames[start : start + BATCH], trace.sides[start : start + BATCH]):
-                    at_most = places.get(identity(frame))
-                    if not at_most:
-                        raise NearstateError(f"the kernel sent what is not in trace {trace.seed}: {frame.hex()}")
-                    left[at_most.pop(0)] = (side, frame)
-        return left
+
+        def take(_: Sequence[int], frames: Sequence[bytes], sides: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+            with one_cpu(self.cpu):
+                left = list(self._batch(frames, sides))
+            for side, frame in left:
+                at_most = places.get(identity(frame))
+                if not at_most:
+                    raise NearstateError(f"the kernel sent what is not in trace {trace.seed}: {frame.hex()}")
+                yield at_most.pop(0), side, frame
+
+        return take
 
     def _batch(self, given: Sequence[bytes], sides: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Send some frames; yield (side, frame) for all that came out, pieces of earlier ones that are whole now too."""
@@ -156,8 +197,7 @@ class Kernel:
                 continue
             if side == OUTSIDE and datagram(frame) == marker:
                 return
-            if frame[26:30] not in OWN:  # else an ICMP error of the kernel's own, to whoever sent the packet
-                yield frame
+            yield frame
 
 
 def mac_of(host: Host, interface: str) -> str:
@@ -355,17 +395,7 @@ KNOWN_DIFFERENCES = (
 """The firewall's, without window tracking; the first that explains a packet counts."""
 
 
-FIREWALL = Subject(
-    "firewall",
-    FIREWALL_RULES,
-    {
-        "netfilter/nf_conntrack_tcp_loose": "0",  # only a SYN opens a connection
-        "netfilter/nf_conntrack_tcp_be_liberal": "1",  # sequence numbers and windows are the ends' business
-        "netfilter/nf_conntrack_checksum": "0",  # and so are the transport's checksums: we never read a payload
-    },
-    same_datagram,
-    KNOWN_DIFFERENCES,
-)
+FIREWALL = Subject("firewall", FIREWALL_RULES, SYSCTLS, same_datagram, KNOWN_DIFFERENCES)
 
 
 @dataclass(frozen=True)
@@ -392,7 +422,7 @@ def compare(
     apart: dict[Ends, str] = {}
     found, strict = [], 0
     names = PACKET.names or ()
-    layout = declaration.load(subject.nf).state
+    layout = declaration.load(subject.functions[0]).state
     states = np.ascontiguousarray(notes["record"]).view(np.uint8)[:, : layout.itemsize].copy().view(layout)["state"].ravel()
     for number, (frame, side) in enumerate(zip(trace.frames, trace.sides, strict=True)):
         fields = dict(zip(names, notes["packet"][number].tolist(), strict=True))
@@ -428,6 +458,12 @@ def agree(subject: Subject, seen: Seen) -> bool:
     if seen.ours is None or seen.theirs is None:
         return seen.ours is seen.theirs
     return seen.ours[0] == seen.theirs[0] and subject.same(seen.frame, seen.ours[1], seen.theirs[1])
+
+
+def unaltered(subject: Subject, frame: bytes, left: Left) -> bool:
+    """Tell whether a packet that left us, its translation undone, is as it entered; garbage may leave as anything."""
+    is_packet = len(frame) >= 34 and frame[12:14] == IPV4 and header_holds(frame)
+    return left is None or not is_packet or subject.same(frame, left[1], frame)
 
 
 def completes_handshake(seen: Seen) -> bool:

@@ -8,7 +8,7 @@ frame, so that a trace is short against every time-out unless it is meant to be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from datastore.store.partitions import PARTITIONS
 from datastore.store.table import VALUE, Table, abort_record, open_record
 from nfs.dataplane import steps
 from nfs.dataplane.declaration import MAX_RECORD_BYTES
-from nfs.dataplane.engine import EPOCH, HERE, NOW_NS, OWNER, STEPS, Engine, make_engine, receive_now
+from nfs.dataplane.engine import EPOCH, HERE, NOW_NS, OWNER, Engine, make_engine, receive_now
 from nfs.dataplane.frames import FRAME_BYTES, Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
 from nfs.dataplane.keys import NONE, make_key
@@ -29,6 +29,8 @@ from nfs.dataplane.ledger import FORWARDED, RECEIVED, to_counts
 from nfs.dataplane.port import IN_FLIGHT, PENDING, TX_PRODUCER, Port
 from nfs.dataplane.steps import load_chain
 from tests.rig import SLOTS, memory_port
+from tests.traces import Trace
+from tests.translated import Box
 
 HEADROOM = 256
 """Bytes before each packet in its frame, as AF_XDP leaves them."""
@@ -90,8 +92,8 @@ def read_record(engine: Engine, words: np.ndarray, now_ns: int, seen: np.ndarray
 @jit
 def look(engine: Engine, words: np.ndarray, given: np.ndarray, length: int, side: int, seen: np.ndarray, i: int,
          now_ns: int) -> None:  # fmt: skip
-    """Note in `seen[i]` what the parser says of a frame, and its record as it is now."""
-    step = 0 if side == INSIDE else engine.control[STEPS] - 1
+    """Note in `seen[i]` what the parser says of a frame, and its record of the chain's first step as it is now."""
+    step = 0
     engine.packets[0].key_high = engine.packets[0].key_low = np.uint64(0)
     if parse(given, 0, length, side, engine.packets, 0) == 0 and engine.steps[step, steps.KEY] != NONE:
         make_key(engine.steps[step, steps.KEY], engine.steps[step, steps.KIND], engine.packets, 0)
@@ -101,14 +103,14 @@ def look(engine: Engine, words: np.ndarray, given: np.ndarray, length: int, side
 
 @jit
 def replay(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
-           given: np.ndarray, lengths: np.ndarray, sides: np.ndarray, left_by: np.ndarray, seen: np.ndarray,
+           given: np.ndarray, lengths: np.ndarray, sides: np.ndarray, left_by: np.ndarray, views: np.ndarray, seen: np.ndarray,
            now_ns: int) -> None:  # fmt: skip
     """Take `given` (uint8[n, FRAME_BYTES]) through the engine; rows and `lengths` become what left, `left_by` by which side.
 
-    seen: SEEN[n], what was known of each frame before.
+    seen: SEEN[n], what was known before of each of `views`: the frames as somebody inside has them, of the same lengths.
     """
     for i in range(lengths.size):
-        look(engine, words, given[i], lengths[i], sides[i], seen, i, now_ns + i * STEP_NS)
+        look(engine, words, views[i], lengths[i], sides[i], seen, i, now_ns + i * STEP_NS)
         at = take_frame(frames) + HEADROOM
         copy(frames.memory, at, given[i], 0, lengths[i])
         place = pass_one(engine, inside, outside, frames, words, client, at, lengths[i], sides[i], now_ns + i * STEP_NS)
@@ -120,6 +122,14 @@ def replay(engine: Engine, inside: Port, outside: Port, frames: Frames, words: n
             copy(given[i], 0, frames.memory, at, length)
             lengths[i] = length
             give_frame(frames, at)
+
+
+def rows_of(given: Sequence[bytes]) -> np.ndarray:
+    """Return frames as uint8[n, FRAME_BYTES]."""
+    rows = np.zeros((len(given), FRAME_BYTES), np.uint8)
+    for row, frame in zip(rows, given, strict=True):
+        row[: len(frame)] = np.frombuffer(frame, np.uint8)
+    return rows
 
 
 @dataclass
@@ -154,13 +164,31 @@ class Replay:
 
         `seen` has afterwards, frame by frame, what the parser said and its record as it was before.
         """
-        rows = np.zeros((len(given), FRAME_BYTES), np.uint8)
-        for row, frame in zip(rows, given, strict=True):
-            row[: len(frame)] = np.frombuffer(frame, np.uint8)
-        lengths, left_by = np.array([len(frame) for frame in given]), np.zeros(len(given), np.int64)
         self.seen = np.zeros(len(given), SEEN)
+        return self._take(given, sides, given, self.seen)
+
+    def box(self, trace: Trace) -> Box:
+        """Return what takes frames of a trace; `seen` is of the trace's frames, whatever they were translated to."""
+        self.seen = np.zeros(len(trace.frames), SEEN)
+
+        def take(numbers: Sequence[int], frames: Sequence[bytes], sides: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+            begin, end = numbers[0], numbers[-1] + 1
+            for number, left in zip(
+                numbers, self._take(frames, sides, trace.frames[begin:end], self.seen[begin:end]), strict=True
+            ):
+                if left:
+                    yield number, *left
+
+        return take
+
+    def _take(
+        self, given: Sequence[bytes], sides: Sequence[int], views: Sequence[bytes], seen: np.ndarray
+    ) -> list[tuple[int, bytes] | None]:
+        rows, lengths = rows_of(given), np.array([len(frame) for frame in given])
+        left_by = np.zeros(len(given), np.int64)
         engine, inside, outside, frames, words, client = self.parts()
-        replay(engine, inside, outside, frames, words, client, rows, lengths, np.array(sides), left_by, self.seen, self.now_ns)
+        replay(engine, inside, outside, frames, words, client, rows, lengths, np.array(sides), left_by, rows_of(views), seen,
+               self.now_ns)  # fmt: skip
         self.now_ns += len(given) * STEP_NS
         return [None if side == NOWHERE else (int(side), row[:length].tobytes())
                 for side, row, length in zip(left_by, rows, lengths, strict=True)]  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nfs.dataplane.headers import ACK, FIN, ICMP, INSIDE, OUTSIDE, PSH, RST, SYN, TCP, UDP
@@ -358,6 +358,22 @@ def fragments(dice: Seeded) -> Conversation:
     yield flow.datagram(1 - side, dice.payload())
 
 
+def hairpin(dice: Seeded) -> Conversation:
+    """Two clients that both have talked to a server talk to each other; one of them answers with an error."""
+    one, other = (Flow(client, dice.choice(dice.servers), 32768 + 2 * dice.randrange(40), 53)
+                  for client in dice.sample(dice.clients, 2))  # fmt: skip
+    yield one.datagram(INSIDE, dice.payload())
+    yield other.datagram(INSIDE, dice.payload())
+    there = Flow(one.client, other.client, one.client_port, other.client_port)
+    back = Flow(other.client, one.client, other.client_port, one.client_port)
+    for _ in range(dice.randint(1, 3)):
+        yield there.datagram(INSIDE, dice.payload())
+        if dice.chance(0.7):
+            yield back.datagram(INSIDE, dice.payload())
+        if dice.chance(0.3):
+            yield INSIDE, error_about(there.datagram(INSIDE, dice.payload()), UNREACHABLE, 3)[1]
+
+
 def options(dice: Seeded) -> Conversation:
     """IP options: padding, router alert, security, record route, time stamp, source routes, and nonsense."""
     kinds = (b"\x01\x01\x01\x00", b"\x94\x04\x00\x00", b"\x82\x0b" + bytes(9) + b"\x00", b"\x07\x07\x04" + bytes(4) + b"\x00",
@@ -419,9 +435,11 @@ CONVERSATIONS: dict[Callable[[Seeded], Conversation], int] = {
     question: 14, ping: 14, error: 70, fragments: 5, options: 6, other_protocols: 6, not_ip: 10, mutated: 50,
 }  # fmt: skip
 """Kinds of conversations, and how often each is begun."""
+TRANSLATED = CONVERSATIONS | {hairpin: 8}
+"""For what translates addresses: clients know each other by external ones."""
 
 
-def make_trace(seed: int, packets: int, kinds: dict[Callable[[Seeded], Conversation], int] | None = None) -> Trace:
+def make_trace(seed: int, packets: int, kinds: Mapping[Callable[[Seeded], Conversation], int] | None = None) -> Trace:
     """Return the trace of `packets` frames that belongs to `seed`; at most 65,535. kinds: CONVERSATIONS or some of them."""
     assert 0 < packets < 1 << 16
     chosen = kinds or CONVERSATIONS

@@ -238,6 +238,19 @@ def test_rfc4787_req12_icmp_errors_end_nothing_and_refresh_nothing(kind: str) ->
     assert {key: record.tobytes() for key, record in instance.records.items()} == records
 
 
+@pytest.mark.parametrize("name", ["nat", "nat_symmetric"])
+def test_a_redirect_crosses_no_translator(name: str) -> None:
+    """RFC 1122, section 3.2.2.2: it names a router of the receiver's own network."""
+    instance = nat(name)
+    out(instance, "udp", (CLIENT, 5000))
+    sent = instance.sent
+    assert back(instance, "udp", source_of(sent)) == (CLIENT, 5000)
+    delivered = instance.sent
+    for kind, verdict in ((5, DROP), (3, FORWARD)):
+        assert instance.outside(icmp_error(sent, kind=kind, code=1, router=ROUTER)) == verdict
+        assert instance(icmp_error(delivered, inside=True, kind=kind, code=1)) == verdict
+
+
 def test_rfc5382_req2_simultaneous_open_and_half_close() -> None:
     instance = nat()
     client = (CLIENT, 5000)

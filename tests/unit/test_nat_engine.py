@@ -78,6 +78,16 @@ def test_a_hairpin_leaves_where_it_came_from(rig: Rig) -> None:
     assert rig(udp(ONE, (EXTERNAL, 9))) == []
 
 
+def test_rfc5508_req7_an_error_about_a_hairpin_comes_back(rig: Rig) -> None:
+    ends = {client: external(rig(udp(client, (SERVER, 80)))) for client in (ONE, OTHER)}
+    question = udp(ONE, ends[OTHER])
+    ((_, delivered),) = rig(question)
+    ((side, frame),) = rig(icmp_error(delivered, inside=True, router=OTHER[0]))
+    assert side == INSIDE
+    assert frame[14:] == icmp_error(question, inside=True, router=EXTERNAL)[14:], "from the address that was asked"
+    assert checksums_hold(frame)
+
+
 def test_errors_both_ways(rig: Rig) -> None:
     rig(udp(OTHER, (SERVER, 80)))
     frame = udp(ONE, (SERVER, 80))
