@@ -285,6 +285,8 @@ def inbound(packet, mapping, env):
 @inline
 def translate(packet, mapping, env, kind, by_flow):
     """Return the verdict on a packet, translated. kind: of the records. by_flow: the other party's endpoint is in their keys."""
+    if packet.ip_version == 6:
+        return FORWARD
     if packet.protocol != TCP and packet.protocol != UDP and packet.protocol != ICMP:
         env.cause = REFUSED_BY_RULE
         return DROP

@@ -2,7 +2,9 @@
 
 TCP is followed through its handshake, close and reset (RFC 9293, section 3.3.2); UDP and ICMP echo get pseudo-connections.
 The time-outs are those of RFC 5382 (TCP), RFC 4787 (UDP) and RFC 5508 (ICMP). An ICMP error passes when the connection it
-speaks of exists; other ICMP is queries from who may open and their answers (RFC 792).
+speaks of exists; other ICMP is queries from who may open and their answers (RFC 792). IPv6 is treated alike (RFC 6092, sections
+3.2 and 3.3): ICMPv6 errors by their connection, "packet too big" among them (RFC 4890, section 4.3.1); of ICMPv6 queries the echo
+(RFC 4443); what is for the link alone, neighbour discovery above all, passes as ARP does (RFC 4890, sections 4.2 and 4.4.1).
 
 Settings: `rules`, up to 32 texts (`_rules.py`), are asked about new connections only, the first that matches decides; accept lets
 also outside open. `track_window` drops segments that are not within the windows of their connection (`_window.py`).
@@ -33,6 +35,7 @@ from nfs.dataplane import (
     FLOW,
     FORWARD,
     ICMP,
+    ICMPV6,
     INSIDE,
     OUT_OF_WINDOW,
     REFUSED_BY_RULE,
@@ -54,6 +57,7 @@ INSIDE_CLOSED, OUTSIDE_CLOSED = 1, 2
 MEANINGFUL = 1 << SYN | 1 << (SYN | ACK) | 1 << ACK | 1 << (FIN | ACK) | 1 << RST | 1 << (RST | ACK)
 QUERIES = 1 << 8 | 1 << 13 | 1 << 15 | 1 << 17  # echo, time stamp, information, address mask (RFC 792, RFC 950)
 ANSWERS = 1 << 0 | 1 << 14 | 1 << 16 | 1 << 18
+ECHO_REQUEST_6, ECHO_REPLY_6 = 128, 129  # RFC 4443, section 4
 
 UDP_S, ICMP_S, OPENING_S, ESTABLISHED_S, CLOSING_S, TIME_WAIT_S, RESET_S = 300, 60, 120, 7440, 240, 120, 10
 
@@ -78,9 +82,12 @@ def forget_windows(connection):
 @inline
 def follow(packet, connection, env, inside):
     """Follow the connection by a packet; return the verdict. inside: the packet is from the side that opened, or may open."""
-    if packet.icmp_error:
+    if packet.icmp_error or packet.fragment_offset > 0:  # a later fragment has neither flags nor type: its first one had them
         return FORWARD if connection.state != CLOSED else DROP
-    if packet.protocol == ICMP and not (QUERIES if inside else ANSWERS) >> min(int(packet.icmp_type), 31) & 1:
+    if packet.ip_version == 6:
+        if packet.protocol == ICMPV6 and packet.icmp_type != (ECHO_REQUEST_6 if inside else ECHO_REPLY_6):
+            return DROP
+    elif packet.protocol == ICMP and not (QUERIES if inside else ANSWERS) >> min(int(packet.icmp_type), 31) & 1:
         return DROP
     if packet.protocol != TCP:
         if connection.state == CLOSED and not inside:

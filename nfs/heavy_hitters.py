@@ -13,6 +13,9 @@ prefixes are opened by their counter, best first, until `k` addresses stand abov
 belongs to the first k by its estimate is missed. An address that never sent is taken for a heavy one when it meets heavy ones in
 all four rows: about 2^32 * (heavy / width)^4 of them, 0.01 for ten heavy senders and a width of 8,192.
 
+An IPv6 address is counted under 28 bits of a fingerprint, written as an address in 240.0.0.0/4, where no IPv4 host is: what `top`
+finds there is an IPv6 sender. `item_of` leads from an address there; nothing leads back.
+
 Sketches are linear: the sum of the tables of several hosts, or the difference of two moments, is one too. Try it on the host
 of a running store: python -m nfs.heavy_hitters (and --help).
 
@@ -25,7 +28,7 @@ import argparse
 import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,7 @@ from datastore.native import inline
 from datastore.native.errors import NearstateError, unknown
 from datastore.store.partitions import hashed_partition, key_high, key_low
 from nfs.dataplane import FORWARD, NONE, add, kind_of, network_function
+from nfs.dataplane.ipv6 import destination_word, named, source_word
 
 KIND = kind_of("heavy_hitters")
 ROWS, PREFIX_ROW, PREFIX_BITS = 4, 3, 16
@@ -95,13 +99,20 @@ def record_key(row: int, block: int) -> Any:
     prepare=prepare,
 )
 def heavy_hitters(packet, record, env):
-    item = np.uint64(packet.destination_address if env.of else packet.source_address)
+    item = np.uint64(destination_word(packet) if env.of else source_word(packet))
     weight = np.int64(packet.length) if env.counts else np.int64(1)
     for row in range(ROWS):
         place = np.int64(column(item >> np.uint64(PREFIX_BITS) if row == PREFIX_ROW else item, row, env.width))
         high, low = record_key(row, place >> 2)
         add(env, high, low, place & 3, weight)
     return FORWARD
+
+
+def item_of(address: str) -> IPv4Address:
+    """Return what an address of either version is counted under."""
+    found = ip_address(address)
+    high, low = np.uint64(int(found) >> 64), np.uint64(int(found) & (1 << 64) - 1)
+    return IPv4Address(int(named(found.version, high, low)))
 
 
 def snapshot(read: Callable[[int, int], np.ndarray], width: int) -> np.ndarray:
@@ -151,6 +162,15 @@ def top(counters: np.ndarray, k: int) -> list[tuple[IPv4Address, int]]:
     return [(IPv4Address(-address), estimate) for estimate, address in sorted(best, reverse=True)]
 
 
+def asked(counters: np.ndarray, address: str) -> list[tuple[IPv4Address, int]]:
+    """Return what one address is counted under, and its estimate. Raises NearstateError for what is no address."""
+    try:
+        item = item_of(address)
+    except ValueError:
+        raise NearstateError(f"--of {address!r}: give an address of IPv4 or IPv6, as 10.0.1.7 or fd00::a00:1") from None
+    return [(item, int(estimates(counters, np.array([int(item)], np.uint64))[0]))]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the heaviest senders that the stores on this host have counted."""
     from datastore.__main__ import tables
@@ -158,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nfs.heavy_hitters", description=main.__doc__)
     parser.add_argument("-k", type=int, default=10, help="how many (default: %(default)s)")
     parser.add_argument("--width", type=int, default=8192, help="the network function's setting (default: %(default)s)")
+    parser.add_argument("--of", metavar="ADDRESS", help="one address, of IPv4 or IPv6, instead of the heaviest")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help="names of tables (default: all on this host)")
     chosen = parser.parse_args(arguments)
     found = [table for table in tables() if not chosen.tables or table.name in chosen.tables]
@@ -165,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = int(counters[0].sum())
     error = math.e / chosen.width * total
     print(f"{total:,} counted in {len(found)} tables; 95 in 100 estimates are at most {error:,.0f} too high")
-    for address, estimate in top(counters, chosen.k):
-        print(f"{address!s:>15}  {estimate:>15,}  {estimate / total:6.2%}")
+    for address, estimate in asked(counters, chosen.of) if chosen.of else top(counters, chosen.k):
+        print(f"{address!s:>15}  {estimate:>15,}  {estimate / max(total, 1):6.2%}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ For filtering by address and port as well, put the firewall before it: chain=("f
 see `nat_symmetric`. The defaults give 16 addresses to all clients; a client's is the one with its low four bits, so that echo
 replies and fragments, which switches steer by the address, come back to the same one of two, four, eight or 16 instances.
 
+IPv6 is not translated and keeps no state: it passes both ways as it is, as on a dual-stack router that does NAT (RFC 7084), or
+past nftables' masquerading of IPv4. Its addresses do not run short, and what NAT seems to protect the state of a firewall does
+(RFC 4864, sections 2.2 and 4.2): chain=("firewall", "nat") filters both.
+
 Verdicts in trouble: all ports of a client's class taken, DROP with cause ports_exhausted, and the client's next packet searches
 on, so it recovers when a port expires. Protocols other than TCP, UDP and ICMP cannot share an address: DROP, refused_by_rule.
 DROP, too, for what may not be a client's first packet (a TCP segment that is no SYN, unless `pick_up`; a later fragment; an ICMP

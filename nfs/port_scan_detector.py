@@ -23,6 +23,8 @@ A scanner is blocked for `block_s` (all it sends, and the answers to it; cause b
 counted: word 0 of the shared counter (key FLAGGED_HIGH, FLAGGED_LOW) counts scanners found, word 1 the packets
 of theirs since, in both cases.
 
+An IPv6 source is one address, its services named by a hash of theirs; who has a network of addresses can scan from each.
+
 Verdicts in trouble: what carries no TCP is never an attempt and passes unless its sender is blocked. Whoever can send with
 somebody else's address can have it blocked: against an outside that can, watch "inside" or mark.
 """
@@ -49,6 +51,7 @@ from nfs.dataplane import (
     network_function,
     record,  # fmt: skip
 )
+from nfs.dataplane.ipv6 import destination_word, source_word
 
 WALK = record(contacted="u8", pending="u8", since="u8", successes="u2", failures="u2", contacts="u1", scanner="u1")
 """pending: four 16-bit names of services whose answer is awaited, 0 none; since: for each, when, in ticks of 2^26 ns (67 ms)."""
@@ -191,9 +194,9 @@ def port_scan_detector(packet, walk, env):
     if not opens and walk.pending == np.uint64(0):
         return FORWARD
     tick = env.now_ns >> TICK_BITS & TICKS
-    other, port = packet.destination_address, packet.destination_port
+    other, port = destination_word(packet), packet.destination_port
     if answer:
-        other, port = packet.source_address, packet.source_port
+        other, port = source_word(packet), packet.source_port
     name = np.int64(name_of(other, port if env.contacts else 0))
     outcomes = walk.successes + walk.failures
     settle(walk, env, tick, name & TICKS if answer else -1, flags & (SYN | RST) == SYN)

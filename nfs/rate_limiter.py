@@ -9,7 +9,8 @@ per second times nanoseconds is a whole number of these, and nothing is ever rou
     a packet of size B passes iff owed + B <= burst, and then owes B more; a packet that is dropped owes nothing
 
 So in any time t at most burst + rate * t passes, and traffic within that is never dropped. Senders are counted by address, on
-whichever side they are (`limits`). The record is forgotten when its bucket is full again.
+whichever side they are (`limits`); each IPv6 address for itself, of which one sender may have many. The record is forgotten when
+its bucket is full again.
 
 A clock that stands still or goes back by less than a second (another instance read its own a little later) pays nothing back
 twice. One that goes back further is another clock: the bucket goes on from it as it was.

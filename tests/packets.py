@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,29 @@ from scapy.layers.inet import (  # noqa: E402
     UDPerror,
     fragment,
 )
-from scapy.layers.inet6 import ICMPv6ND_NS, IPv6  # noqa: E402
+from scapy.layers.inet6 import (  # noqa: E402
+    ICMPv6DestUnreach,
+    ICMPv6EchoReply,
+    ICMPv6EchoRequest,
+    ICMPv6MLReport2,
+    ICMPv6ND_NA,
+    ICMPv6ND_NS,
+    ICMPv6ND_RA,
+    ICMPv6ND_Redirect,
+    ICMPv6NIQueryName,
+    ICMPv6PacketTooBig,
+    ICMPv6ParamProblem,
+    ICMPv6TimeExceeded,
+    IPerror6,
+    IPv6,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    IPv6ExtHdrHopByHop,
+    IPv6ExtHdrRouting,
+    RouterAlert,
+    fragment6,
+)
+from scapy.layers.ipsec import AH  # noqa: E402
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether  # noqa: E402
 from scapy.packet import Packet  # noqa: E402
 
@@ -35,6 +58,7 @@ from nfs.dataplane.rewrite import write_back  # noqa: E402
 from nfs.dataplane.settings import remember  # noqa: E402
 
 CLIENT, SERVER = "10.0.1.7", "10.128.0.1"
+CLIENT_6, SERVER_6 = "fd00::a00:107", "fd00::a80:1"
 CLIENT_PORT, SERVER_PORT = 40002, 80
 ICMP_ERRORS = (3, 4, 5, 11, 12)
 
@@ -77,6 +101,81 @@ def icmp_error(about: bytes, inside: bool = False, kind: int = 3, code: int = 4,
     return bytes(header / ICMP(type=kind, code=code) / bytes(quoted)[: quoted.ihl * 4 + 8])
 
 
+def outward6(**ip: Any) -> Any:
+    """Return Ethernet and IPv6 headers of a packet from the client to the server."""
+    return ethernet() / IPv6(src=CLIENT_6, dst=SERVER_6, **ip)
+
+
+def inward6(**ip: Any) -> Any:
+    """Return Ethernet and IPv6 headers of a packet from the server to the client."""
+    return ethernet() / IPv6(src=SERVER_6, dst=CLIENT_6, **ip)
+
+
+def tcp6(flags: str, inside: bool = True, payload: bytes = b"", client_port: int = CLIENT_PORT) -> bytes:
+    """`tcp` by IPv6."""
+    ports = (client_port, SERVER_PORT) if inside else (SERVER_PORT, client_port)
+    return bytes((outward6() if inside else inward6()) / TCP(sport=ports[0], dport=ports[1], flags=flags) / payload)
+
+
+def udp6(inside: bool = True, payload: bytes = b"question", client_port: int = CLIENT_PORT, server_port: int = 53) -> bytes:
+    ports = (client_port, server_port) if inside else (server_port, client_port)
+    return bytes((outward6() if inside else inward6()) / UDP(sport=ports[0], dport=ports[1]) / payload)
+
+
+def echo6(inside: bool = True, identifier: int = 77) -> bytes:
+    return bytes(outward6() / ICMPv6EchoRequest(id=identifier) if inside else inward6() / ICMPv6EchoReply(id=identifier))
+
+
+def icmp6_error(about: bytes, error: Any = None, router: str | None = None) -> bytes:
+    """Return an ICMPv6 error (default: packet too big), from the other side than `about` went, that quotes it whole."""
+    quoted = Ether(about)[IPv6]
+    return bytes(ethernet() / IPv6(src=router or quoted.dst, dst=quoted.src) / (error or ICMPv6PacketTooBig()) / quoted)
+
+
+def fragments6(upper: Any, extension: Any = None, size: int = 1280) -> list[bytes]:
+    """Return the fragments of a packet from the client to the server with this transport header and payload."""
+    header = IPv6ExtHdrFragment(id=0x12345678)
+    whole = IPv6(src=CLIENT_6, dst=SERVER_6) / header / (extension / upper if extension is not None else upper)
+    return [bytes(ethernet() / part) for part in fragment6(whole, size)]
+
+
+def well_formed_ipv6() -> dict[str, bytes]:
+    """Return one frame of every kind of IPv6 that the parser knows, by name."""
+    hop, routing, options = (
+        IPv6ExtHdrHopByHop(options=[RouterAlert()]),
+        IPv6ExtHdrRouting(addresses=["2001:db8::9"]),
+        IPv6ExtHdrDestOpt,
+    )
+    syn = TCP(sport=CLIENT_PORT, dport=443, flags="S", seq=2**32 - 1, options=[("MSS", 1440), ("WScale", 9)])
+    parts = fragments6(UDP(sport=CLIENT_PORT, dport=4789) / bytes(3000))
+    hidden = fragments6(UDP(sport=CLIENT_PORT, dport=4789) / bytes(3000), options())
+    quoted = IPv6(src=CLIENT_6, dst=SERVER_6) / options() / UDP(sport=CLIENT_PORT, dport=53) / b"question"
+    kinds: dict[str, bytes | Packet] = {
+        "tcp": outward6(hlim=3, tc=8, fl=77) / syn, "udp": outward6() / UDP(sport=53, dport=5353) / b"answer",
+        "udp padded": udp6(payload=b"") + bytes(6), "echo": echo6(), "echo reply": echo6(inside=False),
+        "other addresses": ethernet() / IPv6(src="2001:db8:1:2:3:4:5:6", dst="ff0e:8:7:6:5:4:3:2") / UDP(sport=1, dport=2),
+        "vlans": ethernet() / Dot1AD(vlan=5) / Dot1Q(vlan=6) / IPv6(src=CLIENT_6, dst=SERVER_6) / TCP(sport=5, dport=6),
+        "extensions": outward6() / hop / options() / routing / options() / TCP(sport=8, dport=9, flags="S") / b"x",
+        "authenticated": outward6() / AH(nh=17, payloadlen=4, spi=5, icv=bytes(12)) / UDP(sport=8, dport=9) / b"xy",
+        "atomic fragment": outward6() / IPv6ExtHdrFragment(id=9) / TCP(sport=8, dport=9, flags="S"),
+        "first fragment": parts[0], "later fragment": parts[1], "last fragment": parts[-1],
+        "first fragment with options": hidden[0], "last fragment with options": hidden[-1],
+        "esp": outward6(nh=50) / bytes(24), "mobility": outward6(nh=135) / bytes(16), "no next header": outward6(nh=59),
+        "icmp of the other version": outward6(nh=1) / ICMP(), "node information": outward6() / ICMPv6NIQueryName(data="x"),
+        "too big": icmp6_error(tcp6("A")), "unreachable": icmp6_error(udp6(), ICMPv6DestUnreach(code=4)),
+        "time exceeded": icmp6_error(echo6(), ICMPv6TimeExceeded(), "2001:db8::1"),
+        "parameter problem": inward6() / ICMPv6ParamProblem() / quoted,
+        "error quoting a first fragment": icmp6_error(parts[0][: 14 + 40 + 8 + 64]),
+        "error quoting a later fragment": icmp6_error(parts[1][: 14 + 40 + 8 + 64]),
+        "error quoting esp": icmp6_error(bytes(outward6(nh=50) / bytes(24))),
+        "solicitation": ethernet() / IPv6() / ICMPv6ND_NS(tgt="fe80::1"), "advertisement": outward6() / ICMPv6ND_NA(tgt=CLIENT_6),
+        "router": outward6() / ICMPv6ND_RA(), "redirect": outward6() / ICMPv6ND_Redirect(),
+        "listener": outward6(hlim=1) / hop / ICMPv6MLReport2(),
+        "solicitation from afar": ethernet() / IPv6(hlim=64) / ICMPv6ND_NS(tgt="fe80::1"),
+    }  # fmt: skip
+    return {f"ipv6 {name}": bytes(kind) for name, kind in kinds.items()}
+
+
 def well_formed() -> dict[str, bytes]:
     """Return one frame of every kind the parser knows, by name."""
     options = [IPOption_Router_Alert(), IPOption_Timestamp()]
@@ -105,11 +204,9 @@ def well_formed() -> dict[str, bytes]:
         "udp first fragment": fragments[0], "udp later fragment": fragments[1],
         "tcp first fragment": ethernet() / tcp_fragments[0], "tcp last fragment": ethernet() / tcp_fragments[-1],
         "sctp": outward(proto=132) / bytes(16), "gre": outward(proto=47) / bytes(24), "no payload": outward(proto=59),
-        "ipv6": ethernet() / IPv6(src="2001:db8::1", dst="2001:db8::2") / TCP(sport=1, dport=2),
-        "ipv6 neighbour": ethernet() / IPv6() / ICMPv6ND_NS(tgt="fe80::1"),
         "arp": ethernet() / ARP(pdst=SERVER), "lldp": Ether(type=0x88CC) / bytes(46),
     }  # fmt: skip
-    return {name: bytes(kind) for name, kind in kinds.items()}
+    return {name: bytes(kind) for name, kind in kinds.items()} | well_formed_ipv6()
 
 
 def parsed(frame: bytes, arrived_from: int = INSIDE, before: bytes = b"") -> np.ndarray:
@@ -125,7 +222,7 @@ def _transport(packet: Packet, fields: dict[str, int], names: tuple[Any, Any, An
     for layer in (tcp_layer, udp_layer):
         if layer in packet:
             fields |= {"source_port": packet[layer].sport, "destination_port": packet[layer].dport, "has_ports": 1}
-    if icmp_layer in packet:
+    if icmp_layer and icmp_layer in packet:
         identifier = packet[icmp_layer].fields.get("id", 0) or 0
         fields |= {"source_port": identifier, "destination_port": identifier}
 
@@ -134,12 +231,14 @@ def expected(frame: bytes, arrived_from: int = INSIDE) -> dict[str, int]:
     """Return what scapy says of a frame of `well_formed`, in the parser's field names."""
     packet = Ether(frame)
     fields = dict.fromkeys(headers.PACKET.names, 0) | {"length": len(frame), "arrived_from": arrived_from}
+    if IPv6 in packet:
+        return fields | _expected_ipv6(packet[IPv6], len(frame) - len(packet[IPv6].original))
     if IP not in packet:
         return fields | {"status": headers.NOT_IP}
     ip = packet[IP]
     network = len(frame) - len(ip.original)
-    fields |= {"network_offset": network, "transport_offset": network + ip.ihl * 4, "time_to_live": ip.ttl, "protocol": ip.proto,
-               "source_address": _address(ip.src), "destination_address": _address(ip.dst)}  # fmt: skip
+    fields |= {"ip_version": 4, "network_offset": network, "transport_offset": network + ip.ihl * 4, "time_to_live": ip.ttl,
+               "protocol": ip.proto, "source_address": _address(ip.src), "destination_address": _address(ip.dst)}  # fmt: skip
     if ip.frag:
         return fields | {"status": headers.FRAGMENT, "fragment_offset": ip.frag * 8}
     size = ip.len - ip.ihl * 4
@@ -162,6 +261,80 @@ def expected(frame: bytes, arrived_from: int = INSIDE) -> dict[str, int]:
     else:
         _transport(packet, fields, (TCP, UDP, ICMP))
     return fields
+
+
+EXTENSIONS = (IPv6ExtHdrHopByHop, IPv6ExtHdrDestOpt, IPv6ExtHdrRouting, IPv6ExtHdrFragment, AH)
+ERRORS_6 = (1, 2, 3, 4)
+LINK_CONTROL_6 = (*range(133, 138), 143)
+
+
+def _behind_extensions(ip: Any) -> tuple[Any, int, Any]:
+    """Return what follows the extension headers, its protocol, and the fragment header of a fragment or None."""
+    layer, protocol, found = ip.payload, ip.nh, None
+    while isinstance(layer, EXTENSIONS):
+        protocol = layer.nh
+        if isinstance(layer, IPv6ExtHdrFragment) and (layer.offset or layer.m):
+            found = layer
+            if layer.offset:
+                return layer.payload, protocol, found
+        authenticated, layer = isinstance(layer, AH), layer.payload
+        if authenticated and protocol == 17:  # scapy looks no further
+            layer = UDP(layer.original)
+    return layer, protocol, found
+
+
+def _addresses6(source: str, destination: str) -> dict[str, int]:
+    fields = {}
+    for end, address in (("source", int(IPv6Address(source))), ("destination", int(IPv6Address(destination)))):
+        fields[f"{end}_high"], fields[f"{end}_middle"] = address >> 64, address >> 32 & 0xFFFFFFFF
+        fields[f"{end}_address"] = address & 0xFFFFFFFF
+    return fields
+
+
+def _expected_ipv6(ip: Any, network: int) -> dict[str, int]:
+    layer, protocol, header = _behind_extensions(ip)
+    end = network + 40 + ip.plen
+    fields = {"ip_version": 6, "network_offset": network, "time_to_live": ip.hlim, "protocol": protocol,
+              "transport_offset": end - len(layer.original), **_addresses6(ip.src, ip.dst)}  # fmt: skip
+    size = len(layer.original)
+    if header is not None:
+        fields |= {"fragment_offset": header.offset * 8, "fragment_header": end - len(header.original)}
+        if header.offset:
+            return fields | {"status": headers.FRAGMENT}
+    if TCP in layer:
+        segment = layer[TCP]
+        fields |= {"tcp_flags": int(segment.flags) & 0x3F, "tcp_sequence": segment.seq, "tcp_acknowledgment": segment.ack,
+                   "tcp_window": segment.window, "tcp_window_scale": _window_scale(segment)}  # fmt: skip
+        size -= segment.dataofs * 4
+    elif UDP in layer:
+        size = min(layer[UDP].len, size) - 8
+    elif protocol == 58:
+        size -= 8
+        fields |= {"icmp_type": layer.type, "icmp_code": layer.original[1]}
+        fields |= _expected_icmpv6(layer, ip)
+    fields["payload_bytes"] = size
+    if protocol != 58:
+        _transport(layer, fields, (TCP, UDP, None))
+    return fields
+
+
+def _expected_icmpv6(layer: Any, ip: Any) -> dict[str, int]:
+    """Return what differs from a packet without ports."""
+    if layer.type in ERRORS_6:
+        quoted = layer[IPerror6]
+        inner, protocol, header = _behind_extensions(quoted)
+        if header is not None and header.offset:
+            return {"status": headers.FRAGMENT}
+        fields = {"icmp_error": 1, "protocol": protocol, **_addresses6(quoted.dst, quoted.src)}
+        _transport(inner, fields, (TCPerror, UDPerror, None))
+        ports = fields.get("source_port", 0), fields.get("destination_port", 0)
+        if isinstance(inner, (ICMPv6EchoRequest, ICMPv6EchoReply)):
+            ports = inner.id, inner.id
+        return fields | {"source_port": ports[1], "destination_port": ports[0]}
+    if layer.type in LINK_CONTROL_6 and ip.hlim == (1 if layer.type == 143 else 255):
+        return {"status": headers.NOT_IP}
+    identifier = layer.id if layer.type in (128, 129) else 0
+    return {"source_port": identifier, "destination_port": identifier}
 
 
 def _window_scale(segment: Any) -> int:

@@ -4,7 +4,7 @@ A partition is the unit of placement, steering and movement (DESIGN, section 6).
 bits the switches steer by, alike in both directions, so that a packet and its state meet on one host:
 
     TCP, UDP      bits 1 to 8 of the client's port; bit 0 is left out, since Linux hands out even ports first
-    all others    the low byte of the client's IPv4 address (ICMP, other protocols, fragments without ports)
+    all others    the low byte of the client's address (ICMP, other protocols, fragments without ports)
 
 The client is the inside party. Keys that are no flows are spread by a hash that is the same on every host.
 """
@@ -21,11 +21,15 @@ import numpy as np
 
 from datastore.native import inline, jit
 from datastore.native.errors import NearstateError, unknown
+from datastore.native.siphash import siphash
 
 PARTITIONS = 256
 PORT_MASK = 0x1FE
 PARTITION_BITS = np.uint64(0xFFFF)
 """The part of a key's low word that names its partition."""
+
+FINGERPRINT = 41
+"""As the protocol of a key (it is IPv6's own number, RFC 2473): the rest is a fingerprint."""
 
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
@@ -63,9 +67,19 @@ def key_low(client_port: int, server_port: int, protocol: int, kind: int, partit
     return ports | np.uint64(protocol) << np.uint64(24) | np.uint64(kind) << np.uint64(16) | np.uint64(partition)
 
 
+@inline
+def fingerprint_key(client_high: int, client_low: int, server_high: int, server_low: int, ports: int, kind: int) -> Any:
+    """Return (high, low) of the key of what does not fit one, without its partition; all but `kind` are uint64.
+
+    96 bits of a fingerprint; the others are as in `key_low`. ports: all else that the key depends on.
+    """
+    high, low = siphash(client_high, client_low, server_high, server_low, ports)
+    return high, low & np.uint64(0xFFFFFFFF00000000) | np.uint64(FINGERPRINT << 24) | np.uint64(kind) << np.uint64(16)
+
+
 @dataclass(frozen=True)
 class FlowKey:
-    """A 16-byte key taken apart, for people to read."""
+    """A 16-byte key taken apart, for people to read; of IPv6 it has nothing but a fingerprint in place of addresses and ports."""
 
     client: IPv4Address
     client_port: int
@@ -85,6 +99,9 @@ class FlowKey:
         )  # fmt: skip
 
     def __str__(self) -> str:
+        if self.protocol == FINGERPRINT:
+            words = int(self.client), int(self.server), self.client_port << 16 | self.server_port
+            return "ipv6 " + "".join(f"{word:08x}" for word in words)
         protocol = {1: "icmp", 6: "tcp", 17: "udp"}.get(self.protocol, f"protocol {self.protocol}")
         return f"{protocol} {self.client}:{self.client_port} -> {self.server}:{self.server_port}"
 

@@ -1,7 +1,8 @@
 """What a frame says of itself: the parser from bytes to the fields network functions see.
 
-Reads Ethernet II with up to two VLAN tags (IEEE 802.1Q), IPv4 (RFC 791), TCP (RFC 9293), UDP (RFC 768) and ICMP (RFC 792,
-where an error is followed to the flow it speaks of). Nothing is read beyond the frame's length, whatever its headers claim.
+Reads Ethernet II with up to two VLAN tags (IEEE 802.1Q), IPv4 (RFC 791), IPv6 and its extension headers (RFC 8200, `ipv6.py`),
+TCP (RFC 9293), UDP (RFC 768), ICMP (RFC 792) and ICMPv6 (RFC 4443); an ICMP error is followed to the flow it speaks of. Nothing
+is read beyond the frame's length, whatever its headers claim.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import numpy as np
 
 from datastore.native import INTERPRETED, inline, jit
 from datastore.native.memory import network16, network32
+from nfs.dataplane import ipv6
 from nfs.dataplane.ledger import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED
 
 INSIDE, OUTSIDE = 0, 1
-ICMP, TCP, UDP = 1, 6, 17
+ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 MAX_FRAME_BYTES = 1522
 """Ethernet header, one VLAN tag and 1,500 bytes, with 4 bytes to spare for a second tag."""
@@ -26,7 +28,7 @@ _FIELDS = (
     ("key_low", "u8"),
     ("next_hop", "u8"),  # destination MAC address for the frame to leave with; 0: the one it has
     ("length", "u4"),  # bytes of the whole frame, without the frame check sequence
-    ("source_address", "u4"),
+    ("source_address", "u4"),  # of IPv6 the low 32 bits
     ("destination_address", "u4"),
     ("tcp_sequence", "u4"),
     ("tcp_acknowledgment", "u4"),
@@ -49,6 +51,13 @@ _FIELDS = (
     ("has_ports", "u1"),
     ("tcp_window_scale", "u1"),  # of a SYN: 1 + the shift count (RFC 7323, section 2.2); 0: it has no such option
     ("verdict", "u1"),  # the engine's: what the NF said, while the packet waits for its state to be committed
+    ("ip_version", "u1"),  # 4 or 6; 0: neither
+    # of IPv6, zero else; behind the others, so that a packet of IPv4 stays on the cache lines it had
+    ("source_high", "u8"),  # bits 127 to 64 of the address
+    ("destination_high", "u8"),
+    ("source_middle", "u4"),  # bits 63 to 32
+    ("destination_middle", "u4"),
+    ("fragment_header", "u2"),  # bytes from the frame's start to the fragment header of a fragment; 0: it is none
 )
 PACKET = np.dtype([(name, kind) for name, kind in _FIELDS], align=True)
 """One packet's fields, in host byte order; what a network function gets as `packet`."""
@@ -76,8 +85,8 @@ def _is_icmp_query(kind: int) -> bool:
 def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: np.ndarray, index: int) -> int:
     """Fill `packets[index]` from the `length` bytes at byte `at` of `memory` (uint8); return its status.
 
-    Status 0: an IPv4 packet whose flow is known. Else the ledger's cause: NOT_IP, FRAGMENT (a later one: addresses are
-    set, ports are not), TRUNCATED, OVERSIZED or MALFORMED.
+    Status 0: an IPv4 or IPv6 packet whose flow is known. Else the ledger's cause: NOT_IP (also ICMPv6 that is for the link alone,
+    see `ipv6.is_link_control`), FRAGMENT (a later one: addresses are set, ports are not), TRUNCATED, OVERSIZED or MALFORMED.
     """
     packet = packets[index]
     packet.frame = at
@@ -89,12 +98,16 @@ def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: 
     packet.protocol = packet.fragment_offset = packet.payload_bytes = packet.time_to_live = 0
     packet.network_offset = packet.transport_offset = packet.next_hop = 0
     packet.tcp_sequence = packet.tcp_acknowledgment = packet.tcp_window = packet.tcp_window_scale = 0
+    if packet.ip_version == 6:  # of the packet that was here before
+        packet.source_high = packet.destination_high = packet.source_middle = packet.destination_middle = 0
+        packet.fragment_header = 0
+    packet.ip_version = 0
     status = _parse_ethernet(memory, at, length, packets, index)
     packet.status = status
     return status
 
 
-@jit
+@inline
 def _parse_ethernet(memory: np.ndarray, at: int, length: int, packets: np.ndarray, index: int) -> int:
     if length < 14:
         return TRUNCATED
@@ -109,12 +122,14 @@ def _parse_ethernet(memory: np.ndarray, at: int, length: int, packets: np.ndarra
             return TRUNCATED
         kind = np.int64(network16(memory, at + offset + 2))
         offset += 4
-    if kind != 0x0800:
-        return NOT_IP
-    return _parse_ipv4(memory, at, length, offset, packets, index)
+    if kind == 0x0800:
+        return _parse_ipv4(memory, at, length, offset, packets, index)
+    if kind == 0x86DD:
+        return _parse_ipv6(memory, at, length, offset, packets, index)
+    return NOT_IP
 
 
-@jit
+@inline
 def _parse_ipv4(memory: np.ndarray, at: int, length: int, offset: int, packets: np.ndarray, index: int) -> int:
     if length < offset + 20:
         return TRUNCATED
@@ -126,6 +141,7 @@ def _parse_ipv4(memory: np.ndarray, at: int, length: int, offset: int, packets: 
     if length < offset + total_bytes:
         return TRUNCATED
     packet = packets[index]
+    packet.ip_version = 4
     packet.network_offset = offset
     packet.transport_offset = offset + header_bytes
     packet.time_to_live = memory[ip + 8]
@@ -138,6 +154,47 @@ def _parse_ipv4(memory: np.ndarray, at: int, length: int, offset: int, packets: 
         return FRAGMENT
     more_fragments = fragment & 0x2000 != 0
     return _parse_transport(memory, ip + header_bytes, total_bytes - header_bytes, more_fragments, packets, index)
+
+
+@jit
+def _parse_ipv6(memory: np.ndarray, at: int, length: int, offset: int, packets: np.ndarray, index: int) -> int:
+    if length < offset + ipv6.HEADER_BYTES:
+        return TRUNCATED
+    ip = at + offset
+    if memory[ip] >> np.uint8(4) != 6:
+        return MALFORMED
+    end = ip + ipv6.HEADER_BYTES + np.int64(network16(memory, ip + 4))
+    if at + length < end:
+        return TRUNCATED
+    status, protocol, transport, fragment = ipv6.skip_extensions(memory, ip + ipv6.HEADER_BYTES, end, memory[ip + 6])
+    packet = packets[index]
+    packet.ip_version = 6
+    packet.network_offset = offset
+    packet.transport_offset = transport - at
+    packet.time_to_live = memory[ip + 7]
+    packet.protocol = protocol
+    _put_addresses(memory, ip + 8, ip + 24, packets, index)
+    more_fragments = False
+    if fragment:
+        packet.fragment_header = fragment - at
+        word = np.int64(network16(memory, fragment + 2))
+        packet.fragment_offset = word & ipv6.OFFSET_BYTES
+        more_fragments = word & ipv6.MORE_FRAGMENTS != 0
+    if status:
+        return status
+    return _parse_transport(memory, transport, end - transport, more_fragments, packets, index)
+
+
+@jit
+def _put_addresses(memory: np.ndarray, source: int, destination: int, packets: np.ndarray, index: int) -> None:
+    """Set the addresses of `packets[index]` to the IPv6 ones at bytes `source` and `destination`."""
+    packet = packets[index]
+    packet.source_high = ipv6.network64(memory, source)
+    packet.source_middle = network32(memory, source + 8)
+    packet.source_address = network32(memory, source + 12)
+    packet.destination_high = ipv6.network64(memory, destination)
+    packet.destination_middle = network32(memory, destination + 8)
+    packet.destination_address = network32(memory, destination + 12)
 
 
 @jit
@@ -156,7 +213,7 @@ def _window_scale(memory: np.ndarray, at: int, end: int) -> Any:
     return 0
 
 
-@jit
+@inline
 def _parse_transport(memory: np.ndarray, at: int, size: int, more: bool, packets: np.ndarray, index: int) -> int:
     """Parse `size` bytes of transport header and payload at byte `at`; `more`: a first fragment, so lengths may not match."""
     packet = packets[index]
@@ -182,8 +239,10 @@ def _parse_transport(memory: np.ndarray, at: int, size: int, more: bool, packets
         if datagram < 8 or (datagram > size and not more):
             return MALFORMED
         packet.payload_bytes = min(datagram, size) - 8
-    elif packet.protocol == ICMP:
+    elif packet.protocol == ICMP and packet.ip_version == 4:
         return _parse_icmp(memory, at, size, packets, index)
+    elif packet.protocol == ICMPV6 and packet.ip_version == 6:
+        return _parse_icmpv6(memory, at, size, packets, index)
     else:
         packet.payload_bytes = size
         return 0
@@ -230,5 +289,48 @@ def _parse_icmp(memory: np.ndarray, at: int, size: int, packets: np.ndarray, ind
         packet.destination_port = network16(memory, ports)
         packet.has_ports = 1
     elif packet.protocol == ICMP:
+        packet.source_port = packet.destination_port = network16(memory, ports + 4)
+    return 0
+
+
+@jit
+def _parse_icmpv6(memory: np.ndarray, at: int, size: int, packets: np.ndarray, index: int) -> int:
+    """As `_parse_icmp`, by RFC 4443; what is for the link alone is NOT_IP, unless in fragments (RFC 6980)."""
+    if size < 8:
+        return TRUNCATED
+    packet = packets[index]
+    kind = np.int64(memory[at])
+    packet.icmp_type = kind
+    packet.icmp_code = memory[at + 1]
+    packet.payload_bytes = size - 8
+    if ipv6.is_link_control(kind, np.int64(packet.time_to_live)) and packet.fragment_header == 0:
+        return NOT_IP
+    if not ipv6.is_error(kind):
+        if ipv6.is_echo(kind):
+            packet.source_port = packet.destination_port = network16(memory, at + 4)
+        return 0
+    quoted, end = at + 8, at + size
+    if size < 8 + ipv6.HEADER_BYTES or memory[quoted] >> np.uint8(4) != 6:
+        return MALFORMED
+    status, protocol, ports, _ = ipv6.skip_extensions(memory, quoted + ipv6.HEADER_BYTES, end, memory[quoted + 6])
+    if status:
+        return status
+    if end < ports + 8:
+        return TRUNCATED
+    # RFC 4443: an error goes to whom the quoted packet is from (section 2.2) and is about no error (section 2.4, e.1)
+    astray = ipv6.network64(memory, quoted + 8) != packet.destination_high
+    astray = astray or network32(memory, quoted + 16) != packet.destination_middle
+    if astray or network32(memory, quoted + 20) != packet.destination_address:
+        return MALFORMED
+    if protocol == ICMPV6 and memory[ports] < 128:
+        return MALFORMED
+    _put_addresses(memory, quoted + 24, quoted + 8, packets, index)  # it went the other way
+    packet.icmp_error = 1
+    packet.protocol = protocol
+    if protocol in (TCP, UDP):
+        packet.source_port = network16(memory, ports + 2)
+        packet.destination_port = network16(memory, ports)
+        packet.has_ports = 1
+    elif protocol == ICMPV6 and ipv6.is_echo(np.int64(memory[ports])):
         packet.source_port = packet.destination_port = network16(memory, ports + 4)
     return 0

@@ -17,7 +17,7 @@ CAUSES = (
     "truncated",  # shorter than its own headers say
     "oversized",  # longer than a frame of the network
     "malformed",  # header fields that contradict each other
-    "not_ip",  # ARP, LLDP, IPv6 ...: no flow that the NF tracks
+    "not_ip",  # ARP, LLDP, IPv6's neighbour discovery ...: no flow that the NF tracks
     "fragment",  # a later fragment: no ports, so no flow
     "table_full",
     "state_unreachable",  # the host with the packet's state does not answer

@@ -2,7 +2,7 @@
 
 A function sets `packet.source_address`, `source_port`, `destination_address`, `destination_port` or `next_hop`; `write_back`
 compares them with the frame and changes what differs. Checksums are updated, not computed (RFC 1624, equation 3), so a
-checksum that was wrong stays wrong, and a payload is never read.
+checksum that was wrong stays wrong, and a payload is never read. Of an IPv6 frame only the next hop is changed.
 
 An ICMP error has the addresses and ports of the flow it speaks of, seen from the side it came from: its source is the quoted
 packet's destination. Changing them changes the quotation and the error's own header (RFC 5508, section 4.2):
@@ -71,6 +71,8 @@ def write_back(memory: np.ndarray, packets: np.ndarray, index: int) -> None:
         put_network16(memory, packet.frame, np.int64(packet.next_hop >> np.uint64(32)))
         put_network16(memory, packet.frame + 2, np.int64(packet.next_hop >> np.uint64(16) & np.uint64(0xFFFF)))
         put_network16(memory, packet.frame + 4, np.int64(packet.next_hop & np.uint64(0xFFFF)))
+    if packet.ip_version == 6:
+        return
     if packet.icmp_error:
         write_error(memory, packets, index)
         return

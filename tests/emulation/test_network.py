@@ -67,6 +67,8 @@ def test_rack_has_its_hosts_interfaces_and_addresses(rack: Network) -> None:
     assert roles == {"client": "client", "server": "server", "nf1": "nf", "nf2": "nf", "store1": "store", "control": "control"}
     assert addresses(rack, "client") == {"net": "10.0.0.1/8"}
     assert addresses(rack, "server") == {"net": "10.128.0.1/8"}
+    ends = [interface for host in rack.hosts.values() for interface in host.interfaces.values() if interface.ipv6]
+    assert [end.ipv6 for end in ends] == ["fd00::a00:1", "fd00::a80:1"]
     for nf in ("nf1", "nf2"):
         assert addresses(rack, nf)["inside"] == addresses(rack, nf)["outside"] == ""
         assert addresses(rack, nf)["storage"].startswith("192.168.77.")
@@ -76,7 +78,7 @@ def test_rack_has_its_hosts_interfaces_and_addresses(rack: Network) -> None:
         with system.network_namespace(host.pid):
             assert {name for _, name in socket.if_nameindex()} == {"lo", *host.interfaces}
             for name, interface in host.interfaces.items():
-                assert Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").read_text() == "1\n"
+                assert Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").read_text() == ("0\n" if interface.ipv6 else "1\n")
                 with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as packets:
                     packets.bind((name, 0))
                     assert packets.getsockname()[4].hex(":") == interface.mac

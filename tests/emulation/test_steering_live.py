@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from datastore.native.errors import NearstateError
-from topologies.controller.steering import PARTITIONS, TCP, UDP
+from topologies.controller.steering import ICMPV6, IPV6, PARTITIONS, TCP, UDP
 from topologies.emulation import system
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
@@ -20,7 +20,8 @@ from topologies.emulation.processes import Launcher
 ICMP = 1
 CLIENT_NET, SERVER = 0x0A010200, 0x0A800007
 KINDS = {"tcp": (TCP, False), "udp": (UDP, False), "icmp": (ICMP, False), "later tcp fragment": (TCP, True),
-         "later udp fragment": (UDP, True)}  # fmt: skip
+         "later udp fragment": (UDP, True), "ipv6 tcp": (TCP, False), "ipv6 icmp": (ICMPV6, False),
+         "ipv6 later udp fragment": (UDP, True)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 def packet(kind: str, partition: int, from_client: bool, macs: tuple[str, str]) -> bytes:
     """Return a frame of the partition: by its client port, or where it has no ports by its client address."""
     protocol, later = KINDS[kind]
-    has_ports = protocol != ICMP and not later
+    has_ports = protocol in (TCP, UDP) and not later
     client = CLIENT_NET | (0x55 if has_ports else partition)  # what must not matter is set to something else
     port = 0xC000 | partition << 1 | 1
     ends = ((client, port), (SERVER, 80)) if from_client else ((SERVER, 80), (client, port))
@@ -45,10 +46,12 @@ def packet(kind: str, partition: int, from_client: bool, macs: tuple[str, str]) 
         payload = struct.pack(">HHIIBBHHH", ends[0][1], ends[1][1], 0, 0, 0x50, 0x10, 1024, 0, 0) + tag
     elif protocol == UDP and not later:
         payload = struct.pack(">HHHH", ends[0][1], ends[1][1], 8 + len(tag), 0) + tag
-    elif protocol == ICMP:
-        payload = struct.pack(">BBHHH", 8, 0, 0, 1, 1) + tag
+    elif protocol in (ICMP, ICMPV6):
+        payload = struct.pack(">BBHHH", 8 if protocol == ICMP else 128, 0, 0, 1, 1) + tag
     else:  # where ports would be, a later fragment has data: it must not be taken for ports
         payload = b"\xff\x5a" * 10 + tag
+    if kind.startswith("ipv6"):
+        return packet6(protocol, later, ends[0][0], ends[1][0], payload, macs)
     fragment = 185 if later else 0
     header = struct.pack(">BBHHHBBHII", 0x45, 0, 20 + len(payload), 1, fragment, 64, protocol, 0, ends[0][0], ends[1][0])
     total = sum(struct.unpack(">10H", header))
@@ -56,6 +59,16 @@ def packet(kind: str, partition: int, from_client: bool, macs: tuple[str, str]) 
     header = header[:10] + struct.pack(">H", ~total & 0xFFFF) + header[12:]
     frame = bytes.fromhex("".join(macs).replace(":", "")) + b"\x08\x00" + header + payload
     return frame.ljust(60, b"\0")
+
+
+def packet6(protocol: int, later: bool, source: int, destination: int, payload: bytes, macs: tuple[str, str]) -> bytes:
+    """Return a frame of IPv6 between fd00:: with these low bits."""
+    following = protocol
+    if later:
+        following, payload = 44, struct.pack(">BBHI", protocol, 0, 185 << 3, 1) + payload
+    header = struct.pack(">IHBB", 6 << 28, len(payload), following, 64)
+    header += b"".join((0xFD << 120 | low).to_bytes(16, "big") for low in (source, destination))
+    return bytes.fromhex("".join(macs).replace(":", "")) + struct.pack(">H", IPV6) + header + payload
 
 
 class Taps:
@@ -196,9 +209,9 @@ def test_a_chain_over_hosts_and_back_leaves_exactly_its_own_rules(rack: Network)
 def test_frames_nobody_may_have_are_dropped_and_counted(rack: Network) -> None:
     before = rack.show()["refused_packets"]
     taps = Taps(rack, [(host.name, name) for host in rack.hosts.values() for name in host.interfaces])
-    ipv6 = bytes.fromhex("33330000000202000000000186dd") + b"nstt ipv6".ljust(60, b"\0")
+    ours = bytes.fromhex("33330000000202000000000188b5") + b"nstt ours".ljust(60, b"\0")
     lldp = bytes.fromhex("0180c200000e02000000000188cc") + b"nstt lldp".ljust(60, b"\0")
-    for frame in (ipv6, lldp):
+    for frame in (ours, lldp):
         taps.sockets["client", "net"].send(frame)
     assert taps.collect(1) == {}
     deadline = time.monotonic() + 3  # the switch moves its datapath's counters to the rules about once a second

@@ -31,7 +31,7 @@ from nfs.dataplane import (
 from nfs.dataplane.engine import HERE
 from nfs.dataplane.keys import endpoint_key
 from nfs.dataplane.steps import load_chain
-from tests.packets import CLIENT_PORT, checksums_hold, expected, tcp, udp
+from tests.packets import CLIENT, CLIENT_PORT, SERVER, checksums_hold, ethernet, expected, fragments6, tcp, tcp6, udp
 from tests.rig import Rig
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the packet loop runs compiled")
@@ -305,3 +305,33 @@ def test_later_fragments_belong_to_the_flow_of_their_first() -> None:
     del again[UDP].chksum
     assert IP(bytes(again))[UDP].chksum == sent[UDP].chksum, "the checksum of the whole is right"
     assert rig(fragments_of(8)[1]) == [], "another datagram's fragment is not of that flow"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
+def test_datagrams_in_fragments_pass_the_firewall_whole_and_open_nothing_without_their_first(version: int, kind: str) -> None:
+    """They have neither TCP flags nor ICMP types."""
+    from scapy.layers.inet import ICMP, IP, TCP, UDP, fragment
+    from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest
+
+    ask = {4: ICMP(id=9) / bytes(3000), 6: ICMPv6EchoRequest(id=9, data=bytes(3000))}[version]
+    answer = {4: ICMP(type=0, id=9) / bytes(3000), 6: ICMPv6EchoReply(id=9, data=bytes(3000))}[version]
+    segment = TCP(sport=CLIENT_PORT, dport=80, flags="PA") / bytes(3000)
+    upper = {"tcp": segment, "udp": UDP(sport=CLIENT_PORT, dport=53) / bytes(3000), "echo": ask}[kind]
+
+    def parts(payload: Any) -> list[bytes]:
+        if version == 6:
+            return fragments6(payload)
+        return [bytes(ethernet() / part) for part in fragment(IP(src=CLIENT, dst=SERVER, id=77) / payload, fragsize=1480)]
+
+    rig = Rig([load("firewall")])
+    if kind == "tcp":
+        opening = tcp6 if version == 6 else tcp
+        assert rig(opening("S")) and rig.outside(opening("SA", inside=False)) and rig(opening("A"))  # noqa: PT018
+    first, *later = parts(upper)
+    assert rig.burst(later) == []
+    assert rig.burst([first, *later]) == [(OUTSIDE, part) for part in (first, *later)]
+    if kind == "echo":
+        refused = Rig([load("firewall")])
+        assert refused.burst(parts(answer)) == [], "an answer nobody asked for, and its later fragments"
+        assert len(refused.records()) == 0 or not any(words.any() for words in refused.records().values())

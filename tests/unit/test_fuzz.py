@@ -7,6 +7,7 @@ parser, with memory that ends where the frame ends, and through the engine with 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from typing import Any
@@ -22,6 +23,7 @@ from nfs.dataplane.frames import FRAME_BYTES, give_frame, take_frame
 from nfs.dataplane.headers import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED, make_packets, parse
 from nfs.dataplane.keys import make_key
 from nfs.dataplane.ledger import imbalance
+from tests.packets import well_formed_ipv6
 from tests.replay import HEADROOM, NOWHERE, START_NS, Replay, pass_one
 from tests.traces import make_trace
 
@@ -34,6 +36,8 @@ STEP_NS = 10_000_000
 GUARD = 0xA5
 LENGTH_BYTES = np.array([14, 16, 17, 18, 20, 21, 23, 34, 35, 38, 39, 42, 46, 47, 58, 59])
 """Bytes of lengths, offsets, versions, types and protocols in frames without tags and options, quotations too."""
+LENGTH_BYTES_6 = np.array([14, 18, 19, 20, 54, 55, 56, 57, 58, 59, 62, 63, 66, 68, 82, 102, 103, 110, 111])
+"""The same of IPv6 frames, with up to one extension header."""
 
 
 @jit
@@ -73,7 +77,7 @@ def mutate(frame: np.ndarray, length: int, state: np.ndarray, lengths: np.ndarra
         for at in range(14 if dice(state, 2) else 0, length):  # half of them with the link header of a good one
             frame[at] = np.uint8(dice(state, 256))
         if length > 14 and dice(state, 2):
-            frame[14] = np.uint8(0x45)
+            frame[14] = np.uint8(0x60 if frame[12] == 0x86 else 0x45)
     return length
 
 
@@ -108,7 +112,7 @@ def fuzz(engine: Any, inside: Any, outside: Any, frames: Any, words: np.ndarray,
         status = parse(frame[:length], 0, length, side, packets, 0)
         statuses[status] += 1
         if status == 0:
-            make_key(1 + dice(state, 4), 7, packets, 0)
+            make_key(1 + dice(state, 5), 7, packets, 0)
             if packets[0].partition > 255:
                 return i
         begin = take_frame(frames)
@@ -125,12 +129,13 @@ def fuzz(engine: Any, inside: Any, outside: Any, frames: Any, words: np.ndarray,
 
 
 def good_frames() -> tuple[np.ndarray, np.ndarray]:
-    """Return frames of a trace, uint8[n, LONGEST], and their lengths."""
+    """Return frames of a trace and as many of IPv6, of all kinds, uint8[n, LONGEST], and their lengths."""
     trace = make_trace(1, 4000)
-    rows = np.zeros((len(trace.frames), LONGEST), np.uint8)
-    for row, frame in zip(rows, trace.frames, strict=True):
+    frames = [*trace.frames, *itertools.islice(itertools.cycle(well_formed_ipv6().values()), 4000)]
+    rows = np.zeros((len(frames), LONGEST), np.uint8)
+    for row, frame in zip(rows, frames, strict=True):
         row[: len(frame)] = np.frombuffer(frame, np.uint8)
-    return rows, np.array([len(frame) for frame in trace.frames])
+    return rows, np.array([len(frame) for frame in frames])
 
 
 @pytest.mark.parametrize("name", declaration.names())
@@ -139,11 +144,12 @@ def test_no_frame_does_harm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", raised.append)
     replay = Replay.of(name, capacity=1 << 13)
     good, lengths = good_frames()
+    lies = np.concatenate([LENGTH_BYTES, LENGTH_BYTES_6])
     statuses, packets = np.zeros(256, np.int64), make_packets(2)
     frame, guard = np.zeros(LONGEST, np.uint8), np.full(FRAME_BYTES, GUARD, np.uint8)
     seed = np.array([0x9E3779B97F4A7C15], np.uint64)
     engine, inside, outside, frames, words, client = replay.parts()
-    harmed = fuzz(engine, inside, outside, frames, words, client, good, lengths, LENGTH_BYTES, frame, guard, packets, seed,
+    harmed = fuzz(engine, inside, outside, frames, words, client, good, lengths, lies, frame, guard, packets, seed,
                   statuses, INPUTS, START_NS)  # fmt: skip
     assert harmed == -1, f"input {harmed} left bytes changed outside its packet, a frame missing, or a partition that is none"
     assert raised == []

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from topologies.controller import steering
-from topologies.controller.steering import ARP, IPV4, TCP, UDP, Ports, Rule
+from topologies.controller.steering import ARP, ICMPV6, IPV4, IPV6, TCP, UDP, Ports, Rule
 
 PORTS = Ports(client=1, server=2, instances={"nf1": (3, 4), "nf2": (6, 7)},
               storage={5: "02:00:00:00:04:01", 8: "02:00:00:00:07:01", 9: "02:00:00:00:08:01"})  # fmt: skip
@@ -28,21 +28,25 @@ def matches(rule: Rule, packet: dict) -> bool:
 
 def output(rules: list[Rule], packet: dict) -> int | None:
     """Return where a switch with these rules sends a packet; two rules of one priority must not both match."""
-    hits = [rule for rule in rules if matches(rule, packet)]
+    others = {(("in_port", port),) for port in range(16) if port != packet["in_port"]}  # most rules: sorted out in a blink
+    hits = [rule for rule in rules if rule.match[:1] not in others and matches(rule, packet)]
     highest = max(rule.priority for rule in hits)
     best = [rule for rule in hits if rule.priority == highest]
     assert len(best) == 1, [str(rule) for rule in best]
     return best[0].output
 
 
-def ip(in_port: int, client: int, server: int, protocol: int, client_port: int = 0, fragment: int = 0) -> dict:
-    """Return the fields a switch sees of an IPv4 packet, from the client when it comes in at the client's port.
+def ip(
+    in_port: int, client: int, server: int, protocol: int, client_port: int = 0, fragment: int = 0, version: int = IPV4
+) -> dict:
+    """Return the fields a switch sees of an IP packet, from the client when it comes in at the client's port.
 
     fragment: as Open vSwitch says it: 0 none, 1 a first one, 3 a later one.
     """
     source, target = ("src", "dst") if in_port == PORTS.client else ("dst", "src")
-    packet = {"in_port": in_port, "eth_type": IPV4, "ip_proto": protocol, "ip_frag": fragment,
-              f"ipv4_{source}": client, f"ipv4_{target}": server}  # fmt: skip
+    name = "ipv4" if version == IPV4 else "ipv6"
+    packet = {"in_port": in_port, "eth_type": version, "ip_proto": protocol, "ip_frag": fragment,
+              f"{name}_{source}": client, f"{name}_{target}": server}  # fmt: skip
     if protocol in (TCP, UDP):
         name = "tcp" if protocol == TCP else "udp"
         packet[f"{name}_{source}"] = 0 if fragment == 3 else client_port
@@ -56,25 +60,28 @@ def rules() -> list[Rule]:
     return steering.all_rules(PORTS, ONE_STAGE, ways, ways)
 
 
-def test_every_partition_meets_one_instance_in_both_directions(rules: list[Rule]) -> None:
+@pytest.mark.parametrize(("version", "high"), [(IPV4, 0), (IPV6, 0xFD << 120)])
+def test_every_partition_meets_one_instance_in_both_directions(rules: list[Rule], version: int, high: int) -> None:
+    server = high | 0x0A800001
     ways = steering.evenly(ONE_STAGE)
     for partition in range(steering.PARTITIONS):
         inside, outside = PORTS.instances[ways[partition][0]]
         for protocol in (TCP, UDP):
             for low_bit in (0, 1):
                 port = 0xC000 | partition << 1 | low_bit
-                assert output(rules, ip(1, 0x0A000001, 0x0A800001, protocol, port)) == inside
-                assert output(rules, ip(2, 0x0A000001, 0x0A800001, protocol, port)) == outside
-        client = 0x0A000000 | partition
-        for protocol, fragment in ((1, 0), (47, 0), (TCP, 1), (TCP, 3), (UDP, 1), (UDP, 3)):
-            assert output(rules, ip(1, client, 0x0A800001, protocol, 5, fragment)) == inside
-            assert output(rules, ip(2, client, 0x0A800001, protocol, 5, fragment)) == outside
+                assert output(rules, ip(1, high | 0x0A000001, server, protocol, port, version=version)) == inside
+                assert output(rules, ip(2, high | 0x0A000001, server, protocol, port, version=version)) == outside
+        client = high | 0x0A000000 | partition
+        for protocol, fragment in ((1, 0), (58, 0), (47, 0), (TCP, 1), (TCP, 3), (UDP, 1), (UDP, 3)):
+            assert output(rules, ip(1, client, server, protocol, 5, fragment, version)) == inside
+            assert output(rules, ip(2, client, server, protocol, 5, fragment, version)) == outside
 
 
 def test_what_leaves_an_instance_goes_straight_on(rules: list[Rule]) -> None:
     for inside, outside in PORTS.instances.values():
-        assert output(rules, {"in_port": outside, "eth_type": IPV4}) == PORTS.server
-        assert output(rules, {"in_port": inside, "eth_type": IPV4}) == PORTS.client
+        for version in (IPV4, IPV6):
+            assert output(rules, {"in_port": outside, "eth_type": version}) == PORTS.server
+            assert output(rules, {"in_port": inside, "eth_type": version}) == PORTS.client
 
 
 def test_arp_passes_between_client_and_server_only(rules: list[Rule]) -> None:
@@ -83,12 +90,21 @@ def test_arp_passes_between_client_and_server_only(rules: list[Rule]) -> None:
     assert output(rules, {"in_port": 3, "eth_type": ARP}) is None
 
 
+@pytest.mark.parametrize("kind", [133, 134, 135, 136, 137, 143])
+def test_neighbour_discovery_passes_between_client_and_server_as_arp_does(rules: list[Rule], kind: int) -> None:
+    for here, there in ((1, 2), (2, 1)):
+        packet = ip(here, 0xFE80 << 112 | 1, 0xFF02 << 112 | 1, ICMPV6, version=IPV6) | {"icmpv6_type": kind}
+        assert output(rules, packet) == there
+        assert output(rules, packet | {"icmpv6_type": 128}) in (3, 4, 6, 7), "an echo is steered"
+
+
 def test_storage_frames_go_to_their_address_and_nothing_else_passes(rules: list[Rule]) -> None:
     for here in PORTS.storage:
         for there, mac in PORTS.storage.items():
             assert output(rules, {"in_port": here, "eth_type": IPV4, "eth_dst": mac}) == (None if here == there else there)
     assert output(rules, {"in_port": 5, "eth_type": IPV4, "eth_dst": "ff:ff:ff:ff:ff:ff"}) is None
-    assert output(rules, {"in_port": 1, "eth_type": 0x86DD}) is None
+    assert output(rules, {"in_port": 1, "eth_type": 0x88CC}) is None
+    assert output(rules, {"in_port": 5, "eth_type": IPV6, "eth_dst": "33:33:00:00:00:01"}) is None
 
 
 def test_a_move_replaces_exactly_the_rules_of_its_partition() -> None:

@@ -22,7 +22,8 @@ Of several servers, a frame that has left the last stage gets to the one whose M
 
 Rules match whole frames of header bits only, so every later packet of a partition is decided without the controller. A later
 fragment carries no ports, so the port rules ask for "not a fragment" and everything else goes by the address: all fragments of a
-datagram alike (the instance that saw the first one knows whose the later ones are), ICMP, any other IP protocol.
+datagram alike (the instance that saw the first one knows whose the later ones are), ICMP, any other IP protocol. IPv6 has rules
+of its own that say the same. What finds neighbours (ARP, IPv6's neighbour discovery) passes between client and server directly.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ PARTITIONS = 256
 PORT_MASK = 0x1FE
 """Bit 0 of the port is left out: Linux hands out even ports first."""
 ADDRESS_MASK = 0xFF
-IPV4, ARP = 0x0800, 0x0806
-TCP, UDP = 6, 17
+IPV4, ARP, IPV6 = 0x0800, 0x0806, 0x86DD
+TCP, UDP, ICMPV6 = 6, 17, 58
+ON_LINK_TYPES = (130, 131, 132, 133, 134, 135, 136, 137, 143)
+"""ICMPv6 types of neighbour discovery (RFC 4861) and of multicast listeners (RFC 2710, RFC 3810)."""
 ANY_FRAGMENT = 0x01
 """NXM_NX_IP_FRAG: bit 0 says fragment, bit 1 says not the first one (ovs-fields(7), nw_frag)."""
-BY_PORT, BY_ADDRESS, BY_MAC, DIRECT, REFUSED = 400, 300, 250, 200, 0
+ON_LINK, BY_PORT, BY_ADDRESS, BY_MAC, DIRECT, REFUSED = 500, 400, 300, 250, 200, 0
 """Priorities. REFUSED is the table-miss rule: what nothing else matched is dropped and counted there."""
 
 
@@ -99,33 +102,39 @@ def hops(ports: Ports, stages: Stages, forward: Way, back: Way) -> Iterator[tupl
 
 
 def partition_rules(ports: Ports, stages: Stages, partition: int, forward: Way, back: Way) -> list[Rule]:
-    """Return the rules that steer one partition, 3 a hop: what the client sends goes way `forward`, the answers way `back`.
+    """Return the rules that steer one partition, 6 a hop: what the client sends goes way `forward`, the answers way `back`.
 
     Rules for other ways through the same stages have equal matches: they replace.
     """
     rules = []
     for port, from_client, output in hops(ports, stages, forward, back):
         side = "src" if from_client else "dst"
-        for protocol, name in ((TCP, "tcp"), (UDP, "udp")):
-            match = (("in_port", port), ("eth_type", IPV4), ("ip_proto", protocol), ("ip_frag", (0, ANY_FRAGMENT)),
-                     (f"{name}_{side}", (partition << 1, PORT_MASK)))  # fmt: skip
-            rules.append(Rule(BY_PORT, match, output))
-        by_address = (("in_port", port), ("eth_type", IPV4), (f"ipv4_{side}", (partition, ADDRESS_MASK)))
-        rules.append(Rule(BY_ADDRESS, by_address, output))
+        for version, address in ((IPV4, f"ipv4_{side}"), (IPV6, f"ipv6_{side}")):
+            packets = (("in_port", port), ("eth_type", version))
+            for protocol, name in ((TCP, "tcp"), (UDP, "udp")):
+                match = (*packets, ("ip_proto", protocol), ("ip_frag", (0, ANY_FRAGMENT)),
+                         (f"{name}_{side}", (partition << 1, PORT_MASK)))  # fmt: skip
+                rules.append(Rule(BY_PORT, match, output))
+            rules.append(Rule(BY_ADDRESS, (*packets, (address, (partition, ADDRESS_MASK))), output))
     return rules
 
 
 def fixed_rules(ports: Ports, stages: Stages) -> list[Rule]:
-    """Return the rules that do not depend on the steering: leaving the last stage, ARP, the storage network, the rest dropped."""
+    """Return the rules that do not depend on the steering: leaving the last stage, finding neighbours, the storage network, and
+    that the rest is dropped."""
     rules = []
-    for _, outside in (ports.instances[name] for name in stages[-1]):
-        rules.append(Rule(DIRECT, (("in_port", outside), ("eth_type", IPV4)), ports.server))
-        for server, mac in ports.others.items():
-            rules.append(Rule(BY_MAC, (("in_port", outside), ("eth_dst", mac), ("eth_type", IPV4)), server))
-    for inside, _ in (ports.instances[name] for name in stages[0]):
-        rules.append(Rule(DIRECT, (("in_port", inside), ("eth_type", IPV4)), ports.client))
+    for version in (IPV4, IPV6):
+        for _, outside in (ports.instances[name] for name in stages[-1]):
+            rules.append(Rule(DIRECT, (("in_port", outside), ("eth_type", version)), ports.server))
+            for server, mac in ports.others.items():
+                rules.append(Rule(BY_MAC, (("in_port", outside), ("eth_dst", mac), ("eth_type", version)), server))
+        for inside, _ in (ports.instances[name] for name in stages[0]):
+            rules.append(Rule(DIRECT, (("in_port", inside), ("eth_type", version)), ports.client))
     for here, there in ((ports.client, ports.server), (ports.server, ports.client)):
         rules.append(Rule(DIRECT, (("in_port", here), ("eth_type", ARP)), there))
+        for kind in ON_LINK_TYPES:
+            match = (("in_port", here), ("eth_type", IPV6), ("ip_proto", ICMPV6), ("icmpv6_type", kind))
+            rules.append(Rule(ON_LINK, match, there))
     for here in ports.storage:
         for there, mac in ports.storage.items():
             if here != there:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ CLIENT_ADDRESS, SERVER_ADDRESS = "10.0.0.1", "10.128.0.1"
 TRANSLATED_NETWORK = "10.64.0.0/16"
 """Where a NAT's external and a balancer's virtual addresses are: servers route it to the client, the client to `server`."""
 STORAGE_NETWORK = "192.168.77"
+IPV6_PREFIX = "fd00::"
+"""Of unique local addresses (RFC 4193): who has a.b.c.d on `net` has fd00::a.b.c.d, too."""
 CONTROLLER_S, WIRE_S = 15.0, 60.0
 MIDDLE = "wire"
 Mininet.inited = True  # its init() raises a dozen sysctls of the machine and does nothing else we need
@@ -53,6 +55,7 @@ class Interface:
     name: str
     mac: str
     ipv4: str | None
+    ipv6: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class EmulatedHost:
     pid: int
     interfaces: Mapping[str, Interface]
     cgroup: Path | None
+
+
+def ipv6_address(ipv4: str) -> str:
+    """Return the IPv6 address that goes with an IPv4 one, which may have its prefix length."""
+    return str(IPv6Address(int(IPv6Address(IPV6_PREFIX)) + int(IPv4Address(ipv4.split("/")[0]))))
 
 
 def middle_names(number: int) -> tuple[str, str]:
@@ -263,9 +271,10 @@ class Network:
         for host in self._emulated():
             interfaces = {}
             for interface in host.intfs.values():
-                address = addresses.get((host.name, interface.name))
-                interface.ip = address.partition("/")[0] if address else None
-                interfaces[interface.name] = Interface(interface.name, interface.mac, address)
+                ipv4 = addresses.get((host.name, interface.name))
+                ipv6 = ipv6_address(ipv4) if ipv4 and interface.name == "net" and system.has_ipv6() else None
+                interface.ip = ipv4.partition("/")[0] if ipv4 else None
+                interfaces[interface.name] = Interface(interface.name, interface.mac, ipv4, ipv6)
             cgroup = self._limits.limit(host.name, self.plan.cpu[host.role]) if host.role in self.plan.cpu else None
             if cgroup:
                 (cgroup / "cgroup.procs").write_text(str(host.pid))
@@ -273,7 +282,7 @@ class Network:
         for name, emulated in self.hosts.items():
             with system.network_namespace(emulated.pid):
                 for interface in emulated.interfaces.values():
-                    system.without_ipv6(interface.name)
+                    (system.with_quiet_ipv6 if interface.ipv6 else system.without_ipv6)(interface.name)
                     without_offloads(interface.name)
                 running.append(system.start(["ip", "-batch", "-"], self.journal.environment(), self._host_batch(name)))
         for started in running:
@@ -300,19 +309,25 @@ class Network:
             if interface.ipv4:
                 lines.append(f"address add {interface.ipv4} dev {interface.name}")
             lines.append(f"link set {interface.name} up")
-            for peer, other in self._neighbours(name, interface.name):
-                lines.append(f"neigh replace {peer.split('/')[0]} lladdr {other} dev {interface.name} nud permanent")
+            # on the interface itself it would have the kernel report a multicast group to all (RFC 4861, section 7.2.1)
+            if interface.ipv6:
+                lines.append(f"address add {interface.ipv6}/128 dev lo nodad")
+            for peer in self._neighbours(name, interface.name):
+                for address in filter(None, (peer.ipv4, peer.ipv6)):
+                    lines.append(f"neigh replace {address.split('/')[0]} lladdr {peer.mac} dev {interface.name} nud permanent")
+                if peer.ipv6:
+                    lines.append(f"route add {peer.ipv6}/128 dev {interface.name} src {interface.ipv6}")
             if interface.name == "net":
                 opposite = SERVER_ADDRESS if self.hosts[name].role == "client" else CLIENT_ADDRESS
                 lines.append(f"route add {TRANSLATED_NETWORK} via {opposite} dev net")
         return "\n".join(lines)
 
-    def _neighbours(self, name: str, interface: str) -> Iterator[tuple[str, str]]:
-        """Yield (address, MAC) of every other interface of the same name: storage among storage, client with server."""
+    def _neighbours(self, name: str, interface: str) -> Iterator[Interface]:
+        """Yield every other interface of the same name that has an address: storage among storage, client with server."""
         for host in self.hosts.values():
             other = host.interfaces.get(interface)
             if host.name != name and other and other.ipv4:
-                yield other.ipv4, other.mac
+                yield other
 
     # delays
 

@@ -151,6 +151,19 @@ def run(command: Sequence[str], environment: dict[str, str], text: str = "", tim
     return Started(command, text, environment).finish(timeout_s)
 
 
+def has_ipv6() -> bool:
+    """Tell whether this kernel speaks IPv6."""
+    return Path("/proc/sys/net/ipv6").exists()
+
+
+def with_quiet_ipv6(interface: str) -> None:
+    """IPv6 without a word of its own on one interface: no link-local address, so no solicitations, and no advertisement heard."""
+    for name, value in (("addr_gen_mode", 1), ("accept_ra", 0), ("accept_dad", 0)):
+        path = Path(f"/proc/sys/net/ipv6/conf/{interface}/{name}")
+        if path.exists():
+            path.write_text(str(value))
+
+
 def without_ipv6(interface: str) -> None:
     """No link-local address, so no router solicitation or multicast noise, on one interface ('default': all later ones)."""
     path = Path(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6")
