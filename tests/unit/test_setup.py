@@ -359,13 +359,37 @@ def test_run_tests_runs_every_check_and_fails_when_an_early_one_fails(tree: Tree
         "jit= bounds= -m ruff format --check --quiet .",
         "jit= bounds= -m mypy",
         "jit=1 bounds= -m pytest tests/unit -m python_mode -k steering",
-        "jit= bounds=1 -m pytest tests/unit -m bounds -k steering",
         "jit= bounds= -m pytest tests/unit -k steering",
+        "jit= bounds=1 -m pytest tests/unit -m bounds -o cache_dir=.pytest_cache/bounds -k steering",  # it ran beside the others
     ]
-    assert output.endswith("tests/unit -k steering\n")  # so pytest's closing line is the last
-    status, output, _ = tree.run("./run_tests.sh", BREAK="mypy")
+    assert output.endswith("-k steering\n")  # so pytest's closing line is the last
+    for broken, name in (("mypy", "types"), ("-m bounds", "unit tests, bounds checked"), ("tests/emulation", "emulation tests")):
+        status, output, _ = tree.run("./run_tests.sh", BREAK=broken)
+        assert status == 1
+        assert output.endswith(f"run_tests.sh: failed: {name}\n")
+
+
+def test_arguments_may_choose_no_test_of_a_part_but_a_part_without_tests_fails(tree: Tree) -> None:
+    without_set_up(tree, "[[ $* != *pytest* ]] || exit 5  # as pytest does when no test was collected")
+    assert tree.run("./run_tests.sh unit -k nothing")[0] == 0
+    status, output, _ = tree.run("./run_tests.sh unit")
     assert status == 1
-    assert output.endswith("run_tests.sh: failed: types\n")
+    assert output.endswith("failed: unit tests, uncompiled; unit tests; unit tests, bounds checked\n")
+
+
+def test_an_end_of_the_tests_ends_those_beside_them(tree: Tree) -> None:
+    without_set_up(tree, "[[ $* == *bounds* ]] && echo $$ >beside && exec sleep 60; [[ $* == *mypy* ]] && exec sleep 60; exit 0")
+    script = subprocess.Popen(["./run_tests.sh", "unit"], cwd=tree.folder, stdout=subprocess.DEVNULL, start_new_session=True)
+    beside = tree.folder / "beside"
+    deadline = time.monotonic() + 20
+    while not (beside.exists() and beside.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(script.pid, signal.SIGTERM)
+    assert script.wait(20) == 130
+    stat = Path(f"/proc/{int(beside.read_text())}/stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize("broken", ["run_tests.sh", "run_all.sh", ""])
