@@ -10,7 +10,8 @@ Settings: `rules`, up to 32 texts (`_rules.py`), are asked about new connections
 also outside open. `track_window` drops segments that are not within the windows of their connection (`_window.py`).
 
 Verdicts in trouble: a new connection that a rule refuses, DROP with cause refused_by_rule; a segment out of its window, DROP with
-cause out_of_window; all else that is dropped, the function's verdict. One connection, walked through:
+cause out_of_window; all else that is dropped, the function's verdict. Table full or state unreachable: DROP with that cause, from
+inside too, until there is room or the store answers; a connection whose record is there goes on. One connection, walked through:
 
     inside SYN          CLOSED      -> SYN_SENT        remember for 120 s
     outside SYN ACK     SYN_SENT    -> SYN_RECEIVED

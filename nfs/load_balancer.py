@@ -39,8 +39,8 @@ the virtual address is one of IPv4: put a firewall beside.
 Verdicts in trouble: no backend with weight that is up (or each has this client's connection already), DROP with cause
 no_backend, for new connections only; a port or protocol that is not balanced, and a packet straight to a backend that would be
 mixed up with a balanced connection, DROP with cause refused_by_rule. DROP, too, for what belongs to no connection: a TCP segment
-that is no SYN, an ICMP error, a later fragment; and from outside what is for, or pretends to be from, the virtual address. State
-unreachable: health stays as it was known last.
+that is no SYN, an ICMP error, a later fragment; and from outside what is for, or pretends to be from, the virtual address. Table
+full or state unreachable: DROP with that cause; health stays as it was known last.
 """
 
 import math
@@ -81,7 +81,7 @@ ANSWERS, OWN = 3, 4
 """`role`, besides REWRITTEN and DIRECT, a client's connection with the virtual address: what its backend answers; a client's own
 with a backend."""
 
-KIND = kind_of("load_balancer")
+KIND = kind_of("load_balancer", CONNECTION)
 COUNTER_PROTOCOL = 255
 OPENED, CLOSED, SYNS, ANSWERED = range(4)
 """Words of a backend's shared counters."""

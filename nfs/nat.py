@@ -40,7 +40,7 @@ all goes on as soon as there is room or the store answers.
 from nfs._translation import MAPPING, SETTINGS, prepare, translate
 from nfs.dataplane import ENDPOINT, kind_of, network_function
 
-KIND = kind_of("nat")
+KIND = kind_of("nat", MAPPING)
 
 
 @network_function(key=ENDPOINT, state=MAPPING, passes=("not_ip",), rewrites=True, settings=SETTINGS, prepare=prepare)

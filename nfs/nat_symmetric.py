@@ -12,7 +12,7 @@ only who has sent to that very port before. All else, also verdicts in trouble, 
 from nfs._translation import MAPPING, SETTINGS, prepare, translate
 from nfs.dataplane import FLOW, kind_of, network_function
 
-KIND = kind_of("nat_symmetric")
+KIND = kind_of("nat_symmetric", MAPPING)
 
 
 @network_function(key=FLOW, state=MAPPING, passes=("not_ip",), rewrites=True, settings=SETTINGS, prepare=prepare)

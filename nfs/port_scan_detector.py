@@ -27,6 +27,7 @@ An IPv6 source is one address, its services named by a hash of theirs; who has a
 
 Verdicts in trouble: what carries no TCP is never an attempt and passes unless its sender is blocked. Whoever can send with
 somebody else's address can have it blocked: against an outside that can, watch "inside" or mark.
+Table full or state unreachable: DROP with that cause, nobody passes unwatched.
 """
 
 import math
@@ -70,7 +71,7 @@ CONTACTS = {"hosts": 0, "services": 1}
 COUNTER_PROTOCOL = 255
 """In a counter's key, where a source's has 0."""
 
-KIND = kind_of("port_scan_detector")
+KIND = kind_of("port_scan_detector", WALK)
 FLAGGED_HIGH, FLAGGED_LOW = np.uint64(0), np.uint64(COUNTER_PROTOCOL << 24 | KIND << 16 | KIND)
 """Key of the shared counter; any partition would do."""
 

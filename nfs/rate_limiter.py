@@ -16,8 +16,8 @@ A clock that stands still or goes back by less than a second (another instance r
 twice. One that goes back further is another clock: the bucket goes on from it as it was.
 
 Verdicts in trouble: over the rate, DROP with cause rate_exceeded. A later fragment whose flow is not known passes; its datagram
-is lost when its first fragment is dropped. The defaults are above what the testbed's generator offers: what is measured is the
-cost of the state.
+is lost when its first fragment is dropped. Table full or state unreachable: DROP with that cause,
+nobody passes uncounted. The defaults are above what the testbed's generator offers: what is measured is the cost of the state.
 """
 
 import numpy as np

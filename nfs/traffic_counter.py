@@ -1,4 +1,7 @@
-"""Traffic counter: packets and bytes of every connection, both ways; a write on every packet, the worst case for its state."""
+"""Traffic counter: packets and bytes of every connection, both ways; a write on every packet, the worst case for its state.
+
+Verdicts in trouble: table full or state unreachable, DROP with that cause: what passes is counted.
+"""
 
 from nfs.dataplane import FLOW, FORWARD, INSIDE, network_function, record
 

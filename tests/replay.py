@@ -20,14 +20,14 @@ from datastore.store.client import Client, ClientState
 from datastore.store.partitions import PARTITIONS
 from datastore.store.table import VALUE, Table, abort_record, open_record
 from nfs.dataplane import steps
-from nfs.dataplane.declaration import MAX_RECORD_BYTES
+from nfs.dataplane.declaration import MAX_RECORD_BYTES, NetworkFunction, load
 from nfs.dataplane.engine import EPOCH, HERE, NOW_NS, OWNER, Engine, make_engine, receive_now
 from nfs.dataplane.frames import FRAME_BYTES, Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
 from nfs.dataplane.keys import NONE, make_key
 from nfs.dataplane.ledger import FORWARDED, RECEIVED, to_counts
 from nfs.dataplane.port import IN_FLIGHT, PENDING, TX_PRODUCER, Port
-from nfs.dataplane.steps import load_chain
+from nfs.dataplane.steps import make_chain
 from tests.rig import SLOTS, memory_port
 from tests.traces import Trace
 from tests.translated import Box
@@ -147,9 +147,10 @@ class Replay:
     seen: np.ndarray = field(default_factory=lambda: np.zeros(0, SEEN))
 
     @classmethod
-    def of(cls, *names: str, settings: Mapping[str, Any] | None = None, capacity: int = 1 << 15) -> Replay:
-        """Return one for the chain `names`. settings: by function, then by setting. capacity: in records."""
-        chain = load_chain(names, settings or {}, VALUE_BYTES)
+    def of(cls, *chosen: str | NetworkFunction, settings: Mapping[str, Any] | None = None, capacity: int = 1 << 15) -> Replay:
+        """Return one for a chain of functions, by name or as declared. settings: by function, by setting. capacity: records."""
+        functions = [load(function) if isinstance(function, str) else function for function in chosen]
+        chain = make_chain(functions, settings or {}, VALUE_BYTES)
         frames, table = make_frames(64), Table.private(capacity, VALUE_BYTES)
         engine = make_engine(chain, frames, np.full(PARTITIONS, HERE), table.register_owner(), 1, VALUE_BYTES // 8, 0)
         return cls(engine, memory_port(), memory_port(), frames, table, Client([], 1, VALUE_BYTES, 1, 1),

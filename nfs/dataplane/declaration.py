@@ -78,7 +78,7 @@ class NetworkFunction:
     @property
     def kind(self) -> int:
         """Number of the record type, 1 to 254: keeps the records of different functions apart in one store."""
-        return kind_of(self.name)
+        return kind_of(self.name, self.state)
 
     @property
     def stateless(self) -> bool:
@@ -162,9 +162,14 @@ def network_function(
     return declare
 
 
-def kind_of(name: str) -> int:
-    """Return the number of the record type of the network function called `name`; claims of its own carry it too."""
-    return zlib.crc32(name.encode()) % 254 + 1
+def kind_of(name: str, *layouts: np.dtype) -> int:
+    """Return the number of the record type of the network function called `name`; claims of its own carry it too.
+
+    layouts: of its record, or of those that share it. A record of another layout has another number but for one time in 254, so
+    what an older version left in a store is never seen by a newer one: it is as if there were none, and expires when idle.
+    """
+    fields = [(field, *map(str, (layout.fields or {})[field])) for layout in layouts for field in layout.names or ()]
+    return zlib.crc32(f"{name}{fields or ''}".encode()) % 254 + 1
 
 
 def names() -> list[str]:

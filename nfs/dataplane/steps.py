@@ -108,7 +108,7 @@ def make_chain(functions: Sequence[NetworkFunction], settings: Mapping[str, Mapp
     envs: list[np.ndarray] = []
     env_words = 0
     for group in _groups(functions, value_bytes):
-        kind = kind_of("+".join(function.name for function in group))
+        kind = kind_of("+".join(function.name for function in group), *(function.state for function in group))
         steps.append((group[0].key, kind, len(members), len(members) + len(group), any(f.rewrites for f in group)))
         offset = 0
         for function in group:

@@ -13,6 +13,7 @@ from datastore import placements
 from datastore.native.errors import NearstateError
 from experiments.harness import spec
 from nfs.dataplane import DROP, FLOW, FORWARD, NONE, declaration, network_function, record, requests
+from tests.packets import Instance, udp
 from topologies.emulation import topology
 
 
@@ -129,6 +130,28 @@ def test_a_new_function_runs_on_its_record(written) -> None:
     assert [function.process(packets, 0, state, env) for _ in range(4)] == [DROP, FORWARD, DROP, FORWARD]
     assert state[0]["share"] == 2.0
     assert function.question == "Every second packet passes."
+
+
+def test_a_record_of_an_older_layout_is_never_taken_for_one_of_ours() -> None:
+    """Its key says what layout it has: a function that changed finds nothing, as for a key never seen; the old record expires."""
+
+    def declared(**fields: str) -> declaration.NetworkFunction:
+        @network_function(key=FLOW, state=record(**fields), passes=("not_ip",))
+        def changing(packet, state, env):
+            state.packets += 1
+            return DROP if state.packets > 1 else FORWARD
+
+        return changing
+
+    older = declared(packets="u4")
+    for newer in (declared(packets="u8"), declared(opened="u4", packets="u4"), declared(packets="u4", last="u4")):
+        assert newer.kind != older.kind
+    assert declared(packets="u4").kind == older.kind
+    old, new = Instance(older, older.make_env()), Instance(declared(packets="u8"), older.make_env())
+    new.records, new.expires_s = old.records, old.expires_s
+    assert [old(udp()), old(udp())] == [FORWARD, DROP]
+    assert [new(udp()), new(udp())] == [FORWARD, DROP]
+    assert len(old.records) == 2
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:

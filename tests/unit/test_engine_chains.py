@@ -92,7 +92,9 @@ def tally(packet: Any, nothing: Any, env: Any) -> int:
 @pytest.fixture(autouse=True)
 def kind_of_little_nat(monkeypatch: pytest.MonkeyPatch) -> None:
     """The function above writes kind 77 into its claims; its own records must have it too."""
-    monkeypatch.setattr("nfs.dataplane.steps.kind_of", lambda name: 77 if name == "little_nat" else kind_of(name))
+    monkeypatch.setattr(
+        "nfs.dataplane.steps.kind_of", lambda name, *layouts: 77 if name == "little_nat" else kind_of(name, *layouts)
+    )
 
 
 def source(frame: bytes) -> tuple[int, int]:
