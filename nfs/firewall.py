@@ -126,6 +126,10 @@ def follow(packet, connection, env, inside):
             connection.state = ESTABLISHED
     elif flags & SYN and inside == (flags & ACK != 0):
         return DROP  # who opened sends no SYN ACK any more, and who answered no SYN (RFC 9293, section 3.10.7.4)
+    elif connection.state == CLOSING and flags == SYN | ACK:
+        # who answered has forgotten that connection and accepts a new one: nobody has closed it (section 3.5.1)
+        connection.state, connection.closed = SYN_RECEIVED, 0
+        env.idle_timeout_s = OPENING_S
     if connection.state == ESTABLISHED:
         env.idle_timeout_s = ESTABLISHED_S
     if flags & FIN:

@@ -52,6 +52,23 @@ def test_another_connection_of_the_same_hosts_is_another(firewall: Instance) -> 
     assert firewall.outside(tcp("PA", inside=False, client_port=packets.CLIENT_PORT + 2)) == DROP
 
 
+@pytest.mark.parametrize("closer", ["inside", "outside"])
+def test_a_connection_that_takes_the_place_of_one_being_closed_has_closed_nothing(firewall: Instance, closer: str) -> None:
+    """The server forgot the old one (RFC 9293, section 3.5.1): the new one has all of its time, and a close of its own."""
+    opened(firewall)
+    assert (firewall if closer == "inside" else firewall.outside)(tcp("FA", inside=closer == "inside")) == FORWARD
+    assert firewall(tcp("S")) == FORWARD
+    assert firewall.idle_timeout_s == CLOSING_S
+    assert firewall.outside(tcp("SA", inside=False)) == FORWARD
+    assert firewall.idle_timeout_s == OPENING_S
+    assert firewall(tcp("A")) == FORWARD
+    assert firewall.idle_timeout_s == ESTABLISHED_S
+    assert firewall.outside(tcp("FA", inside=False)) == FORWARD
+    assert firewall.idle_timeout_s == CLOSING_S, "inside has not closed"
+    assert firewall(tcp("FA")) == FORWARD
+    assert firewall.idle_timeout_s == TIME_WAIT_S
+
+
 def test_before_the_answer_outside_may_only_answer(firewall: Instance) -> None:
     assert firewall(tcp("S")) == FORWARD
     assert firewall.outside(tcp("PA", inside=False)) == DROP
