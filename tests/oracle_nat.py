@@ -125,6 +125,8 @@ STATELESS = Known("disorderly", "RFC 5382, REQ-2", "a translator is no firewall:
 INDEPENDENT = Known("not in the flow", "RFC 4787, REQ-1 and REQ-8; RFC 5382, REQ-1 and REQ-3", "mapping and filtering are "
                     "endpoint-independent: whoever knows a client's port may use it; with the kernel, only who was addressed",
                     _unopened)  # fmt: skip
+PACKETS = {known.name for known in COMMON} | {"other transports"}
+OF_CONNECTIONS = tuple(known for known in KNOWN_DIFFERENCES if known.name not in PACKETS)
 RULES = f"table ip nearstate {{{FILTER}{TRANSLATE}}}"
 
 NAT = Subject(
@@ -134,4 +136,4 @@ NAT_SYMMETRIC = Subject(
     "nat_symmetric", RULES, SYSCTLS, same_untranslated, (*COMMON, KINDS, STATELESS), external=EXTERNAL, strict=0.4
 )
 FILTERED_NAT = Subject("firewall+nat", FIREWALL.rules.rstrip().removesuffix("}") + TRANSLATE + "}", SYSCTLS, same_untranslated,
-                       (*COMMON, *KNOWN_DIFFERENCES), TRANSLATED, EXTERNAL, True)  # fmt: skip
+                       (*COMMON, *OF_CONNECTIONS), TRANSLATED, EXTERNAL, True)  # fmt: skip
