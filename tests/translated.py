@@ -219,7 +219,7 @@ class Translated:
         end = self._external_end(frame, side, place)
         if end is not None:
             self.reachable.add(number)
-        elif number % 2:
+        elif number % 2 or place.protocol == ICMP:  # an identifier may be taken by a query that never left
             return frame  # to an address behind the translator
         else:
             end = self._nobodys(place.protocol)
