@@ -583,7 +583,10 @@ def apply(
     ack_at: int,
 ) -> int:  # fmt: skip
     """Apply the frame, without its header, of `length` words at `frame[at]`; return the words of the acknowledgment, 0 or 3."""
-    if length < REPLICATE_WORDS or np.int64(frame[at] & LOW16) >= shipping.done_end.size:
+    if length < REPLICATE_WORDS:
+        ack[ack_at], ack[ack_at + 1], ack[ack_at + 2] = np.uint64(BAD_FRAME << 16), U0, U0
+        return ACK_WORDS
+    if np.int64(frame[at] & LOW16) >= shipping.done_end.size:
         return acknowledge(frame, at, UNKNOWN_PARTITION, ack, ack_at)
     partition = np.int64(frame[at] & LOW16)
     status = check_body(words, frame, at, length)

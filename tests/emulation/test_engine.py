@@ -124,6 +124,9 @@ def inject(sender: socket.socket, frames: list[bytes]) -> None:
             time.sleep(0.005)
 
 
+ADDRESSES = ("source_high", "source_middle", "source_address", "destination_high", "destination_middle", "destination_address")
+
+
 def verdicts(name: str, frames: list[bytes], arrived_from: int) -> dict[str, int]:
     """Return the causes the parser and the function's declaration give the frames, leaving out what the function decides.
 
@@ -135,11 +138,13 @@ def verdicts(name: str, frames: list[bytes], arrived_from: int) -> dict[str, int
     for frame in frames:
         packet = packets.parsed(frame, arrived_from)[0]
         status, ip = int(packet["status"]), int(packet["network_offset"])
-        datagram = (
-            *(int(packet[name]) for name in ("source_address", "destination_address", "protocol")),
-            frame[ip + 4 : ip + 6],
-        )
-        if status == 0 and frame[ip + 6] & 0x20 and not packet["icmp_error"]:
+        header = int(packet["fragment_header"])
+        if packet["ip_version"] == 6:
+            identity, first = frame[header + 4 : header + 8], header != 0
+        else:
+            identity, first = frame[ip + 4 : ip + 6] + bytes([packet["protocol"]]), frame[ip + 6] & 0x20 != 0
+        datagram = (*(int(packet[name]) for name in ADDRESSES), identity)
+        if status == 0 and first and not packet["icmp_error"]:
             first_seen.add(datagram)
         if status == FRAGMENT and datagram in first_seen:
             continue
