@@ -85,7 +85,7 @@ class Sheet:
             for place, (placement, bars) in enumerate(present):
                 position = group + (place - (len(present) - 1) / 2) * step
                 self.bar(axes, position, bars, placement, panel, name, 0.92 * step)
-        axes.set_xticks(range(len(groups)), [title(name).replace(" ", "\n") for name in groups])
+        axes.set_xticks(range(len(groups)), [title(name).replace(" ", "\n").replace("+", "\n+ ") for name in groups])
         axes.grid(axis="x", visible=False)
         axes.set_xlim(-0.5, len(groups) - 0.5)
 
@@ -119,6 +119,12 @@ class Sheet:
             for axes in row[used:]:
                 axes.remove()
         return [row[:used] for row, used in zip(grid, columns)]
+
+    def banner(self, columns: int, height_in: float) -> tuple[Axes, list[Axes]]:
+        """Return a panel as wide as the figure and, below it, `columns` panels side by side; 0: none."""
+        self.figure.set_size_inches(self.width_in, height_in)
+        grid = self.figure.add_gridspec(1 + bool(columns), max(columns, 1))
+        return self.figure.add_subplot(grid[0, :]), [self.figure.add_subplot(grid[1, n]) for n in range(columns)]
 
     def legend(self, placements: Sequence[str], bars: bool = False) -> None:
         """Put the placements' legend above the panels, where it covers no data."""

@@ -22,7 +22,7 @@ def saturated(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
-    """Left: rates at 10,000 flows by network function. Right, where flows were swept: rate against flows."""
+    """Above: rates at 10,000 flows by network function. Below, where flows were swept: rate against flows."""
     rows = saturated(frame)
     if rows.empty:
         return
@@ -30,15 +30,15 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     swept = rows[rows["nf"].isin(rows[rows["flows"] != 10_000]["nf"])]
     nfs = {nf: usual[usual["nf"] == nf] for nf in style.order_nfs(usual["nf"])}
     grown = style.order_nfs(swept["nf"])
-    (panels,) = sheet.panels(1, 1, 2.3) if not grown else sheet.panels(1, 1 + len(grown), 2.3)
-    sheet.bars(panels[0], nfs, "saturated")
-    panels[0].set(ylabel="forwarded (kpps)", title="10,000 flows")
-    for axes, nf in zip(panels[1:], grown):
+    above, below = sheet.banner(len(grown), 4.6 if grown else 2.5)
+    sheet.bars(above, nfs, "saturated")
+    above.set(ylabel="forwarded (kpps)", title="10,000 flows")
+    for axes, nf in zip(below, grown):
         for placement in style.order(swept["placement"]):
             of_one = swept[(swept["nf"] == nf) & (swept["placement"] == placement)]
             if not of_one.empty:
                 sheet.curve(axes, of_one, "flows", placement, nf)
-        axes.set(title=nf, xscale="log", xlabel="flows", ylim=(0, None))
+        axes.set(title=nf, xscale="log", xlabel="flows", ylabel="forwarded (kpps)", ylim=(0, None))
     sheet.legend(style.order(rows["placement"]), bars=True)
 
 
