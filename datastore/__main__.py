@@ -199,14 +199,9 @@ def simulate(arguments: argparse.Namespace) -> None:
     world = World(arguments.seed, replicas=arguments.replicas)
     failure = ""
     try:
-        world.run(arguments.seconds)
-        world.heal()
-        world.settle(6.0)
-        world.check()
+        world.play(arguments.seconds)
     except Violation as violation:
         failure = str(violation)
-    finally:
-        world.close()
     for line in world.trace:
         if arguments.only and re.search(arguments.only, line):
             print(line)

@@ -64,7 +64,6 @@ class HostState:
     incarnation: int = 0
     epoch: int = 0
     heard_ns: int = 0
-    draining: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Coordinator:
         """Begin, or go on after a crash, from what `save` returned."""
         timing = timing or Timing()
         until = now_ns + timing.lease_ns + timing.margin_ns
-        hosts = {name: HostState(until, int(state["incarnation"]), draining=bool(state["draining"]))
+        hosts = {name: HostState(until, int(state["incarnation"]))
                  for name, state in document["hosts"].items()}  # fmt: skip
         moves = {int(partition): str(target) for partition, target in document["moves"].items()}
         return cls(ClusterMap.from_json(document["map"]), document["cluster"], document["replicas"], hosts, timing, moves)
@@ -125,7 +124,7 @@ class Coordinator:
         """Return all that must outlive a crash, as a JSON object."""
         return {"map": self.map.to_json(), "cluster": self.cluster, "replicas": self.replicas,
                 "moves": {str(partition): target for partition, target in self.moves.items()},
-                "hosts": {name: {"incarnation": state.incarnation, "draining": state.draining}
+                "hosts": {name: {"incarnation": state.incarnation}
                           for name, state in self.hosts.items()}}  # fmt: skip
 
     def restore(self, document: dict[str, Any]) -> None:
@@ -133,7 +132,7 @@ class Coordinator:
         self.map = ClusterMap.from_json(document["map"])
         self.moves = {int(partition): str(target) for partition, target in document["moves"].items()}
         for name, state in document["hosts"].items():
-            self.hosts[name].incarnation, self.hosts[name].draining = int(state["incarnation"]), bool(state["draining"])
+            self.hosts[name].incarnation = int(state["incarnation"])
         self.dirty = False
 
     # ---- what arrives -------------------------------------------------------------------------------------------------
@@ -303,7 +302,7 @@ class Coordinator:
 
     def _fill(self, now_ns: int) -> None:
         """Give groups that are too small learners, on the hosts that hold least."""
-        alive = [host for host in self.alive(now_ns) if not self.hosts[host].draining]
+        alive = self.alive(now_ns)
         load = {host: sum(host in group.members + group.learners for group in self.map.groups) for host in alive}
         groups: dict[int, Group] = {}
         for partition, group in enumerate(self.map.groups):
@@ -351,13 +350,6 @@ class Coordinator:
             if not 0 <= partition < len(self.map.groups):
                 raise NearstateError(f"partition {partition} cannot be moved: there are 0 to {len(self.map.groups) - 1}")
             self.moves[partition] = target
-        self.dirty = True
-
-    def add_host(self, host: str, now_ns: int) -> None:
-        """Let a host join. Raises NearstateError if one of that name is there."""
-        if host in self.hosts:
-            raise NearstateError(f"host {host!r} is in the cluster already: give the new one another name")
-        self.hosts[host] = HostState(now_ns)
         self.dirty = True
 
     # ---- inside -------------------------------------------------------------------------------------------------------

@@ -6,9 +6,6 @@ request (`store/server.py`). Python makes the connections, compiled code uses th
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import select
 import socket
 import time
 from collections.abc import Sequence
@@ -19,6 +16,7 @@ import numpy as np
 from datastore.native import jit
 from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, pollfd, recv, send
 from datastore.native.memory import copy
+from datastore.replication.dialer import Dialer
 from datastore.replication.shipping import ACK_WORDS, ACKNOWLEDGES, Shipping, image_words, lose, ship_all, take_ack
 from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC
 
@@ -26,7 +24,8 @@ from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC
 DESCRIPTOR, TO_SEND, SENT, RECEIVED = range(4)
 ACK_FRAME_WORDS = FRAME_HEADER_WORDS + ACK_WORDS
 RECEIVE_BYTES = 1 << 16
-CONNECT_AGAIN_S = 0.02
+UNACKNOWLEDGED_MS = 200
+"""A connection whose bytes are not acknowledged for so long is lost."""
 LOST_NS = 500_000_000
 """A frame without an acknowledgment for so long is shipped again; a connection that breaks says so earlier."""
 REFUSED_AGAIN_NS = 10_000_000
@@ -40,7 +39,6 @@ class Links(NamedTuple):
     send_bytes: np.ndarray
     receive_words: np.ndarray
     receive_bytes: np.ndarray
-    nothing: np.ndarray
 
 
 def make_links(words: np.ndarray, peers: int) -> Links:
@@ -49,7 +47,7 @@ def make_links(words: np.ndarray, peers: int) -> Links:
     control[:, DESCRIPTOR] = -1
     sending = np.zeros(peers * image_words(words), np.uint64)
     receiving = np.zeros(peers * RECEIVE_BYTES // 8, np.uint64)
-    return Links(control, sending, sending.view(np.uint8), receiving, receiving.view(np.uint8), np.zeros(0, np.uint64))
+    return Links(control, sending, sending.view(np.uint8), receiving, receiving.view(np.uint8))
 
 
 @jit
@@ -84,7 +82,7 @@ def send_frames(links: Links, shipping: Shipping, words: np.ndarray, owner: int,
     start = peer * size
     while True:
         if control[peer, SENT] == control[peer, TO_SEND]:
-            end = ship_all(shipping, words, owner, peer, now_ns, links.nothing, links.send_words, start, start + size)
+            end = ship_all(shipping, words, owner, peer, now_ns, links.send_words, start, start + size)
             control[peer, SENT], control[peer, TO_SEND] = 0, (end - start) * 8
             if end == start:
                 return True
@@ -122,14 +120,13 @@ class Peers:
     """The connections behind `Links`, made and made again without waiting."""
 
     def __init__(self, addresses: Sequence[tuple[str, int]], links: Links, shipping: Shipping) -> None:
-        self.addresses, self.links, self.shipping = addresses, links, shipping
+        self.links, self.shipping = links, shipping
+        self._dialers = [Dialer(address) for address in addresses]
         self._sockets: list[socket.socket | None] = [None] * len(addresses)
-        self._connecting: list[socket.socket | None] = [None] * len(addresses)
-        self._tried_at = [0.0] * len(addresses)
 
     def mend(self) -> None:
         """Close what is lost, and go on connecting. Call it often."""
-        for peer in range(len(self.addresses)):
+        for peer in range(len(self._dialers)):
             if self.links.control[peer, DESCRIPTOR] < -1:
                 self._lose(peer)
             if self.links.control[peer, DESCRIPTOR] == -1:
@@ -145,41 +142,17 @@ class Peers:
         lose(self.shipping, peer, now_ns, now_ns)
 
     def _connect(self, peer: int) -> None:
-        pending = self._connecting[peer]
-        if pending is None:
-            if time.monotonic() - self._tried_at[peer] < CONNECT_AGAIN_S:
-                return
-            self._tried_at[peer] = time.monotonic()
-            pending = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-            pending.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            pending.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 200)
-            if pending.connect_ex(self.addresses[peer]) not in (0, errno.EINPROGRESS):
-                pending.close()
-                return
-            self._connecting[peer] = pending
-        if not select.select([], [pending], [], 0)[1]:
-            if time.monotonic() - self._tried_at[peer] > 10 * CONNECT_AGAIN_S:
-                self._give_up(peer)
-            return
-        self._connecting[peer] = None
-        if pending.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            pending.close()
-            return
-        self._sockets[peer] = pending
-        self.links.control[peer] = (pending.fileno(), 0, 0, 0)
-
-    def _give_up(self, peer: int) -> None:
-        pending = self._connecting[peer]
-        if pending is not None:
-            pending.close()
-        self._connecting[peer] = None
+        connection = self._dialers[peer].dial()
+        if connection is not None:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
+            self._sockets[peer] = connection
+            self.links.control[peer] = (connection.fileno(), 0, 0, 0)
 
     def close(self) -> None:
         """Close every connection."""
-        for connection in [*self._sockets, *self._connecting]:
+        for connection in (*self._sockets, *self._dialers):
             if connection is not None:
-                with contextlib.suppress(OSError):
-                    connection.close()
+                connection.close()
 
 
 __all__ = ["Links", "Peers", "exchange", "make_links", "poll_links"]

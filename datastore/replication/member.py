@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import select
 import socket
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from datastore.replication.coordinator import Timing
+from datastore.replication.dialer import Dialer
 from datastore.replication.links import Links, Peers
 from datastore.replication.messages import LineSocket, beat_message, read_gossip, read_grant
 from datastore.replication.replica import Ping, Replica
 from datastore.replication.shipping import Shipping
 from datastore.store.layout import EPOCH, LEASE_NS
 from datastore.store.table import Table
-
-CONNECT_AGAIN_NS = 20_000_000
 
 
 class Member:
@@ -33,7 +30,7 @@ class Member:
 
         Raises OSError when that port is not free.
         """
-        self.table, self.coordinator, self.timing = table, coordinator, timing or Timing()
+        self.table, self.timing = table, timing or Timing()
         incarnation = time.time_ns() & (1 << 62) - 1
         self.replica = Replica(host, [peer["host"] for peer in peers], table.words, shipping, owner, cluster, incarnation,
                                self.timing)  # fmt: skip
@@ -42,8 +39,8 @@ class Member:
         self.gossip = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self.gossip.bind(address)
         self._line: LineSocket | None = None
-        self._connecting: socket.socket | None = None
-        self._tried_ns = self._beat_ns = self._ping_ns = 0
+        self._dialer = Dialer(coordinator)
+        self._beat_ns = self._ping_ns = 0
 
     def fileno(self) -> int:
         """Return the descriptor whose input is a reason to call `work`, or -1."""
@@ -64,7 +61,8 @@ class Member:
         if now_ns - self._ping_ns >= self.timing.heartbeat_ns:
             self._ping()
         if self._line is None:
-            self._connect(now_ns)
+            connection = self._dialer.dial()
+            self._line = LineSocket(connection) if connection else None
         if self._line is None:
             return
         try:
@@ -105,27 +103,6 @@ class Member:
             elif said:
                 self.replica.ponged(said)
 
-    def _connect(self, now_ns: int) -> None:
-        if self._connecting is None:
-            if now_ns - self._tried_ns < CONNECT_AGAIN_NS:
-                return
-            self._tried_ns = now_ns
-            connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-            if connection.connect_ex(self.coordinator) not in (0, errno.EINPROGRESS):
-                connection.close()
-                return
-            self._connecting = connection
-        if not select.select([], [self._connecting], [], 0)[1]:
-            if now_ns - self._tried_ns > 10 * CONNECT_AGAIN_NS:
-                self._connecting.close()
-                self._connecting = None
-            return
-        connection, self._connecting = self._connecting, None
-        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            connection.close()
-        else:
-            self._line = LineSocket(connection)
-
     def status(self) -> dict[str, Any]:
         """Return what this host knows of itself, for people and tests."""
         now_ns = time.monotonic_ns()
@@ -136,6 +113,6 @@ class Member:
         """Close every connection."""
         self.peers.close()
         self.gossip.close()
-        for connection in (self._line, self._connecting):
-            if connection is not None:
-                connection.close()
+        self._dialer.close()
+        if self._line:
+            self._line.close()

@@ -45,7 +45,6 @@ from datastore.store.layout import (
     BUCKETS,
     BUCKETS_OFFSET,
     CHANGES_AT,
-    CLIENT_HEADER_WORDS,
     CLIENT_ID,
     CLIENT_STRIDE,
     CLIENTS,
@@ -71,6 +70,8 @@ from datastore.store.layout import (
     U1,
     VALUE_WORDS,
     WINDOW,
+    client_at,
+    completion_at,
     partition_at,
     word,
 )
@@ -325,33 +326,55 @@ def write_completion(words: np.ndarray, done: int, out: np.ndarray, at: int) -> 
 
 
 @jit
-def write_all_completions(words: np.ndarray, partition: int, out: np.ndarray, at: int) -> tuple[int, int]:
-    """Write every completion record of a partition; return (how many, where they end). out: empty to count them only."""
-    count, step = 0, DONE_VALUE + word(words, VALUE_WORDS)
-    for client in range(word(words, CLIENTS)):
-        ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE)
-        if words[ring + CLIENT_ID] == U0:
+def next_completion(words: np.ndarray, partition: int, place: int) -> int:
+    """Return the first place from `place` on (client * window + number) whose completion record is a partition's, or -1."""
+    window = word(words, WINDOW)
+    while place < word(words, CLIENTS) * window:
+        client = place // window
+        if words[client_at(words, client) + CLIENT_ID] == U0:
+            place = (client + 1) * window
             continue
-        for n in range(word(words, WINDOW)):
-            done = ring + CLIENT_HEADER_WORDS + n * step
-            if words[done + DONE_SEQUENCE] != U0 and done_partition(words, done) == partition:
-                if out.size > 0:
-                    at = write_completion(words, done, out, at)
-                count += 1
-    return count, at
+        done = completion_at(words, client, place % window)
+        if words[done + DONE_SEQUENCE] != U0 and done_partition(words, done) == partition:
+            return place
+        place += 1
+    return -1
 
 
-NOTHING = np.zeros(0, np.uint64)
+@inline
+def completion_of(words: np.ndarray, place: int) -> Any:
+    """Return the word index of the completion record at a place."""
+    return completion_at(words, place // word(words, WINDOW), place % word(words, WINDOW))
+
+
+@jit
+def count_completions(words: np.ndarray, partition: int) -> int:
+    """Return how many completion records a partition has."""
+    count, place = 0, next_completion(words, partition, 0)
+    while place >= 0:
+        count += 1
+        place = next_completion(words, partition, place + 1)
+    return count
+
+
+@jit
+def write_all_completions(words: np.ndarray, partition: int, out: np.ndarray, at: int) -> int:
+    """Write every completion record of a partition; return where they end."""
+    place = next_completion(words, partition, 0)
+    while place >= 0:
+        at = write_completion(words, completion_of(words, place), out, at)
+        place = next_completion(words, partition, place + 1)
+    return at
 
 
 @jit
 def ship(
-    shipping: Shipping, words: np.ndarray, owner: int, peer: int, partition: int, now_ns: int, nothing: np.ndarray,
-    out: np.ndarray, at: int, end: int,
+    shipping: Shipping, words: np.ndarray, owner: int, peer: int, partition: int, now_ns: int, out: np.ndarray, at: int,
+    end: int,
 ) -> int:  # fmt: skip
     """Write the frame that is due for a peer, without its header, to `out[at:end]`; return its words.
 
-    0: nothing is due; -1: there is no room, or the lock cannot be had: later. nothing: uint64[0].
+    0: nothing is due; -1: there is no room, or the lock cannot be had: later.
     """
     if not has_to_ship(shipping, words, peer, partition):
         return 0
@@ -361,15 +384,14 @@ def ship(
     written = 0
     if rules(role(words, partition)):
         hand_out_dirty(shipping, words, partition)
-        written = write_frame(shipping, words, peer, partition, now_ns, nothing, out, at, end)
+        written = write_frame(shipping, words, peer, partition, now_ns, out, at, end)
     release(words, base)
     return written
 
 
 @jit
 def write_frame(
-    shipping: Shipping, words: np.ndarray, peer: int, partition: int, now_ns: int, nothing: np.ndarray, out: np.ndarray,
-    at: int, end: int,
+    shipping: Shipping, words: np.ndarray, peer: int, partition: int, now_ns: int, out: np.ndarray, at: int, end: int,
 ) -> int:  # fmt: skip
     """`ship`, with the lock held and the dirty bits handed out."""
     link, base = shipping.links[peer, partition], partition_at(words, partition)
@@ -380,7 +402,7 @@ def write_frame(
     now_changed = changes(words, partition)
     if kind == IMAGE:
         want_all(shipping, words, peer, partition)
-        completions = write_all_completions(words, partition, nothing, 0)[0]
+        completions = count_completions(words, partition)
     else:
         completions = shipping.done_end[partition] - link[DONE_ACKED]
         if completions == 0 and now_changed == link[CHANGES_SENT]:
@@ -394,7 +416,7 @@ def write_frame(
     if kind != NEWS:
         buckets, to = write_buckets(shipping, words, peer, partition, out, to)
         if kind == IMAGE:
-            completions, to = write_all_completions(words, partition, out, to)
+            to = write_all_completions(words, partition, out, to)
         else:
             for n in range(link[DONE_ACKED], shipping.done_end[partition]):
                 to = write_completion(words, shipping.done[partition, n % DONE_QUEUE], out, to)
@@ -416,8 +438,7 @@ def write_frame(
 
 @jit
 def ship_all(
-    shipping: Shipping, words: np.ndarray, owner: int, peer: int, now_ns: int, nothing: np.ndarray, out: np.ndarray, at: int,
-    end: int,
+    shipping: Shipping, words: np.ndarray, owner: int, peer: int, now_ns: int, out: np.ndarray, at: int, end: int,
 ) -> int:  # fmt: skip
     """Write the frames that are due for a peer, as many as fit into `out[at:end]`; return where they end.
 
@@ -427,7 +448,7 @@ def ship_all(
     first = shipping.control[NEXT_FIRST] % partitions
     for n in range(partitions):
         partition = (first + n) % partitions
-        written = ship(shipping, words, owner, peer, partition, now_ns, nothing, out, at + FRAME_HEADER_WORDS, end)
+        written = ship(shipping, words, owner, peer, partition, now_ns, out, at + FRAME_HEADER_WORDS, end)
         if written > 0:
             write_frame_header(out, at, 1, written, REPLICATES, words[EPOCH_OF_MAP], U0, words[CLUSTER])
             at += FRAME_HEADER_WORDS + written
@@ -463,11 +484,10 @@ def note_answers(shipping: Shipping, words: np.ndarray, client: int, answer: np.
     answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
     if client < 0 or words[DIRTY_OFFSET] == U0:
         return
-    ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE) + CLIENT_HEADER_WORDS
     for n in range(count):
         operation = at + FRAME_HEADER_WORDS + n * answer_words
         sequence = answer[operation + SEQUENCE]
-        done = ring + np.int64(sequence % words[WINDOW]) * (DONE_VALUE + word(words, VALUE_WORDS))
+        done = completion_at(words, client, sequence)
         partition = np.int64(answer[operation + KEY_LOW] & PARTITION_BITS)
         if sequence != U0 and words[done + DONE_SEQUENCE] == sequence and partition == done_partition(words, done):
             note_completion(shipping, partition, done)
@@ -666,15 +686,10 @@ def read_buckets(words: np.ndarray, base: int, frame: np.ndarray, at: int, bucke
 @jit
 def forget_completions(words: np.ndarray, partition: int) -> None:
     """Drop the completion records of a partition: an image brings those that hold."""
-    step = DONE_VALUE + word(words, VALUE_WORDS)
-    for client in range(word(words, CLIENTS)):
-        ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE)
-        if words[ring + CLIENT_ID] == U0:
-            continue
-        for n in range(word(words, WINDOW)):
-            done = ring + CLIENT_HEADER_WORDS + n * step
-            if words[done + DONE_SEQUENCE] != U0 and done_partition(words, done) == partition:
-                words[done + DONE_SEQUENCE] = U0
+    place = next_completion(words, partition, 0)
+    while place >= 0:
+        words[completion_of(words, place) + DONE_SEQUENCE] = U0
+        place = next_completion(words, partition, place + 1)
 
 
 @jit
@@ -685,8 +700,7 @@ def read_completions(shipping: Shipping, words: np.ndarray, now_s: int, frame: n
         client = find_client(words, frame[at], now_s, shipping.connected)
         if client < 0:
             return TOO_MANY_CLIENTS
-        ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE) + CLIENT_HEADER_WORDS
-        done = ring + np.int64(frame[at + 1 + DONE_SEQUENCE] % words[WINDOW]) * step
+        done = completion_at(words, client, frame[at + 1 + DONE_SEQUENCE])
         if words[done + DONE_SEQUENCE] <= frame[at + 1 + DONE_SEQUENCE]:
             for n in range(step):
                 words[done + n] = frame[at + 1 + n]

@@ -113,6 +113,19 @@ def partition_at(words: np.ndarray, partition: int) -> Any:
 
 
 @inline
+def client_at(words: np.ndarray, client: int) -> Any:
+    """Return the word index of a client's slot in the table."""
+    return word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE)
+
+
+@inline
+def completion_at(words: np.ndarray, client: int, sequence: int) -> Any:
+    """Return the word index of the completion record that a client's operation `sequence` (uint64) has or will have."""
+    place = np.int64(np.uint64(sequence) % words[WINDOW])
+    return client_at(words, client) + CLIENT_HEADER_WORDS + place * (DONE_VALUE + word(words, VALUE_WORDS))
+
+
+@inline
 def hash32(words: np.ndarray, low: int, high: int) -> Any:
     """Return 32 hash bits of a key as int64: multilinear hashing under the table's secrets.
 

@@ -35,16 +35,12 @@ from datastore.store.layout import (
     BACKUP,
     CHANGE,
     CHANGES_AT,
-    CLIENT_HEADER_WORDS,
-    CLIENT_STRIDE,
-    CLIENTS_AT,
     COMMITTED_AT,
     COMPLETION,
     DIRTY_OFFSET,
     DONE_SEQUENCE,
     DONE_STAMP,
     DONE_STATUS,
-    DONE_VALUE,
     EXPIRY_MASK,
     LOCK,
     PARTITION_COUNT,
@@ -58,7 +54,7 @@ from datastore.store.layout import (
     UNDO,
     VALUE,
     VALUE_WORDS,
-    WINDOW,
+    completion_at,
     expired,
     find_place,
     hash32,
@@ -260,8 +256,7 @@ def once(
     """Apply a mutating operation of the client in slot `client`, unless its completion record says it was."""
     sequence = request[at + SEQUENCE]
     value_words = word(words, VALUE_WORDS)
-    ring = word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE) + CLIENT_HEADER_WORDS
-    done = ring + np.int64(sequence % words[WINDOW]) * (DONE_VALUE + value_words)
+    done = completion_at(words, client, sequence)
     known = words[done + DONE_SEQUENCE]
     if known == sequence:
         base = partition_at(words, done_partition(words, done))

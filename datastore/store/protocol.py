@@ -28,7 +28,6 @@ from datastore.store.layout import (
     CLIENT_STRIDE,
     CLIENT_USED_S,
     CLIENTS,
-    CLIENTS_AT,
     CLUSTER,
     DONE_SEQUENCE,
     DONE_VALUE,
@@ -38,6 +37,7 @@ from datastore.store.layout import (
     U0,
     VALUE_WORDS,
     WINDOW,
+    client_at,
     prefetch_record,
     prefetch_slot,
     word,
@@ -120,12 +120,6 @@ def frame_operations(buffer: np.ndarray, at: int) -> Any:
 @inline
 def frame_epoch(buffer: np.ndarray, at: int) -> Any:
     return np.int64(buffer[at + 1] >> np.uint64(32))
-
-
-@inline
-def client_at(words: np.ndarray, client: int) -> Any:
-    """Return the word index of a client's slot in the table."""
-    return word(words, CLIENTS_AT) + client * word(words, CLIENT_STRIDE)
 
 
 @jit

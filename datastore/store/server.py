@@ -46,6 +46,7 @@ from datastore.store.layout import (
     PORT,
     U0,
     VALUE_WORDS,
+    client_at,
     word,
 )
 from datastore.store.operations import HELLO, OPERATION_VALUE
@@ -55,7 +56,6 @@ from datastore.store.protocol import (
     FRAME_HEADER_WORDS,
     FRAME_OPERATIONS,
     LARGEST_FRAME_BYTES,
-    client_at,
     find_client,
     frame_operations,
     frame_words,

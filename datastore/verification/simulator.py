@@ -19,7 +19,7 @@ import hashlib
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ CLUSTER, VALUE_BYTES, PARTITIONS = 0xC1, 16, 4
 COORDINATOR = "control"
 CONNECTIONS, ANSWER_WORDS = 256, FRAME_HEADER_WORDS + OPERATION_VALUE + VALUE_BYTES // 8
 FRAME_BUFFER_WORDS = 1 << 14
+SETTLED_S = 6.0
+"""Within this time after all is well, everything must be answered and every group full."""
 OUTCOMES = (OK, ABSENT, EXISTS, VERSION_MISMATCH, STALE_SEQUENCE)
 
 
@@ -153,7 +155,7 @@ class StoreHost(Actor):
         self.answers = np.zeros((CONNECTIONS, ANSWER_WORDS), np.uint64)
         self.waiting: dict[int, str] = {}
         self.free = list(range(CONNECTIONS))
-        self.buffer, self.nothing = np.zeros(FRAME_BUFFER_WORDS, np.uint64), np.zeros(0, np.uint64)
+        self.buffer = np.zeros(FRAME_BUFFER_WORDS, np.uint64)
         self.replica = Replica(self.name, peers, self.words, self.shipping, self.owner, CLUSTER, world.serial(), world.timing)
         self.function = NetworkFunction(self, 1000 + world.serial())
         self.beat()
@@ -233,7 +235,7 @@ class StoreHost(Actor):
         self.replica.advance(self.now())
         for peer, host in enumerate(self.replica.peers):
             end = int(ship.ship_all(
-                self.shipping, self.words, self.owner, peer, self.now(), self.nothing, self.buffer, 0, FRAME_BUFFER_WORDS
+                self.shipping, self.words, self.owner, peer, self.now(), self.buffer, 0, FRAME_BUFFER_WORDS
             ))  # fmt: skip
             if end:
                 self.world.send(self.name, host, "frames", self.buffer[:end].copy())
@@ -627,15 +629,12 @@ class World:
         deadline = self.now + int(seconds * 1e9)
         while self.now < deadline:
             self.run(0.05)
-            if self.is_settled():
+            if not self.unsettled():
                 break
         else:
             raise Violation(f"seed {self.seed}: {self.unsettled()} {seconds:.1f} s after all was well")
         self.ending = True
         self.run(self.patience_ns / 1e9 + 0.2)
-
-    def is_settled(self) -> bool:
-        return not self.unsettled()
 
     def unsettled(self) -> str:
         groups = self.actors[COORDINATOR].coordinator.map.groups
@@ -669,6 +668,16 @@ class World:
         """Return what a host's table holds of a partition, as something that can be compared."""
         return tuple(sorted((r.low, r.high, r.version, r.value) for r in self.actors[name].table.records(partition)))
 
+    def play(self, seconds: float) -> None:
+        """Let things go wrong for so long, heal, and check everything; raises Violation. Then the world is over."""
+        try:
+            self.run(seconds)
+            self.heal()
+            self.settle(SETTLED_S)
+            self.check()
+        finally:
+            self.close()
+
     def close(self) -> None:
         for name in self.store_names:
             self.actors[name].table.close()
@@ -677,14 +686,5 @@ class World:
 def simulate(seed: int, seconds: float = 1.5, **options: Any) -> World:
     """Run one seed to its end; raises Violation. Returns the world, for its trace and history."""
     world = World(seed, **options)
-    try:
-        world.run(seconds)
-        world.heal()
-        world.settle(6.0)
-        world.check()
-    finally:
-        world.close()
+    world.play(seconds)
     return world
-
-
-__all__ = ["CALM", "Faults", "Violation", "World", "replace", "simulate"]

@@ -34,7 +34,7 @@ from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, UNKNOWN_PARTITI
 from datastore.store.table import VALUE, Table, commit_record, open_record
 
 pytestmark = pytest.mark.bounds
-PARTITIONS, SECRET, NOTHING = 2, 99, np.zeros(0, np.uint64)
+PARTITIONS, SECRET = 2, 99
 HIGH = np.uint64(7)
 
 
@@ -58,7 +58,7 @@ class Side(NamedTuple):
     def frames(self, now_ns: int = 1) -> list[np.ndarray]:
         """Ship all that is due to peer 0; return the frames' bodies."""
         out = np.zeros(1 << 15, np.uint64)
-        end = int(ship_all(self.shipping, self.table.words, self.owner, 0, now_ns, NOTHING, out, 0, out.size))
+        end = int(ship_all(self.shipping, self.table.words, self.owner, 0, now_ns, out, 0, out.size))
         found, at = [], 0
         while at < end:
             length = int(out[at] >> np.uint64(32)) // 8

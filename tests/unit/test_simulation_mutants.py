@@ -67,9 +67,7 @@ def trusts_old_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     def once(words: np.ndarray, owner: int, client: int, epoch: int, now_s: int, request: np.ndarray, at: int, *rest: Any) -> Any:
         with pytest.MonkeyPatch.context() as blind:
             sequence = request[at + operations.SEQUENCE]
-            ring = operations.word(words, operations.CLIENTS_AT) + client * operations.word(words, operations.CLIENT_STRIDE)
-            step = operations.DONE_VALUE + operations.word(words, operations.VALUE_WORDS)
-            done = ring + operations.CLIENT_HEADER_WORDS + int(sequence % words[operations.WINDOW]) * step
+            done = operations.completion_at(words, client, sequence)
             if words[done + operations.DONE_SEQUENCE] == sequence:
                 blind.setattr(operations, "is_primary", lambda *_: True)
             return sound(words, owner, client, epoch, now_s, request, at, *rest)
