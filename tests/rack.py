@@ -5,14 +5,65 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
 
 from experiments.harness.bench import Bench
+from experiments.harness.runner import network_parameters
+from experiments.harness.spec import Experiment, Trial
+from nfs.dataplane.ledger import imbalance
 from tests.conftest import ETH_P_ALL
 from topologies.emulation import system
+from topologies.emulation.journal import Journal
+from topologies.emulation.network import Network
+from topologies.emulation.processes import Launcher
 
 ARRIVAL_S = 10.0
 """Longest wait for a packet: a switch that others of this machine use too may pause for half a second."""
+
+
+@contextmanager
+def emulation_of(name: str, factory: pytest.TempPathFactory) -> Iterator[tuple[Journal, Launcher]]:
+    """Yield what an emulated network is made with: a journal named by the test, and a launcher. Skips without root."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it builds the emulated rack")
+    logs = factory.mktemp("logs")
+    with Journal(f"test-{name}-{os.getpid()}") as journal, Launcher(journal, logs, ("experiments.harness.preload",)) as launcher:
+        yield journal, launcher
+
+
+@contextmanager
+def working_rack(
+    emulation: tuple[Journal, Launcher],
+    trial: Trial,
+    experiment: Experiment,
+    prepare: Callable[[Bench], None] = lambda bench: None,
+) -> Iterator[tuple[Bench, dict[str, dict[str, Any]]]]:
+    """Yield a rack whose functions and stores run; at the end every packet must have its place in their ledgers.
+
+    With it comes a dict that holds the instances' statistics, by host, once the rack is gone. prepare: called once the network
+    is there and no process of ours runs in it.
+    """
+    journal, launcher = emulation
+    network = Network("rack", network_parameters(trial, experiment), journal.run_id, launcher, journal)
+    bench = Bench(trial, experiment, network, launcher)
+    statistics: dict[str, dict[str, Any]] = {}
+    try:
+        network.start()
+        prepare(bench)
+        bench.start_state()
+        bench.start_functions()
+        yield bench, statistics
+        statistics.update(bench.function_statistics())
+    finally:
+        bench.stop()
+        network.stop()
+    for counts in statistics.values():
+        assert imbalance(counts["ledger"]) == 0
+        assert counts["missing_frames"] == 0
 
 
 def open_sockets(bench: Bench) -> tuple[list[socket.socket], list[str]]:

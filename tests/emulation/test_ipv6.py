@@ -13,14 +13,9 @@ from pathlib import Path
 import pytest
 
 from experiments.harness.bench import Bench
-from experiments.harness.runner import network_parameters
 from experiments.harness.spec import Experiment, Trial
-from nfs.dataplane.ledger import imbalance
-from tests.rack import settled
+from tests.rack import emulation_of, settled, working_rack
 from topologies.emulation import system
-from topologies.emulation.journal import Journal
-from topologies.emulation.network import Network
-from topologies.emulation.processes import Launcher
 
 EXPERIMENT = Experiment(question="Does IPv6 work?", procedure="real_clients", sweeps=())
 PORT = 8080
@@ -64,28 +59,13 @@ LONG = pytest.mark.skipif(not os.environ.get("NEARSTATE_LONG"), reason="long mod
 
 @pytest.fixture(scope="module", params=["firewall+nat", pytest.param("firewall", marks=LONG)])
 def rack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root: it builds the emulated rack")
     if not system.has_ipv6():
         pytest.skip("this kernel has no IPv6")
-    logs: Path = tmp_path_factory.mktemp("logs")
-    with Journal(f"test-ipv6-{os.getpid()}") as journal, Launcher(journal, logs, ("experiments.harness.preload",)) as launcher:
-        trial = Trial("mine", "rack", request.param, "integrated", 1, {}, {}, 0, 1)
-        network = Network("rack", network_parameters(trial, EXPERIMENT), journal.run_id, launcher, journal)
-        bench = Bench(trial, EXPERIMENT, network, launcher)
-        try:
-            network.start()
-            bench.start_state()
-            bench.start_functions()
-            client, server = (str(network.hosts[name].interfaces["net"].ipv6) for name in ("client", "server"))
-            yield Running(bench, client, server)
-            statistics = bench.function_statistics()
-        finally:
-            bench.stop()
-            network.stop()
-    for counts in statistics.values():
-        assert imbalance(counts["ledger"]) == 0
-        assert counts["missing_frames"] == 0
+    trial = Trial("mine", "rack", request.param, "integrated", 1, {}, {}, 0, 1)
+    with emulation_of("ipv6", tmp_path_factory) as emulation, working_rack(emulation, trial, EXPERIMENT) as (bench, _):
+        hosts = bench.network.hosts
+        client, server = (str(hosts[name].interfaces["net"].ipv6) for name in ("client", "server"))
+        yield Running(bench, client, server)
 
 
 def test_nothing_is_said_until_somebody_speaks(rack: Running) -> None:

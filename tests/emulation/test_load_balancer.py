@@ -9,19 +9,17 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.harness.bench import Bench
 from experiments.harness.procedures.real_clients import LARGE, SMALL, RealClients
-from experiments.harness.runner import network_parameters
 from experiments.harness.spec import Experiment, Trial
-from nfs.dataplane.ledger import imbalance
+from tests.rack import emulation_of, working_rack
 from topologies.emulation import system
 from topologies.emulation.journal import Journal
-from topologies.emulation.network import CLIENT_ADDRESS, Network
+from topologies.emulation.network import CLIENT_ADDRESS
 from topologies.emulation.processes import Launcher
 
 VIRTUAL, SERVERS = "10.64.1.1", ("server", "server2", "server3")
@@ -82,44 +80,27 @@ def shorten(running: Running) -> None:
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journal, Launcher]]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root: it builds the emulated rack")
-    logs: Path = tmp_path_factory.mktemp("logs")
-    with (
-        Journal(f"test-balancer-{os.getpid()}") as journal,
-        Launcher(journal, logs, ("experiments.harness.preload",)) as launcher,
-    ):
-        yield journal, launcher
+    with emulation_of("balancer", tmp_path_factory) as made:
+        yield made
 
 
 @pytest.fixture(scope="module", params=SYSTEMS, ids="-".join)
 def running(emulation: tuple[Journal, Launcher], request: pytest.FixtureRequest) -> Iterator[Running]:
     """Yield each system once; at the end every packet must have its place."""
-    journal, launcher = emulation
     placement, mode = request.param
     trial = Trial("mine", "rack", "load_balancer", placement, 1, {}, {}, 0, 1)
-    network = Network("rack", network_parameters(trial, EXPERIMENT), journal.run_id, launcher, journal)
-    bench = Bench(trial, EXPERIMENT, network, launcher)
-    running = Running(bench, mode)
-    try:
-        network.start()
-        bench.overrides = {"functions": running.settings(1, 1, 1)}
-        bench.start_state()
-        bench.start_functions()
+
+    def choose_pool(bench: Bench) -> None:
+        bench.overrides = {"functions": Running(bench, mode).settings(1, 1, 1)}
+
+    with working_rack(emulation, trial, EXPERIMENT, choose_pool) as (bench, statistics):
         if mode == "direct":  # the backends have the virtual address themselves
             for name in SERVERS:
-                with system.network_namespace(network.hosts[name].pid):
+                with system.network_namespace(bench.network.hosts[name].pid):
                     system.run(["ip", "address", "add", f"{VIRTUAL}/32", "dev", "lo"], dict(os.environ))
         served_at = VIRTUAL if mode == "direct" else ""
-        running.real = RealClients(bench, address=VIRTUAL, backends=SERVERS[1:], served_at=served_at)
-        yield running
-        statistics = bench.function_statistics()
-    finally:
-        bench.stop()
-        network.stop()
+        yield Running(bench, mode, RealClients(bench, address=VIRTUAL, backends=SERVERS[1:], served_at=served_at))
     for counts in statistics.values():
-        assert imbalance(counts["ledger"]) == 0
-        assert counts["missing_frames"] == 0
         assert counts["ledger"]["forwarded"] > 1000
 
 

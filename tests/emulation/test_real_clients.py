@@ -19,7 +19,7 @@ from experiments.harness.procedures.real_clients import LARGE, SMALL, RealClient
 from experiments.harness.runner import network_parameters
 from experiments.harness.spec import Experiment, Trial
 from experiments.workloads.real_servers import DOMAIN
-from nfs.dataplane.ledger import imbalance
+from tests.rack import emulation_of, working_rack
 from topologies.emulation.journal import Journal, clean, processes_of
 from topologies.emulation.network import SERVER_ADDRESS, Network
 from topologies.emulation.processes import Launcher
@@ -51,37 +51,18 @@ class Running:
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journal, Launcher]]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root: it builds the emulated rack")
-    logs: Path = tmp_path_factory.mktemp("logs")
-    with (
-        Journal(f"test-real-clients-{os.getpid()}") as journal,
-        Launcher(journal, logs, ("experiments.harness.preload",)) as launcher,
-    ):
-        yield journal, launcher
+    with emulation_of("real-clients", tmp_path_factory) as made:
+        yield made
 
 
 @pytest.fixture(scope="module", params=SYSTEMS, ids="-".join)
 def running(emulation: tuple[Journal, Launcher], request: pytest.FixtureRequest) -> Iterator[Running]:
     """Yield each system once; at the end, every packet its NFs received must have its place in their ledgers."""
-    journal, launcher = emulation
     nf, placement = request.param
     trial = Trial("mine", "rack", nf, placement, 1, {}, {}, 0, 1)
-    network = Network("rack", network_parameters(trial, EXPERIMENT), journal.run_id, launcher, journal)
-    bench = Bench(trial, EXPERIMENT, network, launcher)
-    try:
-        network.start()
-        bench.start_state()
-        bench.start_functions()
+    with working_rack(emulation, trial, EXPERIMENT) as (bench, statistics):
         yield Running(bench, RealClients(bench), nf, placement)
-        statistics = bench.function_statistics()
-    finally:
-        bench.stop()
-        network.stop()
     assert sum(counts["ledger"]["forwarded"] for counts in statistics.values()) > 10, "it all went through the NFs"
-    for counts in statistics.values():
-        assert imbalance(counts["ledger"]) == 0
-        assert counts["missing_frames"] == 0
 
 
 def test_downloads_arrive_undamaged(running: Running) -> None:
