@@ -79,11 +79,12 @@ class RoutedClient:
         operation[0] = operation_word(kind, 0, len(value), offset)
         operation[SEQUENCE], operation[2], operation[3], operation[4] = sequence, low, high, stamp & 0xFFFFFFFFFFFFFFFF
         operation[OPERATION_VALUE:] = given
-        deadline = time.monotonic() + timeout_s
+        deadline, tries = time.monotonic() + timeout_s, 0
         while time.monotonic() < deadline:
-            answer = self._try(low & int(PARTITION_BITS), kind, operation)
+            answer = self._try(low & int(PARTITION_BITS), kind, operation, sequence + tries)
             if answer is not None:
                 return answer
+            tries += 1
             self._look_at_map()
             time.sleep(PAUSE_S)
         return None
@@ -94,12 +95,12 @@ class RoutedClient:
             if newest:
                 self.map = ClusterMap.from_json(newest)
 
-    def _try(self, partition: int, kind: int, operation: np.ndarray) -> Answer | None:
-        """Ask whom the map names; None: no answer, or none that says what became of it."""
+    def _try(self, partition: int, kind: int, operation: np.ndarray, turn: int) -> Answer | None:
+        """Ask whom the map names, for reads the one whose turn it is; None: no answer, or none that says what became of it."""
         members = self.map.groups[partition].members if self.map.groups else ()
         if not members:
             return None
-        host = members[self.next_sequence % len(members)] if kind == GET else members[0]  # any clean replica may be read
+        host = members[turn % len(members)] if kind == GET else members[0]  # any clean replica may be read
         try:
             answer = self._exchange(host, operation)
         except OSError:

@@ -517,6 +517,7 @@ def take_ack(shipping: Shipping, words: np.ndarray, peer: int, ack: np.ndarray, 
         shipping.unacked[peer, partition, n] = U0
     if link[MODE] == LEARNING:
         link[MODE], link[COUNTED_FROM] = COUNTED, changes(words, partition)
+        link[TOLD] = -1  # news is due even if nothing changes any more: without it the peer does not know that it counts
     recommit(shipping, words, partition)
     return OK
 

@@ -147,7 +147,9 @@ def test_what_was_answered_survives_its_primary(cluster):
         cluster.wait_until_full()
         cluster.stores["nf2"].kill()
         for key in range(64):
-            assert client.do(GET, key << 32 | key % PARTITIONS, 9).version == versions[key]
+            answer = client.do(GET, key << 32 | key % PARTITIONS, 9)
+            assert answer is not None, cluster.status()
+            assert answer.version == versions[key]
 
 
 def test_a_move_loses_nothing(cluster):

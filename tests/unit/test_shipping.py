@@ -144,6 +144,14 @@ def test_an_image_then_what_changed_then_what_is_committed(pair):
     assert ship.role(backup.table.words, 0) == BACKUP
 
 
+def test_a_backup_learns_that_it_counts_though_nothing_changes(pair):
+    primary, backup = pair
+    primary.write(1, 5)
+    exchange(primary, backup)
+    assert ship.role(backup.table.words, 0) == BACKUP
+    assert committed(backup.table.words, 0) == changes(backup.table.words, 0) == 1
+
+
 def test_a_record_that_changes_often_is_shipped_once_a_round_trip(pair):
     primary, backup = pair
     exchange(primary, backup)
