@@ -20,6 +20,8 @@ from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Coordinator, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
 from datastore.replication.messages import LineSocket, grant_message, read_beat
+from datastore.replication.switch import Switch
+from datastore.replication.switchover import Switchover, check_steering
 
 BACKLOG = 64
 
@@ -87,6 +89,10 @@ class Coordination:
                     f"state in {config['state']} is of cluster {document['cluster']:x}, not {config['cluster']:x}"
                 )
             self.coordinator = Coordinator.start(document, now_ns, timing)
+        self.switchover, self.switch = self._steering(config.get("steering"))
+        self._ordered: dict[str, dict[str, Any]] = {}
+        self._switch_descriptor = -1
+        self._instances: dict[str, LineSocket] = {}
         self._saved = self.coordinator.save()
         self._published = self.coordinator.map.epoch
         self._lines: dict[int, LineSocket] = {}
@@ -97,8 +103,17 @@ class Coordination:
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
 
+    def _steering(self, config: dict[str, Any] | None) -> tuple[Switchover | None, Switch | None]:
+        """Return who decides where packets go, and who tells the switch."""
+        if config is None:
+            return None, None
+        check_steering(config["steering"], config["instances"], len(self.coordinator.map.groups))
+        switch = Switch(Path(config["controller"])) if config["controller"] else None
+        return Switchover.of(config["instances"], config["steering"], config["aligned"]), switch
+
     def turn(self, timeout_s: float) -> None:
         """Wait for messages, answer them, and do what is due."""
+        self._watch_switch()
         for key, _ in self.selector.select(timeout_s):
             if key.fileobj is self.listener:
                 self._accept()
@@ -109,8 +124,53 @@ class Coordination:
                 line.flush()
             except OSError:
                 self._drop(line)
-        self.coordinator.advance(time.monotonic_ns())
+        self._advance()
         self.publish()
+
+    def _watch_switch(self) -> None:
+        """Wake up when the controller answers."""
+        descriptor = self.switch.fileno() if self.switch else -1
+        if descriptor != self._switch_descriptor:
+            if self._switch_descriptor >= 0:
+                self.selector.unregister(self._switch_descriptor)
+            if descriptor >= 0:
+                self.selector.register(descriptor, selectors.EVENT_READ)
+            self._switch_descriptor = descriptor
+
+    def _advance(self) -> None:
+        """Do what is due, steering included."""
+        now_ns = time.monotonic_ns()
+        if self.switchover:
+            if self.switch:
+                self.switchover.confirmed = self.switch.follow(self.switchover.steering) or self.switchover.confirmed
+            else:
+                self.switchover.confirmed = list(self.switchover.steering)
+            self.switchover.plan(now_ns, self.coordinator)
+        self.coordinator.advance(now_ns)
+
+    def _give_orders(self) -> None:
+        """Tell instances what they are to do, where that is news."""
+        assert self.switchover
+        for name, line in list(self._instances.items()):
+            orders = self.switchover.orders(name, self.coordinator)
+            if orders["map"] and self._ordered.get(name, {}).get("epoch") == self.coordinator.map.epoch:
+                orders["map"] = None  # it is on its way
+            known = {"epoch": self.coordinator.map.epoch, "park": orders["park"], "watch": orders["watch"]}
+            if orders["map"] or known != self._ordered.get(name):
+                self._ordered[name] = known
+                try:
+                    line.send({"orders": orders})
+                except OSError:
+                    self._drop(line)
+
+    def _hear_instance(self, line: LineSocket, report: dict[str, Any]) -> None:
+        """Take an instance's report. Raises NearstateError when it is of another cluster."""
+        if self.switchover is None or report["cluster"] != self.coordinator.cluster:
+            raise NearstateError(f"instance {report['host']} of cluster {report['cluster']:x}: this coordinator steers others")
+        name = self.switchover.hear(time.monotonic_ns(), report)
+        if self._instances.get(name) is not line:
+            self._instances[name] = line
+            self._ordered.pop(name, None)
 
     def _accept(self) -> None:
         try:
@@ -124,10 +184,16 @@ class Coordination:
     def _converse(self, line: LineSocket) -> None:
         try:
             for message in line.receive():
+                if "instance" in message:
+                    self._hear_instance(line, message["instance"])
+                    continue
                 answer = self._answer(line, message)
                 self.publish()
                 line.send(answer)
-        except OSError:
+        except NearstateError as error:
+            line.send({"error": str(error)})
+            self._drop(line)
+        except (OSError, KeyError, TypeError, ValueError):
             self._drop(line)
 
     def _drop(self, line: LineSocket) -> None:
@@ -136,6 +202,8 @@ class Coordination:
         self.selector.unregister(line.connection)
         for host in [host for host, other in self._hosts.items() if other is line]:
             del self._hosts[host]
+        for name in [name for name, other in self._instances.items() if other is line]:
+            del self._instances[name]
         line.close()
 
     def _answer(self, line: LineSocket, message: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +217,14 @@ class Coordination:
                 if not self.publish():
                     grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
                 return grant_message(grant)
+            return self.command(message)
+        except (NearstateError, KeyError, TypeError, ValueError) as error:
+            return {"error": str(error)}
+
+    def command(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to what people and tools ask: {"map": epoch}, {"move": ...} or {"status": true}."""
+        coordinator = self.coordinator
+        try:
             if "map" in message:
                 newest = coordinator.map if message["map"] != coordinator.map.epoch else None
                 return {"map": newest.to_json() if newest else None}
@@ -183,6 +259,8 @@ class Coordination:
                     line.send(grant_message(coordinator.news(host)))
                 except OSError:
                     self._drop(line)
+        if self.switchover:
+            self._give_orders()
         return True
 
     def status(self) -> dict[str, Any]:
@@ -191,7 +269,11 @@ class Coordination:
         hosts = {name: {"lease_ms": max(state.granted_until_ns - now_ns, 0) / 1e6, "epoch": state.epoch,
                         "heard_ms_ago": (now_ns - state.heard_ns) / 1e6 if state.heard_ns else None}
                  for name, state in self.coordinator.hosts.items()}  # fmt: skip
+        instances = self.switchover.instances if self.switchover else {}
         return {"map": self.coordinator.map.to_json(), "hosts": hosts, "moves": self.coordinator.moves, "trouble": self.trouble,
+                "steering": self.switchover.confirmed if self.switchover else [],
+                "instances": {name: {"heard_ms_ago": (now_ns - instance.heard_ns) / 1e6 if instance.heard_ns else None}
+                              for name, instance in instances.items()},
                 "replicas": self.coordinator.replicas, "log": self.coordinator.log[-20:]}  # fmt: skip
 
     def close(self) -> None:
@@ -200,14 +282,18 @@ class Coordination:
             self._drop(line)
         self.selector.close()
         self.listener.close()
+        if self.switch:
+            self.switch.close()
 
 
 def main(config: dict[str, Any], control: Any) -> None:
     """Run a coordinator under the launcher: target of `Launcher.spawn`.
 
     config: {"address", "port", "cluster": id, "replicas": n, "hosts": [names], "placement": hosts of each partition, "state":
-    path, "lease_ms": optional}. Sends {"ready": true, "port": n} or {"error": line}; ends at {"stop": true}, SIGTERM, or when
-    the other side is gone.
+    path, "lease_ms": optional}, and where packets are to follow the map, "steering": {"instances": [NF hosts], "steering": the
+    instance of each partition now, "aligned": whether the stores are on those hosts, "controller": path of its socket, or ""}.
+    Sends {"ready": true, "port": n} or {"error": line}; answers commands; ends at {"stop": true}, SIGTERM, or when the other
+    side is gone.
     """
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
@@ -224,8 +310,8 @@ def main(config: dict[str, Any], control: Any) -> None:
             message = control.receive(0)
             if message and message.get("stop"):
                 return
-            if message and "status" in message:
-                control.send({"status": process.status()})
+            if message:
+                control.send(process.command(message))
     except EOFError:
         pass
     finally:

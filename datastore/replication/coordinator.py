@@ -109,6 +109,8 @@ class Coordinator:
     suspects: dict[tuple[str, str], int] = field(default_factory=dict)
     dirty: bool = False
     log: list[str] = field(default_factory=list)
+    may_hand_over: set[int] | None = None
+    """The moves whose primary may retire (`switchover.py`); None: all."""
 
     @classmethod
     def start(cls, document: dict[str, Any], now_ns: int, timing: Timing | None = None) -> Coordinator:
@@ -208,8 +210,8 @@ class Coordinator:
             if group.primary == beat.host and group.successor in group.members:
                 groups[partition] = self._handed_over(partition, group)
         for host in beat.unreachable:
-            for partition, group in enumerate(self.map.groups):
-                group = groups.get(partition) or group
+            for partition in self.map.ruled.get(beat.host, ()):
+                group = groups.get(partition) or self.map.groups[partition]
                 if group.primary == beat.host and host in group.members + group.learners and host != beat.host:
                     groups[partition] = self._leave(group, host)
                     self.suspects[beat.host, host] = now_ns + self.timing.suspect_ns
@@ -274,6 +276,8 @@ class Coordinator:
         """Let groups go on without the hosts whose lease is over, unless that would leave no copy: one may come back with it."""
         gone = [host for host, state in self.hosts.items()
                 if state.incarnation and self._lapsed(host, now_ns) and self._silent(host, now_ns)]  # fmt: skip
+        if not gone:
+            return
         groups: dict[int, Group] = {}
         for partition, group in enumerate(self.map.groups):
             if set(group.members) <= set(gone):
@@ -290,7 +294,8 @@ class Coordinator:
 
     def _finish_leaving(self, now_ns: int) -> None:
         groups: dict[int, Group] = {}
-        for partition, group in enumerate(self.map.groups):
+        for partition in self.map.leaving:
+            group = self.map.groups[partition]
             left = tuple(host for host in group.leaving if self._knows(host) or self._lapsed(host, now_ns))
             if left:
                 groups[partition] = self._pruned(replace(group, leaving=tuple(h for h in group.leaving if h not in left)))
@@ -303,13 +308,17 @@ class Coordinator:
     def _fill(self, now_ns: int) -> None:
         """Give groups that are too small learners, on the hosts that hold least."""
         alive = self.alive(now_ns)
+        small = [partition for size in range(1, self.replicas) for partition in self.map.sizes.get(size, ())]
+        if len(alive) < 2 or not small:
+            return
         load = {host: sum(host in group.members + group.learners for group in self.map.groups) for host in alive}
         groups: dict[int, Group] = {}
-        for partition, group in enumerate(self.map.groups):
-            if not group.members or group.leaving or len(group.members) + len(group.learners) >= self.replicas:
+        for partition in sorted(small):
+            group = self.map.groups[partition]
+            if not group.members or group.leaving:
                 continue
             fit = [host for host in alive if host not in group.replicas() and not self._suspected(group, host, now_ns)]
-            if fit and group.primary in self.alive(now_ns):
+            if fit and group.primary in alive:
                 chosen = min(fit, key=lambda host: (load[host], host))
                 load[chosen] += 1
                 groups[partition] = self._with_learner(group, chosen)
@@ -333,12 +342,17 @@ class Coordinator:
                 continue
             elif target not in group.members + group.learners:
                 groups[partition] = self._with_learner(group, target)
-            elif target in group.members and group.successor != target:
+            elif target in group.members and group.successor != target and self._may_hand_over(partition):
                 groups[partition] = replace(group, successor=target)
-        for partition, group in enumerate(self.map.groups):
+        large = [partition for size, those in self.map.sizes.items() if size > self.replicas for partition in those]
+        for partition in sorted(large):
+            group = self.map.groups[partition]
             if len(group.members) > self.replicas and not group.leaving and partition not in self.moves and not group.successor:
                 groups[partition] = self._leave(group, group.members[-1])
         self._new_map(groups)
+
+    def _may_hand_over(self, partition: int) -> bool:
+        return self.may_hand_over is None or partition in self.may_hand_over
 
     # ---- what people ask ----------------------------------------------------------------------------------------------
 

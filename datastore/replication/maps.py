@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from datastore.native.errors import NearstateError
@@ -52,6 +53,45 @@ class ClusterMap:
     def first(cls, placement: Sequence[Sequence[str]], epoch: int = 1) -> ClusterMap:
         """Return the map that a placement begins with. Its backups learn first: a primary alone knows that all are empty."""
         return cls(epoch, tuple(Group(tuple(hosts), epoch, joined=dict.fromkeys(hosts, epoch)) for hosts in placement))
+
+    @cached_property
+    def leaving(self) -> tuple[int, ...]:
+        """Partitions with a host that is leaving."""
+        return tuple(partition for partition, group in enumerate(self.groups) if group.leaving)
+
+    @cached_property
+    def unsettled(self) -> tuple[int, ...]:
+        """Partitions whose primary has something to tell: somebody learns, or it is to hand over."""
+        return tuple(partition for partition, group in enumerate(self.groups) if group.learners or group.successor)
+
+    @cached_property
+    def sizes(self) -> dict[int, tuple[int, ...]]:
+        """Partitions with so many members and learners, by that number."""
+        found: dict[int, list[int]] = {}
+        for partition, group in enumerate(self.groups):
+            found.setdefault(len(group.members) + len(group.learners), []).append(partition)
+        return {size: tuple(partitions) for size, partitions in found.items()}
+
+    @cached_property
+    def ruled(self) -> dict[str, tuple[int, ...]]:
+        """Partitions by their primary; those without one are left out."""
+        found: dict[str, list[int]] = {}
+        for partition, group in enumerate(self.groups):
+            if group.primary:
+                found.setdefault(group.primary, []).append(partition)
+        return {host: tuple(partitions) for host, partitions in found.items()}
+
+    def sharing(self, host: str) -> frozenset[str]:
+        """Return the other hosts that are replicas of a partition together with `host`."""
+        return self._sharing.get(host, frozenset()) - {host}
+
+    @cached_property
+    def _sharing(self) -> dict[str, frozenset[str]]:
+        found: dict[str, set[str]] = {}
+        for replicas in {group.replicas() for group in self.groups}:
+            for host in replicas:
+                found.setdefault(host, set()).update(replicas)
+        return {host: frozenset(others) for host, others in found.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the map as a JSON object."""

@@ -2,6 +2,7 @@
 
 store  -> coordinator   {"beat": {...}}      coordinator -> store    {"grant": {...}}     also unasked, with a new map
 anyone -> coordinator   {"map": epoch}       coordinator -> anyone   {"map": {...}}       null: that epoch is the newest
+instance -> coordinator {"instance": {...}}  coordinator -> instance {"orders": {...}}    also unasked: `switchover.py`
 people -> coordinator   {"status": true}, {"move": {"partitions": [...], "target": host}} ...
 """
 
@@ -72,7 +73,8 @@ class LineSocket:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection, self._in, self._out = connection, b"", b""
 
     def fileno(self) -> int:

@@ -87,7 +87,7 @@ class Replica:
         """Work out until when this host may answer."""
         if not self.map.epoch:
             return
-        sharing = {host for group in self.map.groups if self.host in group.replicas() for host in group.replicas()}
+        sharing = self.map.sharing(self.host)
         promised = [self.promise_until_ns[peer] for peer, host in enumerate(self.peers) if host in sharing]
         self.words[LEASE_NS] = max(self.coordinator_lease_ns, min(promised, default=FOR_EVER_NS))
 
@@ -147,7 +147,8 @@ class Replica:
     def beat(self, now_ns: int) -> Heartbeat:
         """Return what to tell the coordinator now."""
         synchronised, released = [], []
-        for partition, group in enumerate(self.map.groups):
+        for partition in self.map.unsettled:
+            group = self.map.groups[partition]
             if group.primary != self.host:
                 continue
             for host in group.learners:

@@ -125,7 +125,8 @@ class Shipping(NamedTuple):
     control: np.ndarray
 
 
-ASYNCHRONOUS, NEXT_FIRST = range(2)
+ASYNCHRONOUS, NEXT_FIRST, COMMITTED_MORE = range(3)
+"""COMMITTED_MORE: something was committed since somebody looked."""
 REPLICATES, ACKNOWLEDGES = 2, 4
 """Flags of the frames between stores."""
 
@@ -532,6 +533,7 @@ def recommit(shipping: Shipping, words: np.ndarray, partition: int) -> None:
             if link[MODE] == COUNTED:
                 least = min(least, link[CHANGES_ACKED])
     words[word(words, COMMITTED_AT) + partition] = np.uint64(least)
+    shipping.control[COMMITTED_MORE] = 1
 
 
 @inline

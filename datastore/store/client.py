@@ -10,6 +10,10 @@ wire, framed and sent together by `flush`, and overwritten by their answers:
 
 A window slot belongs to its operation until the `next_answer` after the one that handed it out. After a lost connection
 `Client.reconnect` sends everything unanswered again, under the same sequence numbers: the store does nothing twice.
+
+Where stores replicate, another one may take over in between. An operation is known there by its sequence number and its *stream*,
+the client's id at the store that was asked first: `request_again` asks the other store under these, and whichever of the two did
+it, it is done once.
 """
 
 from __future__ import annotations
@@ -80,6 +84,10 @@ class ClientState(NamedTuple):
     """uint64[hosts * window * operation words]"""
     tags: np.ndarray
     """int64[hosts * window]: what the caller wants to know again when the answer comes"""
+    streams: np.ndarray
+    """uint64[hosts * window]: under which client id the operation was asked first"""
+    deltas: np.ndarray
+    """uint64[hosts * window]: first value word as it was asked; the answer overwrites the operation"""
     send_words: np.ndarray
     send_bytes: np.ndarray
     receive_words: np.ndarray
@@ -105,6 +113,8 @@ def new_state(hosts: int, client_id: int, value_bytes: int, cluster: int, epoch:
         np.array([client_id, cluster, epoch], np.uint64),
         np.zeros(hosts * window * operation_words, np.uint64),
         np.zeros(hosts * window, np.int64),
+        np.zeros(hosts * window, np.uint64),
+        np.zeros(hosts * window, np.uint64),
         sending,
         sending.view(np.uint8),
         receiving,
@@ -125,6 +135,12 @@ def room(client: ClientState, host: int) -> Any:
 
 
 @inline
+def stream_of(client: ClientState, host: int) -> Any:
+    """Return the id, as uint64, under which this client is known for what it asks `host` first."""
+    return client.identity[CLIENT] + (np.uint64(host) << np.uint64(32))
+
+
+@inline
 def unanswered(client: ClientState, host: int) -> Any:
     """Return how many operations wait for their answers."""
     return client.control[host, NEXT] - client.control[host, ANSWERED]
@@ -142,8 +158,28 @@ def request(
     """
     if room(client, host) <= 0:
         return -1
-    sequence = client.control[host, NEXT]
-    slot = sequence % client.limits[WINDOW]
+    stream = stream_of(client, host)
+    return queue(client, host, opcode, key_low, key_high, stamp, values, value_at, tag, extra, client.control[host, NEXT], stream)
+
+
+@jit
+def request_again(
+    client: ClientState, host: int, opcode: int, key_low: int, key_high: int, stamp: int, values: np.ndarray, tag: int,
+    extra: int, sequence: int, stream: int,
+) -> int:  # fmt: skip
+    """`request` of another store what one did not answer for good; sequence, stream: as they were, `answer_sequence` tells."""
+    if room(client, host) <= 0:
+        return -1
+    return queue(client, host, opcode, key_low, key_high, stamp, values, 0, tag, extra, sequence, stream)
+
+
+@jit
+def queue(
+    client: ClientState, host: int, opcode: int, key_low: int, key_high: int, stamp: int, values: np.ndarray, value_at: int,
+    tag: int, extra: int, sequence: int, stream: int,
+) -> int:  # fmt: skip
+    """Write an operation into the next window slot; there is room."""
+    slot = client.control[host, NEXT] % client.limits[WINDOW]
     at = slot_at(client, host, slot)
     value_words = client.limits[OPERATION_WORDS] - OPERATION_VALUE
     given = value_words if opcode in (PUT, INSERT) else 1 if opcode == ADD else 0
@@ -154,7 +190,9 @@ def request(
     for n in range(value_words):
         client.window[at + OPERATION_VALUE + n] = values[value_at + n] if n < given else np.uint64(0)
     client.tags[host * client.limits[WINDOW] + slot] = tag
-    client.control[host, NEXT] = sequence + 1
+    client.streams[host * client.limits[WINDOW] + slot] = np.uint64(stream)
+    client.deltas[host * client.limits[WINDOW] + slot] = client.window[at + OPERATION_VALUE] if value_words > 0 else np.uint64(0)
+    client.control[host, NEXT] += 1
     return sequence
 
 
@@ -165,15 +203,25 @@ def given_words(client: ClientState, at: int) -> Any:
 
 
 @jit
+def of_one_stream(client: ClientState, host: int, count: int) -> int:
+    """Return how many of the next `count` operations to be framed have the first one's stream."""
+    window, first = client.limits[WINDOW], client.control[host, FRAMED]
+    for n in range(1, count):
+        if client.streams[host * window + (first + n) % window] != client.streams[host * window + first % window]:
+            return n
+    return count
+
+
+@jit
 def frame_queued(client: ClientState, host: int) -> None:
     """Append what is queued to the send buffer, as one frame, as far as there is room.
 
-    On the wire all operations of a frame are as long as the longest: a frame of GETs carries no values.
+    On the wire all operations of a frame are as long as the longest: a frame of GETs carries no values. They are of one stream.
     """
     control, limits, window = client.control, client.limits, client.limits[WINDOW]
     start = control[host, TO_SEND] >> 3
     space = (limits[SEND_WORDS] - start - FRAME_HEADER_WORDS) // limits[OPERATION_WORDS]
-    count = min(control[host, NEXT] - control[host, FRAMED], FRAME_OPERATIONS, space)
+    count = of_one_stream(client, host, min(control[host, NEXT] - control[host, FRAMED], FRAME_OPERATIONS, space))
     if count <= 0:
         return
     longest = 0
@@ -182,8 +230,8 @@ def frame_queued(client: ClientState, host: int) -> None:
     operation_words = OPERATION_VALUE + longest
     at = host * limits[SEND_WORDS] + start
     identity = client.identity
-    epoch = np.int64(identity[EPOCH])
-    write_frame_header(client.send_words, at, count, operation_words, 0, epoch, identity[CLIENT], identity[CLUSTER])
+    epoch, stream = np.int64(identity[EPOCH]), client.streams[host * window + control[host, FRAMED] % window]
+    write_frame_header(client.send_words, at, count, operation_words, 0, epoch, stream, identity[CLUSTER])
     at += FRAME_HEADER_WORDS
     for sequence in range(control[host, FRAMED], control[host, FRAMED] + count):
         copy(client.send_words, at, client.window, slot_at(client, host, sequence % window), operation_words)
@@ -223,16 +271,28 @@ def take_frame(client: ClientState, host: int, at: int, length: int) -> bool:
     control[host, STORE_EPOCH] = frame_epoch(buffer, at)
     at += FRAME_HEADER_WORDS
     for _ in range(count):
-        sequence = control[host, ANSWERED]
-        if np.int64(buffer[at + SEQUENCE]) != sequence:
+        position = control[host, ANSWERED]
+        target = slot_at(client, host, position % limits[WINDOW])
+        if buffer[at + SEQUENCE] != client.window[target + SEQUENCE]:
             return False
-        target = slot_at(client, host, sequence % limits[WINDOW])
         client.window[target] = buffer[at]
         for n in range(OPERATION_STAMP, operation_words):
             client.window[target + n] = buffer[at + n]
-        control[host, ANSWERED] = sequence + 1
+        control[host, ANSWERED] = position + 1
         at += operation_words
     return True
+
+
+@jit
+def give_up(client: ClientState, host: int, status: int) -> None:
+    """Have everything unanswered of a host that cannot be reached read as answered with `status`."""
+    control = client.control
+    for position in range(control[host, ANSWERED], control[host, NEXT]):
+        at = slot_at(client, host, position % client.limits[WINDOW])
+        client.window[at] = client.window[at] & ~np.uint64(0xFF00) | np.uint64(status) << np.uint64(8)
+    control[host, ANSWERED] = control[host, FRAMED] = control[host, NEXT]
+    for field in (RECEIVED, TO_SEND, SENT):
+        control[host, field] = 0
 
 
 @jit
@@ -282,6 +342,18 @@ def next_answer(client: ClientState, host: int) -> int:
 def answer_tag(client: ClientState, host: int, slot: int) -> Any:
     """Return the tag the request was given."""
     return client.tags[host * client.limits[WINDOW] + slot]
+
+
+@inline
+def answer_sequence(client: ClientState, host: int, slot: int) -> Any:
+    """Return the sequence number (int64) of the operation in a window slot."""
+    return np.int64(client.window[slot_at(client, host, slot) + SEQUENCE])
+
+
+@inline
+def answer_stream(client: ClientState, host: int, slot: int) -> Any:
+    """Return the stream (uint64) of the operation in a window slot."""
+    return client.streams[host * client.limits[WINDOW] + slot]
 
 
 @inline
@@ -344,7 +416,7 @@ class Client:
         self, addresses: list[tuple[str, int]], client_id: int, value_bytes: int, cluster: int = 0, epoch: int = 1,
         window: int = DEFAULT_WINDOW, timeout_s: float = 5.0,
     ) -> None:  # fmt: skip
-        """client_id: not 0, of this process alone. window: at most the stores'. timeout_s: for every blocking step."""
+        """client_id: 1 to 2^32 - 1, of this process alone. window: at most the stores'. timeout_s: for every blocking step."""
         self.addresses, self.value_bytes, self.timeout_s = addresses, value_bytes, timeout_s
         self.state = new_state(len(addresses), client_id, value_bytes, cluster, epoch, window)
         self._sockets: list[socket.socket | None] = [None] * len(addresses)
@@ -352,6 +424,10 @@ class Client:
     def connect(self, host: int = 0) -> None:
         """Connect to a store and say HELLO; raises NearstateError when it cannot be reached or refuses."""
         self.disconnect(host)
+        self.take_connection(host, *self.dial(host))
+
+    def dial(self, host: int) -> tuple[socket.socket, int]:
+        """Make a connection for `take_connection`; may run in another thread. Raises NearstateError as `connect`."""
         address, port = self.addresses[host]
         try:
             connection = socket.create_connection((address, port), self.timeout_s)
@@ -361,20 +437,26 @@ class Client:
             ) from None
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            highest = self._greet(connection, f"store at {address}:{port}")
+            highest = self._greet(connection, f"store at {address}:{port}", host)
         except BaseException:
             connection.close()
             raise
         connection.setblocking(False)
+        return connection, highest
+
+    def take_connection(self, host: int, connection: socket.socket, highest: int) -> None:
+        """Use a connection that `dial` made from now on. highest: the sequence number that the store told."""
+        self.disconnect(host)
         self._sockets[host] = connection
         self.state.control[host, DESCRIPTOR] = connection.fileno()
         send_again(self.state, host)
         if unanswered(self.state, host) == 0 and highest >= self.state.control[host, NEXT]:
             skip_to(self.state, host, highest + 1)
 
-    def _greet(self, connection: socket.socket, store: str) -> int:
+    def _greet(self, connection: socket.socket, store: str, host: int) -> int:
         """Exchange HELLO; return the highest sequence number the store has completed for this client."""
         client, cluster, epoch = self.state.identity
+        client += np.uint64(host) << np.uint64(32)
         frame = np.zeros(FRAME_HEADER_WORDS + OPERATION_VALUE, np.uint64)
         write_frame_header_now(frame, 0, 1, OPERATION_VALUE, 0, int(epoch), client, cluster)
         frame[FRAME_HEADER_WORDS] = HELLO | self.value_bytes << 32

@@ -42,8 +42,9 @@ SLOT_WORDS, BUCKET_WORDS, DIRTY_OFFSET = 13, 14, 15
 """DIRTY_OFFSET: from a partition's header to its dirty bytes; 0: the table does not replicate."""
 # Header: what the store process and the tools read.
 EPOCH, CLUSTER, CLIENTS, WINDOW, CLIENTS_AT, CLIENT_STRIDE, TOTAL_WORDS, CAPACITY, ADDRESS, PORT = range(16, 26)
-CHANGES_AT, COMMITTED_AT, LEASE_NS = range(26, 29)
-"""Where the progress words of partition 0 are; until when (CLOCK_MONOTONIC) this host may answer, 0: for ever."""
+CHANGES_AT, COMMITTED_AT, LEASE_NS, STORE_ASLEEP, IN_PLACE, COMMITS = range(26, 32)
+"""Where the progress words of partition 0 are; until when (CLOCK_MONOTONIC) this host may answer, 0: for ever; whether the
+store process sleeps; how often others said that they changed records, and how often it said that more is committed."""
 # Header: counters.
 STATUS_COUNTS = 32
 TAKEOVERS, ROLLBACKS, EXPIRED, FRAMES, OPERATIONS, CONNECTIONS, REPEATED = range(56, 63)
@@ -58,6 +59,8 @@ OWNERS = 63
 
 # Header: four words for each owner number, room for a `struct flock`.
 OWNER_SCRATCH = 128
+# Header: whether each owner sleeps until something is committed (see `bells.py`).
+OWNER_ASLEEP = 384
 
 # A partition's header.
 LOCK, ROLE, COUNT, UNDO, COMPLETION, FLOOR, CURSOR, FULL_SWEEP, UNDO_COPY = range(9)

@@ -17,7 +17,7 @@ import numpy as np
 from datastore.native import jit
 from datastore.native.errors import NearstateError
 from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, libc_accept4, libc_close, now_ns, poll, pollfd, recv, send
-from datastore.native.memory import copy, fetch_add
+from datastore.native.memory import copy, fetch_add, load_acquire
 from datastore.replication.coordinator import Timing
 from datastore.replication.holds import FIRST_FRAME, LAST_FRAME, Holds, forget, has_room, let_go, make_holds, serve_frame
 from datastore.replication.links import Links, exchange, make_links, poll_links
@@ -25,6 +25,7 @@ from datastore.replication.member import Member
 from datastore.replication.shipping import (
     ACK_WORDS,
     ACKNOWLEDGES,
+    COMMITTED_MORE,
     Shipping,
     apply,
     image_words,
@@ -32,6 +33,7 @@ from datastore.replication.shipping import (
     make_shipping,
     peer_frame_words,
 )
+from datastore.store.bells import STORE, Bells, hear, silent, wake_owners
 from datastore.store.layout import (
     ADDRESS,
     BUCKETS,
@@ -42,8 +44,10 @@ from datastore.store.layout import (
     CONNECTIONS,
     DIRTY_OFFSET,
     EPOCH,
+    IN_PLACE,
     PARTITION_COUNT,
     PORT,
+    STORE_ASLEEP,
     U0,
     VALUE_WORDS,
     client_at,
@@ -74,11 +78,13 @@ TURN_NS = 100_000_000
 """How long the compiled loop runs before Python looks at signals and control messages."""
 
 WAKERS = 2
+BELL = 2
+"""In `polled`, counted from the last peer: two wakers that end `serve` early, and the bell that does not."""
 
 _SOCK_NONBLOCK, _SOCK_CLOEXEC = 0o4000, 0o2000000
 
 # What a server's `control` holds.
-LISTENER, WAKER, SWEEP_PARTITION, SWEEP_DONE, SWEEP_NS = range(5)
+LISTENER, WAKER, SWEEP_PARTITION, SWEEP_DONE, SWEEP_NS, SEEN_IN_PLACE = range(6)
 # What a connection holds. Received: bytes up to this one. Answered, released and sent: of the send buffer; an answer is released
 # when what it tells of is committed.
 DESCRIPTOR, RECEIVED, ANSWERED, RELEASED, SENT, CLIENT, CLOSING = range(7)
@@ -110,12 +116,15 @@ class ServerState(NamedTuple):
     shipping: Shipping
     holds: Holds
     links: Links
+    bells: Bells
 
 
-def new_state(words: np.ndarray, listener: int, waker: int = -1, peers: int = 0, asynchronous: bool = False) -> ServerState:
+def new_state(
+    words: np.ndarray, listener: int, waker: int = -1, peers: int = 0, asynchronous: bool = False, bells: Bells | None = None
+) -> ServerState:
     """Return the state of a server on the table `words`. waker: a descriptor whose input ends `serve` early, or -1.
 
-    peers: how many other stores it ships to; none unless the table replicates.
+    peers: how many other stores it ships to; none unless the table replicates. bells: None if nobody else works on the table.
     """
     answer_words = FRAME_HEADER_WORDS + FRAME_OPERATIONS * (OPERATION_VALUE + int(words[VALUE_WORDS]))
     longest_words = max(LARGEST_FRAME_BYTES // 8, image_words(words) if peers else 0)
@@ -134,12 +143,13 @@ def new_state(words: np.ndarray, listener: int, waker: int = -1, peers: int = 0,
         receive.view(np.uint8),
         answers,
         answers.view(np.uint8),
-        np.zeros(CONNECTION_LIMIT + 2 + peers + WAKERS, np.int64),
+        np.zeros(CONNECTION_LIMIT + 2 + peers + WAKERS + 1, np.int64),
         np.zeros(2, np.int64),
         np.full(WAKERS, -1, np.int64),
         make_shipping(words, peers, connected, asynchronous),
         make_holds(CONNECTION_LIMIT, 4 * FRAME_OPERATIONS, 4 * FRAME_OPERATIONS),
         make_links(words, peers),
+        bells or silent(),
     )
 
 
@@ -341,9 +351,13 @@ def converse(server: ServerState, owner: int, n: int, now: int) -> None:
 @jit
 def replicate(server: ServerState, owner: int, now: int) -> None:
     """Ship what changed, and let go the answers that waited for it."""
-    if server.links.control.shape[0] == 0:
+    if server.words[DIRTY_OFFSET] == U0:
         return
+    server.control[SEEN_IN_PLACE] = np.int64(load_acquire(server.words, IN_PLACE))
     exchange(server.links, server.shipping, server.words, owner, now)
+    if server.shipping.control[COMMITTED_MORE] != 0:
+        server.shipping.control[COMMITTED_MORE] = 0
+        wake_owners(server.words, server.bells)
     for n in range(CONNECTION_LIMIT):
         if server.connections[n, DESCRIPTOR] >= 0 and server.connections[n, ANSWERED] > 0:
             send_answers(server, n)
@@ -385,7 +399,17 @@ def wait(server: ServerState, timeout_ns: int) -> int:
     used = poll_links(server.links, polled, CONNECTION_LIMIT + 2)
     for n in range(WAKERS):
         polled[used + n] = pollfd(server.wakers[n], POLLIN)
-    return int(poll(polled, used + WAKERS, timeout_ns, server.scratch))
+    polled[used + BELL] = pollfd(server.bells.control[0], POLLIN)
+    if server.words[DIRTY_OFFSET] == U0:
+        return int(poll(polled, used + WAKERS + 1, timeout_ns, server.scratch))
+    fetch_add(server.words, STORE_ASLEEP, 1)
+    if np.int64(load_acquire(server.words, IN_PLACE)) != server.control[SEEN_IN_PLACE]:
+        timeout_ns = 0
+    ready = int(poll(polled, used + WAKERS + 1, timeout_ns, server.scratch))
+    server.words[STORE_ASLEEP] = U0
+    if polled[used + BELL] >> 48 != 0:
+        hear(server.bells)
+    return ready
 
 
 @jit
@@ -482,9 +506,11 @@ class StoreProcess:
         words[PORT] = self.port
         words[ADDRESS] = int.from_bytes(socket.inet_aton(address), "big")
         peers = replication["peers"] if replication else []
+        self.bell = self.table.bell(STORE) if replication else None
         self.state = new_state(
-            words, self._listener.fileno(), waker, len(peers), bool(replication and replication["asynchronous"])
-        )
+            words, self._listener.fileno(), waker, len(peers), bool(replication and replication["asynchronous"]),
+            self.bell.state if self.bell else None,
+        )  # fmt: skip
         serve(self.state, self.owner, 0)  # compiled before anybody is told that the store is ready
         self.member = Member(
             self.host, self.table, self.owner, config["cluster"], peers, tuple(replication["coordinator"]), self.state.shipping,
@@ -507,6 +533,8 @@ class StoreProcess:
         if member:
             member.close()
         if hasattr(self, "state"):
+            if self.bell:
+                self.bell.close()
             for n in range(CONNECTION_LIMIT):
                 if self.state.connections[n, DESCRIPTOR] >= 0:
                     disconnect(self.state, n)

@@ -34,6 +34,7 @@ from datastore.native.errors import NearstateError
 from datastore.native.memory import fence, fetch_add, load_acquire, trailing_zeros
 from datastore.native.pages import private_memory
 from datastore.store import locking
+from datastore.store.bells import Bell
 from datastore.store.layout import (
     ADDRESS,
     BUCKET_WORDS,
@@ -564,6 +565,10 @@ class Table:
         owner = locking.register(self.words, f"/proc/self/fd/{self._descriptor}")
         self._owners.append(owner)
         return owner
+
+    def bell(self, owner: int) -> Bell:
+        """Return the bell of an owner (from `register_owner`), or of the store process (STORE)."""
+        return Bell(self.words, self._descriptor, owner)
 
     def claim_server(self) -> None:
         """Make this process the table's one store process; raises NearstateError when another one lives."""

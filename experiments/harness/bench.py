@@ -26,7 +26,7 @@ from nfs.dataplane.port import KINDS
 from topologies.emulation.network import EmulatedHost, Network
 from topologies.emulation.processes import Launcher, RunningProcess
 
-STORE_PORT = 7077
+STORE_PORT, COORDINATOR_PORT = 7077, 7070
 READY_S = 60.0
 SATURATION_KPPS = 3000.0
 """More than any path here carries: bounds the sink's bit map when the load is "as fast as possible"."""
@@ -43,6 +43,8 @@ class Bench:
         self.is_peer = trial.placement in peer_names()
         self.stores: dict[str, RunningProcess] = {}
         self.functions: dict[str, RunningProcess] = {}
+        self.coordinator: RunningProcess | None = None
+        self.instances = 0
         self.generator: RunningProcess | None = None
         self.sink: RunningProcess | None = None
         self.peer: Any = None
@@ -128,17 +130,94 @@ class Bench:
         placement = placements.load(self.trial.placement)
         return placement.map(self.cluster(stage)).to_json() if self.stores_of(stage) else None
 
+    @property
+    def is_coordinated(self) -> bool:
+        """Whether a coordinator keeps the map, because there are replicas or the trial says so."""
+        return bool(self.trial.replicas > 1 or self.settings["coordinated"])
+
+    def _start_coordinator(self, stage: Sequence[str]) -> None:
+        """Start the coordinator of the one stage that there is, on the `control` host."""
+        if len(self.stages) > 1 or "control" not in self.network.hosts:
+            raise NearstateError(f"replicas={self.trial.replicas}, nf={self.trial.nf!r}, topology={self.trial.topology!r}: a "
+                                 "coordinator needs a host `control` (topology rack) and a chain of one stage")  # fmt: skip
+        state = self.launcher.logs / f"coordinator-{self.trial.name.replace('/', '_')}.json"
+        state.unlink(missing_ok=True)
+        mapped = self.map_of(stage)
+        placement = mapped["replicas"] if mapped else [[] for _ in range(PARTITIONS)]
+        controller = str(self.network.commands_path()) if self.network.switch else ""
+        steering = {"instances": list(stage), "steering": self.steering(stage), "controller": controller,
+                    "aligned": placements.load(self.trial.placement).store_role == "nf"}  # fmt: skip
+        config = {
+            "address": self.storage_address("control"), "port": COORDINATOR_PORT, "cluster": self.cluster_id,
+            "replicas": self.trial.replicas, "hosts": list(self.stores_of(stage)), "placement": placement, "state": str(state),
+            "lease_ms": self.settings["lease_ms"] or None, "steering": steering}  # fmt: skip
+        host, target = self.network.hosts["control"], "datastore.replication.coordination:main"
+        self.coordinator = self.launcher.spawn("coordinator", host, target, config)
+        self.wait_ready([self.coordinator])
+
+    def ask_coordinator(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its answer to a command (`datastore/replication/coordination.py`). Raises NearstateError when it refuses."""
+        if self.coordinator is None:
+            raise NearstateError("this trial has no coordinator: give it replicas=2 or coordinated=True")
+        self.coordinator.send(dict(message))
+        answer = self.coordinator.receive(READY_S) or {"error": f"no answer; its log is {self.coordinator.log}"}
+        if "error" in answer:
+            raise NearstateError(f"coordinator: {answer['error']}")
+        return answer
+
+    def status(self) -> dict[str, Any]:
+        """Return the coordinator's picture: map, hosts, leases, moves, steering."""
+        return dict(self.ask_coordinator({"status": True})["status"])
+
+    def wait_full(self, timeout_s: float = READY_S) -> float:
+        """Wait until every group has its replicas, all know it, and no move is under way; returns how long it took in seconds."""
+        began = time.monotonic()
+        while time.monotonic() - began < timeout_s:
+            status = self.status()
+            groups, epoch = status["map"]["groups"], status["map"]["epoch"]
+            alive = [host for host in status["hosts"].values() if host["lease_ms"] > 0]
+            wanted = min(self.trial.replicas, len(alive))
+            full = all(len(g["members"]) == wanted and not g["leaving"] and not g["learners"] for g in groups if g["members"])
+            if full and alive and not status["moves"] and all(host["epoch"] == epoch for host in alive):
+                return time.monotonic() - began
+            time.sleep(0.01)
+        raise NearstateError(f"the stores have not {self.trial.replicas} copies of everything after {timeout_s:g} s: "
+                             f"{self.status()['log']}")  # fmt: skip
+
+    def move(self, partitions: Sequence[int], target: str, timeout_s: float = READY_S) -> float:
+        """Make `target` the primary of partitions, whose packets follow; returns how long it took, in seconds."""
+        began = time.monotonic()
+        self.ask_coordinator({"move": {"partitions": [int(p) for p in partitions], "target": target}})
+        while time.monotonic() - began < timeout_s:
+            status = self.status()
+            if all(status["map"]["groups"][p]["members"][0] == target for p in partitions) and not status["moves"]:
+                return time.monotonic() - began
+            time.sleep(0.002)
+        raise NearstateError(f"{len(partitions)} partitions are not at {target} after {timeout_s:g} s")
+
+    def _replication(self, host: str, stage: Sequence[str]) -> dict[str, Any]:
+        """Return what a store's configuration says of replication."""
+        peers = [{"host": name, "address": self.storage_address(name), "port": STORE_PORT}
+                 for name in self.stores_of(stage) if name != host]  # fmt: skip
+        return {"coordinator": [self.storage_address("control"), COORDINATOR_PORT], "secret": self.cluster_id, "peers": peers,
+                "asynchronous": self.settings["asynchronous"], "lease_ms": self.settings["lease_ms"] or None}  # fmt: skip
+
     def _start_stores(self) -> None:
+        if self.is_coordinated:
+            self._start_coordinator(self.stages[0])
         stage_of = {host: stage for stage in self.stages for host in self.stores_of(stage)}
         for host, stage in stage_of.items():
             self.launcher.journal.shared_memory(self.table_name(host))
             config = {"host": host, "table": self.table_name(host), "capacity": self.settings["capacity"],
                       "value_bytes": self.settings["value_bytes"], "address": self.storage_address(host), "port": STORE_PORT,
-                      "cluster": self.cluster_id, "epoch": 1, "map": self.map_of(stage), "create": True}  # fmt: skip
+                      "cluster": self.cluster_id, "epoch": 1, "map": self.map_of(stage), "create": True,
+                      **({"replication": self._replication(host, stage)} if self.is_coordinated else {})}  # fmt: skip
             self.stores[host] = self.launcher.spawn(
                 f"store-{host}", self.network.hosts[host], "datastore.store.server:main", config
             )
         self.wait_ready(list(self.stores.values()))
+        if self.stores and self.is_coordinated:
+            self.wait_full()
 
     def storage_address(self, host: str) -> str:
         """Return a host's address on the storage network; where there is none, its store listens for nobody on loopback."""
@@ -161,6 +240,7 @@ class Bench:
 
     def _start_functions(self) -> None:
         for number, host in enumerate(self.nf_hosts):
+            self.instances += 1
             self.functions[host.name] = self.launcher.spawn(
                 f"nf-{host.name}", host, "nfs.dataplane.process:main", self.function_config(host.name, number)
             )
@@ -178,6 +258,8 @@ class Bench:
                 "table": self.table_name(host) if host in self.stores else None,
                 "stores": [{"host": name, "address": self.storage_address(name), "port": STORE_PORT}
                            for name in self.stores_of(stage)],
+                **({"coordinator": [self.storage_address("control"), COORDINATOR_PORT], "lease_ms": self.settings["lease_ms"] or None,
+                    "client_id": self.instances << 8 | number + 1} if self.is_coordinated else {}),
                 "spin_us": 5.0 if (os.cpu_count() or 1) < 8 else 50.0}  # fmt: skip
 
     def change_settings(self, functions: Mapping[str, Mapping[str, Any]]) -> None:
@@ -268,7 +350,8 @@ class Bench:
     def stop(self) -> None:
         """Stop the processes of this trial; what hangs is killed."""
         workload = [process for process in (self.generator, self.sink) if process]
-        for process in [*workload, *self.extra, *self.functions.values(), *self.stores.values()]:
+        coordinator = [self.coordinator] if self.coordinator else []
+        for process in [*workload, *self.extra, *self.functions.values(), *coordinator, *self.stores.values()]:
             process.kill()
         if self.peer:
             self.peer.stop()
@@ -292,10 +375,12 @@ def busy_seconds() -> float:
 
 COMMON_SETTINGS: Mapping[str, Any] = {"capacity": 1 << 16, "value_bytes": 32, "port_kind": "auto", "warmup_kpps": 20.0,
                                       "lateness_limit_us": LATENESS_LIMIT_US, "paths": SYMMETRIC,
-                                      "functions": {}, "recorded": False}  # fmt: skip
+                                      "functions": {}, "recorded": False, "coordinated": False, "asynchronous": False,
+                                      "lease_ms": 0.0}  # fmt: skip
 """Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness, by
 which NF host answers come back, the network functions' own settings by function and name, and whether every interface is
-recorded (which costs speed: a recorded trial is no repeat of one that is not)."""
+recorded (which costs speed: a recorded trial is no repeat of one that is not); whether a coordinator keeps the map although there
+is one replica of all; whether packets leave before their changes are committed; the lease, 0 for the default of 80 ms."""
 
 CHOICES_OF: Mapping[str, tuple[str, ...]] = {"paths": PATHS, "port_kind": ("auto", *KINDS)}
 """The values of settings that are one of a few words."""

@@ -22,6 +22,9 @@ a step when its state of the step before is committed. A function's *claim* (see
           ^                |            |
           +--- conflict ---+------------+
 
+Where stores replicate, a packet on a record of this host waits in `held` until that is committed, and while a partition moves
+its packets wait there too (`held.py`). What a store did not answer for good is asked again of the next primary (`again`).
+
 Everything is in arrays made once; the loop allocates nothing. It returns to Python about ten times a second.
 """
 
@@ -36,30 +39,63 @@ from numba.extending import intrinsic
 
 from datastore.native import inline, jit
 from datastore.native.libc import POLLIN, address, now_ns, poll, pollfd
+from datastore.native.memory import fetch_add, load_acquire
 from datastore.native.reference import by_reference
+from datastore.replication.shipping import changes
 from datastore.store import client as store_client
 from datastore.store import operations, statuses
+from datastore.store.bells import Bells, changed_in_place, hear, silent
 from datastore.store.client import (
     DESCRIPTOR,
     ClientState,
+    answer_sequence,
     answer_stamp,
     answer_status,
+    answer_stream,
     answer_tag,
     answer_value_at,
     flush,
+    give_up,
     next_answer,
     request,
+    request_again,
     room,
 )
-from datastore.store.layout import EXPIRY_BITS
+from datastore.store.layout import COMMITS, DIRTY_OFFSET, EXPIRY_BITS, OWNER_ASLEEP, ROLE, ROLE_BITS, U0, partition_at
+from datastore.store.locking import OWNER_MASK, is_primary
 from datastore.store.partitions import PARTITION_BITS
-from datastore.store.table import VALUE, abort_record, commit_record, is_new, open_record, prefetch_record
+from datastore.store.table import STAMP, VALUE, abort_record, commit_record, is_new, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import DROP, FORWARD, TURN
 from nfs.dataplane.fragments import find_flow, make_fragments, remember_first
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
+from nfs.dataplane.held import (
+    ALSO_NEED,
+    ALSO_PARTITION,
+    GO,
+    HEAD,
+    HELD,
+    IS_ACTIVE,
+    NEED,
+    PARKED,
+    PARKED_COUNT,
+    REIGN,
+    STAY,
+    TAIL,
+    Held,
+    is_committed,
+    judge,
+    lease_holds,
+    make_held,
+    put_last,
+    take_first,
+)
+from nfs.dataplane.held import KIND as WAITS_HOW
+from nfs.dataplane.held import SINCE_NS as WAITS_SINCE_NS
+from nfs.dataplane.held import STEP as WAITS_AT
 from nfs.dataplane.keys import NONE, make_key
+from nfs.dataplane.late import Late, make_late, put_late, send_late
 from nfs.dataplane.ledger import make_ledger
 from nfs.dataplane.pending import Pending, make_pending, nearly_full, put_pending, send_pending
 from nfs.dataplane.port import BURST, Port, reclaim, refill, rx_burst, tx_flush, tx_push, unsent
@@ -75,13 +111,18 @@ HERE = -1
 PASSES, VALUE_WORDS, OWNER, EPOCH, NOW_NS, FLIGHTS_FREE, WAITING, WAITING_LIMIT, HOSTS, DOWN, SPIN_NS = range(11)
 CONFLICTS, FETCHES, WRITES, BURSTS = range(11, 15)
 STEPS, FIRST_ATTEMPT, TIMEOUT_S, CLAIMER, ADDING, HERE_FLIGHTS = range(15, 21)
+REPLICATES, QUEUES, CHANGED, CALLED, PUT_OFF, ALSO, SEEN_COMMITS = range(21, 28)
 """TIMEOUT_S, CLAIMER, ADDING: what the last run of a step's functions asked for (its time-out, the env that claims or -1,
-whether it adds). HERE_FLIGHTS: flights of records on this host, which wait for a claim elsewhere."""
+whether it adds). HERE_FLIGHTS: flights of records on this host, which wait for a claim elsewhere. REPLICATES: partitions may
+change hosts. QUEUES: partitions with waiting packets. CHANGED: records of this host changed in this pass. CALLED: another thread
+wants the loop to return. PUT_OFF: flights that are to be asked again. ALSO: partition of the last claim here, -1: none."""
 # words of a flight
 PHASE, HOST, NEXT, WAITING_HEAD, WAITING_TAIL, BATCH_HEAD, BATCH_TAIL, ABSENT, SINCE_NS, STEP, ATTEMPTS, BATCH_TIMEOUT_S = range(
     12
 )
-FLIGHT_WORDS = 12
+AGAIN, AGAIN_SEQUENCE, AGAIN_STREAM = range(12, 15)
+"""AGAIN: 1 while nobody has been asked. The sequence number and stream of a write that may have been done; 0: none was."""
+FLIGHT_WORDS = 15
 FETCHING, CLAIMING, RENEWING, COMMITTING = 1, 2, 3, 4
 # where `drive` goes on
 RUN, CLAIM, COMMIT, COMMITTED = range(4)
@@ -91,15 +132,18 @@ TAKEN, CONFLICT, AWAITED, REFUSED = range(4)
 C_TIMEOUT_S, C_HIGH, C_LOW, C_VALUE = 0, 1, 2, 3
 DROP_CAUSE = 16
 """A verdict code of DROP_CAUSE + n is DROP with the ledger's cause n."""
-WAITS = 255
-"""A verdict code: the packet waits in a flight."""
+WAITS, MOVED = 255, 254
+"""Verdict codes: the packet waits; its partition is not (or no longer) here, and nothing was done."""
 MOST_ATTEMPTS = 4096
 """Runs of a function on one packet; far above what any function should claim."""
 TURNED = 1 << 8
-NO_TAG = -1
 RECLAIM_NS = 10_000_000
 """How long the loop sleeps at most while the kernel has frames of ours. Longer than the scheduler's tick (4 ms): an earlier
 timer is programmed at every sleep, which costs 15 us on a virtual machine (measured), four times the sleep itself."""
+LONGEST_WAIT_NS = 2_000_000_000
+"""How long a packet waits for somebody to have its partition: far above a failover."""
+HELD_NS = 2_000_000
+"""How long the loop sleeps at most while packets wait here; normally the store rings (`bells.py`)."""
 STAMP_SECONDS = (1 << EXPIRY_BITS) - 1
 """Low bits of a record's stamp: the second, modulo 2^20, at which it expires; 0: never."""
 
@@ -112,7 +156,8 @@ class Engine(NamedTuple):
     env: int64[n], what the functions know and ask for. primary: int64[partitions], HERE or the number of the store host.
     flights: int64[limit, FLIGHT_WORDS], keys and stamps uint64[limit, 3], values uint64[limit + 1, 2 * value words]: the
     record the functions work on, and the one last committed (the last row is scratch). claims: uint64[limit, 7]. adds:
-    int64[frames, ...], the counters a waiting packet adds to. heads: int64[buckets], hash index of the flights by key.
+    int64[frames, ...], the counters a waiting packet adds to. heads: int64[buckets], hash index of the flights by key. remote:
+    int64[partitions], the number of the host whose store answers for it, be it this host's. held, late, bells: see there.
     """
 
     control: np.ndarray
@@ -134,6 +179,10 @@ class Engine(NamedTuple):
     fragments: np.ndarray
     free_flights: np.ndarray
     heads: np.ndarray
+    remote: np.ndarray
+    held: Held
+    late: Late
+    bells: Bells
     addresses: np.ndarray
     lengths: np.ndarray
     burst: np.ndarray
@@ -142,8 +191,11 @@ class Engine(NamedTuple):
 
 
 def make_engine(chain: Chain, frames: Frames, primary: np.ndarray, owner: int, epoch: int,
-                value_words: int, hosts: int, flights: int = 1000, spin_us: float = 5.0) -> Engine:  # fmt: skip
+                value_words: int, hosts: int, flights: int = 1000, spin_us: float = 5.0, replicates: bool = False,
+                bells: Bells | None = None) -> Engine:  # fmt: skip
     """Return an engine that runs `chain`; `primary` says for each partition HERE or which of `hosts` stores has it.
+
+    replicates: partitions may change hosts while it runs; then `bells` are those of the table on this host, if there is one.
 
     flights: fewer than the client's window (1,024 operations a host), so that a flight always finds room for its next request.
     """
@@ -152,15 +204,16 @@ def make_engine(chain: Chain, frames: Frames, primary: np.ndarray, owner: int, e
     control[PASSES], control[STEPS] = chain.passes_mask, len(chain.steps)
     control[VALUE_WORDS], control[OWNER], control[EPOCH] = value_words, owner, epoch
     control[FLIGHTS_FREE], control[WAITING_LIMIT], control[HOSTS] = flights, count // 2, hosts
-    control[SPIN_NS] = int(spin_us * 1000)
+    control[SPIN_NS], control[REPLICATES] = int(spin_us * 1000), replicates
     index, waiting = np.full(count, -1, np.int64), np.zeros(count, np.int64)
     return Engine(control, make_ledger(), np.zeros(count, PACKET), np.zeros(count if chain.rewrites else 1, PACKET), index,
                   waiting, chain.steps, chain.members, chain.env, primary.astype(np.int64),
                   np.full((flights, FLIGHT_WORDS), -1, np.int64), np.zeros((flights, 3), np.uint64),
                   np.zeros((flights + 1, 2 * value_words), np.uint64), np.zeros((flights, 3 + CLAIM_WORDS), np.uint64),
                   np.zeros((count, 1 + 4 * ADDS), np.int64), make_pending(), make_fragments(), np.arange(flights, dtype=np.int64),
-                  np.full(4 * flights, -1, np.int64), np.zeros(BURST, np.int64), np.zeros(BURST, np.int64),
-                  np.zeros(BURST, np.int64), np.zeros(8, np.int64), np.zeros(4 + hosts, np.int64))  # fmt: skip
+                  np.full(4 * flights, -1, np.int64), primary.astype(np.int64), make_held(count, primary.size),
+                  make_late(hosts if replicates else 0), bells or silent(), np.zeros(BURST, np.int64), np.zeros(BURST, np.int64),
+                  np.zeros(BURST, np.int64), np.zeros(8, np.int64), np.zeros(5 + hosts, np.int64))  # fmt: skip
 
 
 @intrinsic
@@ -239,6 +292,14 @@ def cause_of(status: int) -> Any:
     return causes.TABLE_FULL if status == statuses.TABLE_FULL else causes.STATE_REFUSED
 
 
+@inline
+def refused_code(engine: Engine, status: int) -> Any:
+    """Return the code for a record of this host that a function could not get."""
+    if engine.control[REPLICATES] and (status == statuses.NOT_PRIMARY or status == statuses.STALE_EPOCH):
+        return MOVED
+    return DROP_CAUSE + cause_of(status)
+
+
 @jit
 def step_taken(engine: Engine, frames: Frames, index: int, step: int, code: int) -> bool:
     """Do what the verdict of a step says, now that its state is committed; returns False when the packet was dropped."""
@@ -274,6 +335,9 @@ def add_to_counters(engine: Engine, words: np.ndarray, source: np.ndarray, at: i
         if slot >= 0:
             words[slot + VALUE + field] += delta
             commit_record(words, control[OWNER], slot, 0)
+            control[CHANGED] = 1
+        elif control[REPLICATES]:
+            put_pending(engine.pending, high, low, field, delta)
 
 
 @jit
@@ -308,6 +372,7 @@ def claim_here(engine: Engine, words: np.ndarray, claim: np.ndarray, at: int) ->
     for n in range(control[VALUE_WORDS]):
         words[slot + VALUE + n] = np.uint64(claim[at + C_VALUE + n]) if n < CLAIM_WORDS else np.uint64(0)
     commit_record(words, control[OWNER], slot, now_s + np.int64(claim[at + C_TIMEOUT_S]))
+    control[ALSO] = np.int64(np.uint64(claim[at + C_LOW]) & PARTITION_BITS)
     return TAKEN
 
 
@@ -318,6 +383,16 @@ def expiry_of(engine: Engine) -> Any:
     return np.int64(0) if timeout == 0 else engine.control[NOW_NS] // 1_000_000_000 + timeout
 
 
+@inline
+def expiry_worth(engine: Engine, words: np.ndarray, slot: int) -> Any:
+    """`expiry_of`, or 0 where the record of a table that replicates has one that is young enough: to renew it is to ship it."""
+    expires = expiry_of(engine)
+    if engine.control[REPLICATES] and expires != 0 and not is_new(words, slot):
+        now_s = engine.control[NOW_NS] // 1_000_000_000
+        return expires if _due(words[slot + STAMP], now_s, engine.control[TIMEOUT_S]) else np.int64(0)
+    return expires
+
+
 @jit
 def process_here(engine: Engine, words: np.ndarray, client: ClientState, index: int, step: int) -> int:
     """Run a step's functions on the packet's record in the store's memory on this host; returns the verdict's code."""
@@ -325,18 +400,18 @@ def process_here(engine: Engine, words: np.ndarray, client: ClientState, index: 
     control = engine.control
     if engine.steps[step, REWRITES]:
         engine.originals[index] = engine.packets[index]
-    if control[HERE_FLIGHTS] > 0:
+    if control[HERE_FLIGHTS] > 0 or (control[REPLICATES] and control[FLIGHTS_FREE] < engine.flights.shape[0]):
         flight = find_flight(engine, packet.key_high, packet.key_low)
         if flight >= 0:
             return wait_behind(engine, index, flight)
     slot = open_record(words, control[OWNER], packet.key_low, packet.key_high, control[EPOCH], control[NOW_NS] // 1_000_000_000)
     if slot < 0:
-        return DROP_CAUSE + cause_of(-slot)
+        return refused_code(engine, -slot)
     code = run_functions(engine, index, step, words, slot + VALUE, 0)
     if control[CLAIMER] >= 0:
         return claim_and_commit(engine, words, client, index, step, slot, code)
-    commit_record(words, control[OWNER], slot, expiry_of(engine))
-    if control[ADDING]:
+    commit_record(words, control[OWNER], slot, expiry_worth(engine, words, slot))
+    if control[ADDING] and not control[REPLICATES]:
         add_now(engine, words, step)
     return code
 
@@ -400,7 +475,7 @@ def claim_and_commit(engine: Engine, words: np.ndarray, client: ClientState, ind
             if status == statuses.OK:
                 break
             if status != statuses.VERSION_MISMATCH:
-                return DROP_CAUSE + cause_of(status)
+                return refused_code(engine, status)
         control[CONFLICTS] += 1
         attempt += outcome == CONFLICT
         if engine.steps[step, REWRITES]:
@@ -408,9 +483,9 @@ def claim_and_commit(engine: Engine, words: np.ndarray, client: ClientState, ind
         slot = open_record(words, control[OWNER], packet.key_low, packet.key_high, control[EPOCH],
                            control[NOW_NS] // 1_000_000_000)  # fmt: skip
         if slot < 0:
-            return DROP_CAUSE + cause_of(-slot)
+            return refused_code(engine, -slot)
         code = run_functions(engine, index, step, words, slot + VALUE, attempt)
-    if control[ADDING]:
+    if control[ADDING] and not control[REPLICATES]:
         add_now(engine, words, step)
     return code
 
@@ -508,6 +583,8 @@ def end_flight(engine: Engine, flight: int) -> None:
             before = engine.flights[before, NEXT]
         engine.flights[before, NEXT] = engine.flights[flight, NEXT]
     engine.flights[flight, PHASE] = 0
+    if engine.flights[flight, AGAIN] == 1:
+        engine.control[PUT_OFF] -= 1
     if engine.flights[flight, HOST] == HERE:
         engine.control[HERE_FLIGHTS] -= 1
     engine.free_flights[engine.control[FLIGHTS_FREE]] = flight
@@ -549,13 +626,142 @@ def wait_behind(engine: Engine, index: int, flight: int) -> int:
     return WAITS
 
 
+@inline
+def reachable(engine: Engine, words: np.ndarray, partition: int) -> Any:
+    """Tell whether somebody who can be asked has a partition, as far as is known here, and its packets are not to be parked."""
+    if engine.held.parking[partition]:
+        return False
+    if engine.primary[partition] == HERE:
+        return is_primary(words, partition_at(words, partition), engine.control[EPOCH])
+    return engine.control[DOWN] >> engine.primary[partition] & 1 == 0
+
+
+@jit
+def park(engine: Engine, index: int, step: int, partition: int) -> int:
+    """Let a packet wait until its partition is somewhere; returns WAITS, or the code of a drop."""
+    control, packet = engine.control, engine.held.packets[index]
+    if control[WAITING] >= control[WAITING_LIMIT]:
+        return DROP_CAUSE + causes.WAITING_ROOM_FULL
+    packet[WAITS_HOW], packet[WAITS_AT], packet[WAITS_SINCE_NS] = PARKED, step, control[NOW_NS]
+    control[QUEUES] = put_last(engine.held, engine.next_packet, control[QUEUES], partition, index)
+    control[WAITING] += 1
+    return WAITS
+
+
+@jit
+def hold(engine: Engine, words: np.ndarray, index: int, step: int, reign: int, code: int) -> int:
+    """Let a packet that ran on a record of this host wait until what it changed, or saw, is committed; returns WAITS, or the
+    code of a drop. reign: of its partition, from before it ran."""
+    control, packet = engine.control, engine.held.packets[index]
+    partition = np.int64(engine.packets[index].partition)
+    if code == MOVED:
+        if engine.steps[step, REWRITES]:
+            engine.packets[index] = engine.originals[index]
+        return park(engine, index, step, partition)
+    if code != FORWARD and code != TURN:
+        if code != WAITS and control[ADDING]:
+            add_now(engine, words, step)
+        return code
+    engine.packets[index].verdict = code
+    engine.adds[index, 0] = 0
+    if control[ADDING]:
+        keep_adds(engine, index, step)
+    packet[WAITS_HOW], packet[WAITS_AT], packet[REIGN] = HELD, step, reign
+    packet[NEED], packet[ALSO_PARTITION] = changes(words, partition), control[ALSO]
+    if control[ALSO] >= 0:
+        packet[ALSO_NEED] = changes(words, control[ALSO])
+    if not is_committed(words, partition, packet[NEED]):
+        control[CHANGED] = 1
+    control[QUEUES] = put_last(engine.held, engine.next_packet, control[QUEUES], partition, index)
+    control[WAITING] += 1
+    return WAITS
+
+
+@jit
+def access(engine: Engine, words: np.ndarray, client: ClientState, index: int, step: int) -> int:
+    """`take_step` where the record is; nothing stands before it."""
+    partition = np.int64(engine.packets[index].partition)
+    if engine.primary[partition] != HERE:
+        return process_there(engine, client, index, step)
+    if words[DIRTY_OFFSET] == U0:
+        return process_here(engine, words, client, index, step)
+    engine.control[ALSO] = -1
+    reign = np.int64(words[partition_at(words, partition) + ROLE] >> np.uint64(ROLE_BITS))
+    return hold(engine, words, index, step, reign, process_here(engine, words, client, index, step))
+
+
+@jit
+def release_held(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState) -> int:
+    """Let go what waited here and need not any more; returns how many packets. The clock is read anew: what is let go was
+    looked up while this host had its lease."""
+    control, held = engine.control, engine.held
+    released = 0
+    if words[DIRTY_OFFSET] != U0:
+        control[SEEN_COMMITS] = np.int64(load_acquire(words, COMMITS))
+    has_lease = words[DIRTY_OFFSET] == U0 or lease_holds(words, now_ns(engine.scratch))
+    kept = 0
+    queues = control[QUEUES]
+    for n in range(queues):
+        partition = held.active[n]
+        released += release_partition(engine, inside, outside, frames, words, client, partition, has_lease)
+        if held.queues[partition, HEAD] < 0:
+            held.queues[partition, IS_ACTIVE] = 0
+        else:
+            held.active[kept] = partition
+            kept += 1
+    for n in range(queues, control[QUEUES]):  # packets that went on in here may have begun to wait elsewhere
+        held.active[kept] = held.active[n]
+        kept += 1
+    control[QUEUES] = kept
+    return released
+
+
+@jit
+def release_partition(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+                      partition: int, has_lease: bool) -> int:  # fmt: skip
+    """`release_held` of one partition, in order, up to the first packet that must stay."""
+    held, control = engine.held, engine.control
+    last, released = held.queues[partition, TAIL], 0
+    while held.queues[partition, HEAD] >= 0:
+        index = held.queues[partition, HEAD]
+        packet = held.packets[index]
+        step, code = packet[WAITS_AT], np.int64(engine.packets[index].verdict)
+        if packet[WAITS_HOW] == PARKED:
+            late = control[NOW_NS] - packet[WAITS_SINCE_NS] > LONGEST_WAIT_NS
+            if not late and not reachable(engine, words, partition):
+                break
+            take_first(held, engine.next_packet, partition)
+            control[WAITING] -= 1
+            code = DROP_CAUSE + causes.STATE_UNREACHABLE if late else access(engine, words, client, index, step)
+        else:
+            role = words[partition_at(words, partition) + ROLE]
+            outcome = judge(held, words, index, partition, role, has_lease)
+            if outcome == STAY:
+                break
+            take_first(held, engine.next_packet, partition)
+            control[WAITING] -= 1
+            if outcome != GO:
+                code = DROP_CAUSE + causes.UNCOMMITTED
+            elif engine.adds[index, 0] > 0:
+                add_to_counters(engine, words, engine.adds[index], 0)
+        released += 1
+        if code != WAITS and step_taken(engine, frames, index, step, code):
+            advance(engine, inside, outside, frames, words, client, index)
+        if index == last:
+            break
+    return released
+
+
 @jit
 def take_step(engine: Engine, words: np.ndarray, client: ClientState, index: int, step: int) -> int:
     """Run a step's functions on packet `index`, whose key is known; returns the verdict's code, or WAITS."""
     if engine.steps[step, KEY] != NONE:
-        if engine.primary[engine.packets[index].partition] == HERE:
-            return process_here(engine, words, client, index, step)
-        return process_there(engine, client, index, step)
+        if engine.control[REPLICATES]:
+            partition = np.int64(engine.packets[index].partition)
+            engine.held.seen_ns[partition] = engine.control[NOW_NS]
+            if engine.held.queues[partition, PARKED_COUNT] > 0 or not reachable(engine, words, partition):
+                return park(engine, index, step, partition)
+        return access(engine, words, client, index, step)
     code = run_functions(engine, index, step, engine.values[engine.values.shape[0] - 1], 0, 0)
     if engine.control[ADDING]:
         add_now(engine, words, step)
@@ -744,6 +950,10 @@ def drive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np
                 state = RUN
                 continue
             if status != statuses.OK:
+                if refused_code(engine, status) == MOVED:
+                    run_again(engine, flight)
+                    put_off(engine, flight, FETCHING, 0, U0)
+                    return
                 abandon(engine, frames, flight, cause_of(status))
                 return
         release(engine, inside, outside, frames, words, client, flight)
@@ -779,17 +989,96 @@ def another_attempt(engine: Engine, frames: Frames, flight: int) -> bool:
 def release(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
             flight: int) -> None:  # fmt: skip
     """Let the packets whose state is now committed go on, in order."""
-    step = engine.flights[flight, STEP]
+    step, here = engine.flights[flight, STEP], engine.flights[flight, HOST] == HERE and words[DIRTY_OFFSET] != U0
     index = engine.flights[flight, BATCH_HEAD]
     engine.flights[flight, BATCH_HEAD] = engine.flights[flight, BATCH_TAIL] = -1
     while index >= 0:
         following = engine.next_packet[index]
         engine.control[WAITING] -= 1
+        if here and hold_again(engine, words, index, step) == WAITS:
+            index = following
+            continue
         if engine.adds[index, 0] > 0:
             add_to_counters(engine, words, engine.adds[index], 0)
         if step_taken(engine, frames, index, step, np.int64(engine.packets[index].verdict)):
             advance(engine, inside, outside, frames, words, client, index)
         index = following
+
+
+@jit
+def hold_again(engine: Engine, words: np.ndarray, index: int, step: int) -> int:
+    """`hold` of a packet whose flight wrote a record of this host; what it adds is kept already."""
+    code = np.int64(engine.packets[index].verdict)
+    if code != FORWARD and code != TURN:
+        return code
+    partition, adds = np.int64(engine.packets[index].partition), engine.adds[index, 0]
+    reign = np.int64(words[partition_at(words, partition) + ROLE] >> np.uint64(ROLE_BITS))
+    engine.control[ADDING], engine.control[ALSO] = 0, -1
+    code = hold(engine, words, index, step, reign, code)
+    engine.adds[index, 0] = adds
+    return code
+
+
+@jit
+def put_off(engine: Engine, flight: int, phase: int, sequence: int, stream: int) -> None:
+    """Let a flight ask again from `phase` on when somebody can be asked. sequence, stream: of a write that may have been done."""
+    flights = engine.flights
+    flights[flight, PHASE], flights[flight, AGAIN] = phase, 1
+    flights[flight, AGAIN_SEQUENCE], flights[flight, AGAIN_STREAM] = sequence, np.int64(stream)
+    if flights[flight, HOST] == HERE and phase == FETCHING:
+        engine.control[HERE_FLIGHTS] -= 1
+        flights[flight, HOST] = engine.remote[np.int64(engine.flight_keys[flight, 1] & PARTITION_BITS)]
+    engine.control[PUT_OFF] += 1
+
+
+@jit
+def ask_again(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState) -> None:
+    """Ask for all that was put off, of those who have it now."""
+    control, flights = engine.control, engine.flights
+    for flight in range(flights.shape[0]):
+        if control[PUT_OFF] == 0:
+            return
+        if flights[flight, PHASE] <= 0 or flights[flight, AGAIN] != 1:
+            continue
+        phase = flights[flight, PHASE]
+        low = engine.claims[flight, C_LOW] if phase == CLAIMING else engine.flight_keys[flight, 1]
+        host = engine.remote[np.int64(low & PARTITION_BITS) % engine.remote.size]
+        if control[NOW_NS] - flights[flight, SINCE_NS] > LONGEST_WAIT_NS:
+            abandon(engine, frames, flight, causes.STATE_UNREACHABLE)
+        elif control[DOWN] >> host & 1 == 0 and room(client, host) > 0:
+            flights[flight, AGAIN] = 0
+            control[PUT_OFF] -= 1
+            if phase == CLAIMING:
+                drive(engine, inside, outside, frames, words, client, flight, CLAIM)
+            else:
+                flights[flight, HOST] = host
+                ask_flight(engine, client, flight, host)
+
+
+@jit
+def ask_flight(engine: Engine, client: ClientState, flight: int, host: int) -> None:
+    """Ask `host` for what a flight asked another one: the record, or that it be written."""
+    flights = engine.flights
+    high, low, stamp = engine.flight_keys[flight, 0], engine.flight_keys[flight, 1], engine.flight_keys[flight, 2]
+    if flights[flight, PHASE] == FETCHING:
+        request(client, host, operations.GET, low, high, np.uint64(0), engine.values[flight], 0, flight)
+        return
+    opcode = operations.INSERT if flights[flight, ABSENT] == 1 else operations.PUT
+    stamp = expiring(engine, stamp, flights[flight, BATCH_TIMEOUT_S])
+    request_again(client, host, opcode, low, high, stamp, engine.values[flight], flight, 0,
+                  flights[flight, AGAIN_SEQUENCE], np.uint64(flights[flight, AGAIN_STREAM]))  # fmt: skip
+
+
+@jit
+def again(engine: Engine, frames: Frames, client: ClientState, host: int, slot: int) -> None:
+    """Put off what the store of `host` refused, or never answered, because it is not, or may not be, the primary."""
+    flight = answer_tag(client, host, slot)
+    if flight < 0:
+        put_late(engine.late, client, host, slot)
+        return
+    phase = engine.flights[flight, PHASE]
+    sequence = answer_sequence(client, host, slot) if phase == COMMITTING else np.int64(0)
+    put_off(engine, flight, CLAIMING if phase == RENEWING else phase, sequence, answer_stream(client, host, slot))
 
 
 @jit
@@ -833,9 +1122,12 @@ def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, wor
                 host: int, slot: int) -> None:  # fmt: skip
     """Go on with the flight that the answer in window slot `slot` of `host` belongs to."""
     flight = answer_tag(client, host, slot)
-    if flight == NO_TAG:  # an addition: nobody waits for it
-        return
     status = answer_status(client, host, slot)
+    if engine.control[REPLICATES] and (refused_code(engine, status) == MOVED or status == statuses.LEASE_LAPSED):
+        again(engine, frames, client, host, slot)
+        return
+    if flight < 0:  # an addition: nobody waits for it
+        return
     flights = engine.flights
     phase = flights[flight, PHASE]
     conflict = status == statuses.VERSION_MISMATCH or status == statuses.EXISTS
@@ -879,15 +1171,22 @@ def claim_answered(engine: Engine, frames: Frames, client: ClientState, host: in
 
 
 @jit
+def lose_host(engine: Engine, client: ClientState, host: int) -> None:
+    """The connection to a store is lost. Where another one may take over, what is unanswered counts as refused."""
+    engine.control[DOWN] |= 1 << host
+    if engine.control[REPLICATES]:
+        give_up(client, host, statuses.NOT_PRIMARY)
+
+
+@jit
 def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray,
                  client: ClientState) -> int:  # fmt: skip
     """Take every answer that has arrived; returns how many. A host that hung up gets its bit in `control[DOWN]`."""
     taken = 0
     for host in range(engine.control[HOSTS]):
-        if engine.control[DOWN] >> host & 1:
-            continue
-        if store_client.receive(client, host) < 0:
-            engine.control[DOWN] |= 1 << host
+        if engine.control[DOWN] >> host & 1 == 0 and store_client.receive(client, host) < 0:
+            lose_host(engine, client, host)
+        if engine.control[DOWN] >> host & 1 and not engine.control[REPLICATES]:
             continue
         slot = next_answer(client, host)
         while slot >= 0:
@@ -900,10 +1199,13 @@ def take_answers(engine: Engine, inside: Port, outside: Port, frames: Frames, wo
 @jit
 def flush_requests(engine: Engine, client: ClientState) -> None:
     """Send each store host what this burst wants of it: one frame of operations."""
-    send_pending(engine.pending, client, engine.primary, engine.control[DOWN])
+    if engine.late.count[0] > 0:
+        send_late(engine.late, client, engine.remote, engine.control[DOWN])
+    else:
+        send_pending(engine.pending, client, engine.remote, engine.control[DOWN])
     for host in range(engine.control[HOSTS]):
         if not engine.control[DOWN] >> host & 1 and flush(client, host) < 0:
-            engine.control[DOWN] |= 1 << host
+            lose_host(engine, client, host)
 
 
 @jit
@@ -947,8 +1249,9 @@ def receive_now(engine: Engine, inside: Port, outside: Port, frames: Frames, wor
 
 
 @jit
-def wait(engine: Engine, inside: Port, outside: Port, client: ClientState, limit_ns: int) -> None:
+def wait(engine: Engine, inside: Port, outside: Port, words: np.ndarray, client: ClientState, limit_ns: int) -> None:
     """Sleep until a frame or an answer arrives, at most `limit_ns`; frames that the kernel has not taken yet cut it short."""
+    control = engine.control
     engine.pollfds[0] = pollfd(inside.control[1], POLLIN)
     engine.pollfds[1] = pollfd(outside.control[1], POLLIN)
     count = 2
@@ -958,7 +1261,22 @@ def wait(engine: Engine, inside: Port, outside: Port, client: ClientState, limit
             count += 1
     if unsent(inside) + unsent(outside) > 0:
         limit_ns = min(limit_ns, RECLAIM_NS)
-    poll(engine.pollfds, count, max(limit_ns, 0), engine.scratch)
+    if not control[REPLICATES]:
+        poll(engine.pollfds, count, max(limit_ns, 0), engine.scratch)
+        return
+    if control[QUEUES] + control[PUT_OFF] + engine.late.count[0] > 0:
+        limit_ns = min(limit_ns, HELD_NS)
+    engine.pollfds[count] = pollfd(engine.bells.control[0], POLLIN)
+    asleep = OWNER_ASLEEP + np.int64(np.uint64(control[OWNER]) & OWNER_MASK)
+    if words[DIRTY_OFFSET] != U0 and control[QUEUES] > 0:
+        fetch_add(words, asleep, 1)
+        if np.int64(load_acquire(words, COMMITS)) != control[SEEN_COMMITS]:
+            limit_ns = 0
+    poll(engine.pollfds, count + 1, max(limit_ns, 0), engine.scratch)
+    if words[DIRTY_OFFSET] != U0:
+        words[asleep] = U0
+    if engine.pollfds[count] >> 48 != 0:
+        hear(engine.bells)
 
 
 @jit
@@ -979,7 +1297,7 @@ def loop(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.
     control = engine.control
     started = last_work = now_ns(engine.scratch)
     down = control[DOWN]
-    while control[DOWN] == down:
+    while control[DOWN] == down and control[CALLED] == 0:
         now = now_ns(engine.scratch)
         if now - started >= duration_ns:
             break
@@ -993,14 +1311,23 @@ def loop(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.
             work += receive(engine, inside, outside, frames, words, client, side)
         if control[HOSTS] > 0:
             work += take_answers(engine, inside, outside, frames, words, client)
+            if control[PUT_OFF] > 0:
+                ask_again(engine, inside, outside, frames, words, client)
+        if control[QUEUES] > 0:
+            work += release_held(engine, inside, outside, frames, words, client)
+        if control[HOSTS] > 0:
             flush_requests(engine, client)
+        if control[CHANGED]:
+            control[CHANGED] = 0
+            if words[DIRTY_OFFSET] != U0:
+                changed_in_place(words, engine.bells)
         tx_flush(outside, frames)
         tx_flush(inside, frames)
         if work > 0:
             last_work = now
             control[BURSTS] += 1
         elif now - last_work > control[SPIN_NS]:
-            wait(engine, inside, outside, client, duration_ns - (now - started))
+            wait(engine, inside, outside, words, client, duration_ns - (now - started))
 
 
 def waiting(engine: Engine) -> int:

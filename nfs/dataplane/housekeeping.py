@@ -20,7 +20,7 @@ from datastore.store.operations import OPERATION_VALUE
 from datastore.store.partitions import PARTITION_BITS
 from datastore.store.statuses import OK
 from datastore.store.table import Table
-from nfs.dataplane.engine import HERE
+from nfs.dataplane.engine import EPOCH, HERE
 from nfs.dataplane.steps import Chain
 
 PERIOD_S = 0.1
@@ -33,8 +33,9 @@ class Reader:
     Raises NearstateError while the store that has the record does not answer.
     """
 
-    def __init__(self, table: Table, client: Client, primary: np.ndarray, epoch: int) -> None:
-        self._table, self._client, self._primary, self._epoch = table, client, primary, epoch
+    def __init__(self, table: Table, client: Client, primary: np.ndarray, control: np.ndarray) -> None:
+        """primary, control: the packet loop's, which change with the map."""
+        self._table, self._client, self._primary, self._control = table, client, primary, control
         self._owner = table.register_owner()
         self._connected: set[int] = set()
 
@@ -43,7 +44,8 @@ class Reader:
         value_words = self._client.value_bytes // 8
         if host == HERE:
             answer = np.zeros(OPERATION_VALUE + value_words, np.uint64)
-            status = operations.get(self._table.words, self._owner, self._epoch, time.monotonic_ns() // 1_000_000_000,
+            epoch, now_s = int(self._control[EPOCH]), time.monotonic_ns() // 1_000_000_000
+            status = operations.get(self._table.words, self._owner, epoch, now_s,
                                     np.uint64(key_low), np.uint64(key_high), answer, 0)  # fmt: skip
             return answer[OPERATION_VALUE:] if status == OK else np.zeros(value_words, np.uint64)
         if host not in self._connected:

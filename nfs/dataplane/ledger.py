@@ -23,6 +23,7 @@ CAUSES = (
     "state_unreachable",  # the host with the packet's state does not answer
     "waiting_room_full",  # too many packets already wait for remote state
     "state_refused",  # the store answered with an error: see its statistics
+    "uncommitted",  # this host ceased to be primary before what the packet changed, or saw, was committed
     "transmit_ring_full",
     # what a network function may name when it drops (`env.cause`)
     "refused_by_rule",
@@ -34,8 +35,8 @@ CAUSES = (
     "waiting",  # still inside when the count was taken; not a drop
 )
 RECEIVED, FORWARDED, BY_VERDICT, TRUNCATED, OVERSIZED, MALFORMED, NOT_IP, FRAGMENT = range(8)
-TABLE_FULL, STATE_UNREACHABLE, WAITING_ROOM_FULL, STATE_REFUSED, TRANSMIT_RING_FULL = range(8, 13)
-REFUSED_BY_RULE, OUT_OF_WINDOW, PORTS_EXHAUSTED, NO_BACKEND, RATE_EXCEEDED, BLOCKED_SOURCE, WAITING = range(13, 20)
+TABLE_FULL, STATE_UNREACHABLE, WAITING_ROOM_FULL, STATE_REFUSED, UNCOMMITTED, TRANSMIT_RING_FULL = range(8, 14)
+REFUSED_BY_RULE, OUT_OF_WINDOW, PORTS_EXHAUSTED, NO_BACKEND, RATE_EXCEEDED, BLOCKED_SOURCE, WAITING = range(14, 21)
 
 
 def make_ledger() -> np.ndarray:

@@ -22,7 +22,6 @@ BURST_ADDITIONS = 64 * 2 * 4 + 1024
 """What a burst from both sides, and answers that release waiting packets, may add at most before the table is looked at."""
 RESERVE = 24
 """Window slots of a host left to the flights."""
-NO_TAG = -1
 KEY_HIGH, KEY_LOW, WORD, DELTA = range(4)
 
 
@@ -67,7 +66,10 @@ def put_pending(pending: Pending, high: int, low: int, word: int, delta: int) ->
 
 @jit
 def send_pending(pending: Pending, client: ClientState, primary: np.ndarray, down: int) -> None:
-    """Queue additions as operations, as far as there is room; what stays is kept for the next time."""
+    """Queue additions as operations, as far as there is room; what stays is kept for the next time.
+
+    Their tags are -1 - word: nobody waits for the answers, but a refused one is asked again (`late.py`).
+    """
     kept = 0
     for n in range(pending.count[0]):
         at = pending.order[n]
@@ -78,8 +80,8 @@ def send_pending(pending: Pending, client: ClientState, primary: np.ndarray, dow
             kept += 1
             continue
         pending.values[0] = slot[DELTA]
-        request(client, host, operations.ADD, slot[KEY_LOW], slot[KEY_HIGH], U0, pending.values, 0, NO_TAG,
-                np.int64(slot[WORD]) * 8)  # fmt: skip
+        word = np.int64(slot[WORD])
+        request(client, host, operations.ADD, slot[KEY_LOW], slot[KEY_HIGH], U0, pending.values, 0, -1 - word, word * 8)
         pending.used[at] = 0
     if kept < pending.count[0]:
         tidy(pending, kept)

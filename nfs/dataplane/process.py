@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from datastore.native.errors import NearstateError
-from datastore.store.client import Client
+from datastore.replication.coordinator import Timing
+from datastore.replication.maps import ClusterMap
+from datastore.store.client import EPOCH as CLIENT_EPOCH
+from datastore.store.client import Client, give_up
 from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.store.statuses import NOT_PRIMARY
 from datastore.store.table import Table
-from nfs.dataplane.engine import CONFLICTS, DOWN, FETCHES, HERE, WRITES, Engine, conserved, make_engine, run, waiting
+from nfs.dataplane.engine import (
+    CALLED,
+    CONFLICTS,
+    DOWN,
+    EPOCH,
+    FETCHES,
+    HERE,
+    PHASE,
+    WRITES,
+    Engine,
+    conserved,
+    make_engine,
+    run,
+    waiting,
+)
+from nfs.dataplane.follower import Follower
 from nfs.dataplane.frames import Frames, free_frames, make_frames
+from nfs.dataplane.held import HEAD
 from nfs.dataplane.housekeeping import Housekeeper, Reader
 from nfs.dataplane.ledger import device_drops, to_counts
 from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports, refill
@@ -21,9 +43,12 @@ from nfs.dataplane.steps import load_chain
 
 SLICE_NS = 50_000_000
 """How long the packet loop runs before Python looks at messages."""
-RECONNECT_S = 0.2
-CONNECT_S = 0.1
-"""Longest wait for a store to answer: the packet loop stands still meanwhile."""
+RECONNECT_S = 0.05
+CONNECT_S = 0.5
+"""Longest wait for a store to answer, in a thread: the packet loop goes on meanwhile."""
+QUIET_NS = 2_000_000
+"""A partition of which no packet came for so long, after its steering changed, gets none here any more: what is on its way in
+the switch and the rings has arrived by then."""
 READ_S = 1.0
 READER_CLIENTS = 1 << 16
 """Client ids of housekeeping begin here."""
@@ -35,7 +60,8 @@ class Process:
     chain: network functions, in the order in which packets from inside meet them. settings: of them, by name. host: its name.
     inside, outside: interface names. port_kind: afxdp, afpacket, auto. value_bytes. capacity: records of a
     private table. map: PartitionMap as JSON, or None: all state is private. table: shared memory name of the store on this
-    host, or None. stores: [{"host", "address", "port"}]. cluster, client_id: numbers. spin_us.
+    host, or None. stores: [{"host", "address", "port"}]. cluster, client_id: numbers, the latter of this process alone. spin_us.
+    coordinator: [address, port], if the map can change (then `stores` names the store on this host, too); lease_ms.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -46,13 +72,21 @@ class Process:
         self.opened: list[OpenPort] = open_ports(interfaces, self.frames, config.get("port_kind", "auto"))
         self.table, self.stores, primary, epoch = self._find_state()
         self.owner = self.table.register_owner()
+        self.coordinator = config.get("coordinator")
+        self.bell = self.table.bell(self.owner) if self.coordinator else None
         value_words = config["value_bytes"] // 8
         self.client = Client([(store["address"], store["port"]) for store in self.stores], config["client_id"],
                              config["value_bytes"], config["cluster"], epoch, timeout_s=CONNECT_S)  # fmt: skip
         self.engine: Engine = make_engine(self.chain, self.frames, primary, self.owner, epoch, value_words,
-                                          len(self.stores), spin_us=config.get("spin_us", 5.0))  # fmt: skip
-        self.primary, self.epoch, self.tried_at = primary, epoch, 0.0
+                                          len(self.stores), spin_us=config.get("spin_us", 5.0),
+                                          replicates=bool(self.coordinator),
+                                          bells=self.bell.state if self.bell else None)  # fmt: skip
+        self.epoch, self.tried_at = epoch, 0.0
+        self._dialling: dict[int, Future[Any]] = {}
+        self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
+        self.follower = Follower(tuple(self.coordinator), self.report, self.call, Timing.of(config.get("lease_ms"))
+                                 ) if self.coordinator else None  # fmt: skip
 
     def _find_state(self) -> tuple[Table, list[dict[str, Any]], np.ndarray, int]:
         """Return the table on this host, the remote stores, the primaries by partition, and the map's epoch."""
@@ -62,38 +96,97 @@ class Process:
             return table, [], np.full(PARTITIONS, HERE), 1
         partition_map = PartitionMap.from_json(config["map"])
         table = Table.attach(config["table"]) if config["table"] else Table.private(PARTITIONS * 8, config["value_bytes"])
-        stores = [store for store in config["stores"] if store["host"] != config["host"] or not config["table"]]
-        numbers = {store["host"]: number for number, store in enumerate(stores)}
-        primary = [numbers.get(group[0], HERE) for group in partition_map.replicas]
-        return table, stores, np.array(primary), partition_map.epoch
+        reached = [store for store in config["stores"] if config.get("coordinator") or not self._is_here(store["host"])]
+        numbers = {store["host"]: number for number, store in enumerate(reached)}
+        primary = [HERE if self._is_here(group[0]) else numbers[group[0]] for group in partition_map.replicas]
+        return table, reached, np.array(primary), partition_map.epoch
+
+    def _is_here(self, host: str | None) -> bool:
+        return bool(host == self.config["host"] and self.config["table"])
 
     def _make_reader(self) -> Reader:
         """Return a reader of the state with connections of its own."""
         config = self.config
         client = Client([(store["address"], store["port"]) for store in self.stores], READER_CLIENTS + config["client_id"],
                         config["value_bytes"], config["cluster"], self.epoch, timeout_s=READ_S)  # fmt: skip
-        return Reader(self.table, client, self.primary, self.epoch)
+        return Reader(self.table, client, self.engine.primary, self.engine.control)
 
     def connect(self) -> None:
         """Connect to every store host; one that does not answer is marked down and tried again later."""
-        for host in range(len(self.stores)):
-            self._reconnect(host)
-
-    def _reconnect(self, host: int) -> None:
-        try:
-            self.client.connect(host)
-            self.engine.control[DOWN] &= ~(1 << host)
-        except (NearstateError, OSError):
-            self.engine.control[DOWN] |= 1 << host
+        self.engine.control[DOWN] = (1 << len(self.stores)) - 1
+        self.mend()
+        for dialling in self._dialling.values():
+            dialling.exception(2 * CONNECT_S)
+        self.mend()
 
     def mend(self) -> None:
-        """Try the store hosts that are down, a few times a second."""
+        """Try the store hosts that are down, several times a second, without waiting for any."""
         down = int(self.engine.control[DOWN])
+        for host, dialling in list(self._dialling.items()):
+            if dialling.done():
+                del self._dialling[host]
+                if dialling.exception() is None:
+                    self.client.take_connection(host, *dialling.result())
+                    self.engine.control[DOWN] &= ~(1 << host)
         if down and time.monotonic() - self.tried_at > RECONNECT_S:
             self.tried_at = time.monotonic()
             for host in range(len(self.stores)):
-                if down >> host & 1:
-                    self._reconnect(host)
+                if self.engine.control[DOWN] >> host & 1 and host not in self._dialling:
+                    self._dialling[host] = self._dialler.submit(self.client.dial, host)
+
+    # ---- following the map --------------------------------------------------------------------------------------------
+
+    def call(self) -> None:
+        """Have the packet loop return to Python; from another thread."""
+        self.engine.control[CALLED] = 1
+        if self.bell:
+            self.bell.ring_own()
+
+    def report(self, watched: Sequence[int]) -> dict[str, Any]:
+        """Return what the coordinator is told of this instance; from another thread."""
+        held = self.engine.held
+        return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.epoch,
+                "parked": np.flatnonzero(held.parking).tolist(), "quiet": [p for p in watched if self._is_quiet(p)]}  # fmt: skip
+
+    def _is_quiet(self, partition: int) -> bool:
+        """Tell whether no packet of a partition is here, and none seems to be on its way."""
+        held, engine = self.engine.held, self.engine
+        flying = (engine.flights[:, PHASE] > 0) & (engine.flight_keys[:, 1] & 0xFFFF == partition)
+        recent = time.monotonic_ns() - int(held.seen_ns[partition]) < QUIET_NS
+        return not (recent or held.queues[partition, HEAD] >= 0 or flying.any())
+
+    def follow(self) -> None:
+        """Carry out the coordinator's orders."""
+        self.engine.control[CALLED] = 0
+        while self.follower and self.follower.orders:
+            orders = self.follower.orders.popleft()
+            if orders["map"]:
+                self._adopt(ClusterMap.from_json(orders["map"]))
+            parking = np.zeros(PARTITIONS, np.int64)
+            parking[orders["park"]] = 1
+            self.engine.held.parking[:] = parking
+
+    def _adopt(self, new: ClusterMap) -> None:
+        """Ask whom a newer map names from now on. A partition that nobody serves stays where it was."""
+        if new.epoch <= self.epoch:
+            return
+        numbers = {store["host"]: number for number, store in enumerate(self.stores)}
+        engine = self.engine
+        for partition, group in enumerate(new.groups):
+            if group.primary in numbers:
+                engine.remote[partition] = numbers[group.primary]
+                engine.primary[partition] = HERE if self._is_here(group.primary) else numbers[group.primary]
+        self.epoch = engine.control[EPOCH] = new.epoch
+        self.client.state.identity[CLIENT_EPOCH] = new.epoch
+        for name, number in numbers.items():
+            if not any(group.primary == name for group in new.groups):
+                self._leave(number)
+
+    def _leave(self, host: int) -> None:
+        """A store that is primary of nothing is asked for nothing more; what it did not answer is asked elsewhere."""
+        self.client.disconnect(host)
+        self.engine.control[DOWN] |= 1 << host
+        give_up(self.client.state, host, NOT_PRIMARY)
 
     def process_packets(self, duration_ns: int = SLICE_NS) -> None:
         """Run the packet loop for a while."""
@@ -133,6 +226,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     control.send({"ready": True, "port_kind": process.opened[0].kind})
     while True:
         process.process_packets()
+        process.follow()
         process.mend()
         message = control.receive(0)
         if message is None:

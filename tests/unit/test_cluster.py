@@ -115,6 +115,13 @@ class Cluster:
             time.sleep(0.05)
         raise AssertionError(f"groups are not full after {timeout_s} s: {self.status()['log']}")
 
+    def wait_until_gone(self, host: str, timeout_s: float = 20) -> None:
+        """Wait until no group counts on a killed host: until then its death is one more fault for those who have its data."""
+        deadline = time.monotonic() + timeout_s
+        while any(host in group["members"] + group["learners"] for group in self.status()["map"]["groups"]):
+            assert time.monotonic() < deadline, self.status()["log"]
+            time.sleep(0.02)
+
     def end(self) -> None:
         for process in (*self.stores.values(), self.coordinator):
             process.kill()
@@ -143,6 +150,7 @@ def test_what_was_answered_survives_its_primary(cluster):
             assert (answer.status, answer.version) == (OK, versions[key])
             assert int.from_bytes(answer.value[:8], "little") == key + 1
         assert time.monotonic() - began < 10
+        cluster.wait_until_gone("nf1")
         cluster.stores["nf1"] = cluster.start("nf1")
         cluster.wait_until_full()
         cluster.stores["nf2"].kill()

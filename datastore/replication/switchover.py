@@ -1,0 +1,150 @@
+"""Where are packets steered, and how does a partition change hosts without a packet lost or overtaken?
+
+Pure, like the coordinator beside which it runs. Packets of a partition are steered to the instance of a network function; where
+the stores are on those instances' hosts (*aligned*), that is the host of the partition's primary. A move then takes five steps,
+each begun when the one before is known to be done (S. Gember-Jacobson et al.: OpenNF, SIGCOMM 2014, loss-free and
+order-preserving):
+
+    learn     the target gets a full copy                                                  `coordinator.py`
+    park      the target's instance keeps what comes of the partition
+    steer     the switch sends its packets there
+    drain     the source's instance says that none come or wait any more
+    hand over the source retires, the target is primary and goes on with what it kept      `coordinator.py`
+
+So each packet is processed by one instance, and those of the source before those of the target. An instance that is silent for a
+lease is dead: its packets go to another one at once, and its host's partitions move after them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datastore.native.errors import NearstateError, unknown
+from datastore.replication.coordinator import Coordinator
+
+BATCH = 32
+"""Moves between `park` and `hand over` at a time: a parked packet waits until its whole batch has been steered and drained."""
+
+
+@dataclass
+class Instance:
+    """What is known of an NF process: when it was heard, the map it follows, what it parks, what it says is drained."""
+
+    heard_ns: int = 0
+    epoch: int = 0
+    parked: frozenset[int] = frozenset()
+    quiet: frozenset[int] = frozenset()
+
+
+@dataclass
+class Switchover:
+    """steering: the instance wanted for each partition; confirmed: what the switch does. aligned: see the module's text."""
+
+    steering: list[str]
+    aligned: bool
+    instances: dict[str, Instance]
+    confirmed: list[str] = field(default_factory=list)
+    under_way: dict[int, str] = field(default_factory=dict)
+    watched: set[int] = field(default_factory=set)
+    _planned: tuple[int, frozenset[str]] = (0, frozenset())
+    """The map and the dead instances that the last plan was made for."""
+
+    @classmethod
+    def of(cls, instances: list[str], steering: list[str], aligned: bool) -> Switchover:
+        """Return the state at the start, when the switch does as `steering` says."""
+        return cls(list(steering), aligned, {name: Instance() for name in instances}, list(steering))
+
+    def hear(self, now_ns: int, report: dict[str, Any]) -> str:
+        """Take what an instance says of itself (`nfs/dataplane/process.py`) and return its name. Raises NearstateError."""
+        name = str(report["host"])
+        if name not in self.instances:
+            raise unknown("instance", name, self.instances)
+        instance = self.instances[name]
+        instance.heard_ns, instance.epoch = now_ns, int(report["epoch"])
+        instance.parked = frozenset(map(int, report["parked"]))
+        instance.quiet = frozenset(map(int, report["quiet"])) & self.watched
+        return name
+
+    def dead(self, now_ns: int, span_ns: int) -> set[str]:
+        """Return the instances that were heard once and then not for `span_ns`."""
+        return {name for name, instance in self.instances.items() if 0 < instance.heard_ns <= now_ns - span_ns}
+
+    def plan(self, now_ns: int, coordinator: Coordinator) -> None:
+        """Bring every move one step further and work out the steering; tells the coordinator which primaries may hand over."""
+        dead = self.dead(now_ns, coordinator.timing.lease_ns + coordinator.timing.margin_ns)
+        planned = (coordinator.map.epoch, frozenset(dead))
+        if planned == self._planned and not coordinator.moves and not self.under_way:
+            return
+        self._planned = planned
+        if self.aligned:
+            self._begin_and_end(coordinator, dead)
+        for partition, group in enumerate(coordinator.map.groups):
+            here = self.steering[partition]
+            if partition in self.under_way:
+                target = self.under_way[partition]
+                wanted = target if partition in self.instances[target].parked else here
+            else:
+                wanted = group.primary if self.aligned and group.primary in self.instances else here
+            self.steering[partition] = self._living(partition, str(wanted), group.members, dead)
+        if self.aligned:
+            self._watch(coordinator)
+            self._follow_packets(coordinator, dead)
+            coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead)}
+
+    def _living(self, partition: int, wanted: str, members: tuple[str, ...], dead: set[str]) -> str:
+        """Return `wanted`, or in place of a dead instance another one, if possible where a copy of the state is."""
+        if wanted not in dead:
+            return wanted
+        alive = [name for name, instance in self.instances.items() if name not in dead and instance.heard_ns]
+        near = [name for name in members if name in alive]
+        return near[0] if near else alive[partition % len(alive)] if alive else wanted
+
+    def _begin_and_end(self, coordinator: Coordinator, dead: set[str]) -> None:
+        groups = coordinator.map.groups
+        for partition, target in list(self.under_way.items()):
+            if groups[partition].primary == target or coordinator.moves.get(partition) != target or target in dead:
+                del self.under_way[partition]
+        for partition, target in coordinator.moves.items():
+            if len(self.under_way) >= BATCH:
+                return
+            if target in self.instances and target not in dead and target in groups[partition].members[1:]:
+                self.under_way.setdefault(partition, target)
+
+    def _watch(self, coordinator: Coordinator) -> None:
+        """Watch the partitions whose packets go to their new place: what a source said of them before does not count."""
+        watched = {p for p, target in self.under_way.items() if self.confirmed[p] == target}
+        for instance in self.instances.values():
+            instance.quiet &= self.watched & watched
+        self.watched = watched
+
+    def _may_hand_over(self, partition: int, coordinator: Coordinator, dead: set[str]) -> bool:
+        """Tell whether a partition's primary may retire: nothing of it comes or waits at its host any more."""
+        source = coordinator.map.groups[partition].primary
+        if source not in self.instances or source in dead:
+            return True
+        return partition in self.watched and partition in self.instances[source].quiet
+
+    def _follow_packets(self, coordinator: Coordinator, dead: set[str]) -> None:
+        """Move the partitions of stores whose instance is dead to where their packets went."""
+        for partition, group in enumerate(coordinator.map.groups):
+            target = self.steering[partition]
+            if group.primary in dead and target in group.members and partition not in coordinator.moves:
+                coordinator.move([partition], target)
+
+    def orders(self, name: str, coordinator: Coordinator) -> dict[str, Any]:
+        """Return what an instance is to do."""
+        groups = coordinator.map.groups
+        park = [p for p, target in self.under_way.items() if target == name and groups[p].primary != name]
+        watch = [p for p in self.watched if groups[p].primary == name]
+        newest = coordinator.map if self.instances[name].epoch != coordinator.map.epoch else None
+        return {"map": newest.to_json() if newest else None, "park": sorted(park), "watch": sorted(watch)}
+
+
+def check_steering(steering: list[str], instances: list[str], partitions: int) -> None:
+    """Raise NearstateError unless `steering` names an instance for each partition."""
+    if len(steering) != partitions:
+        raise NearstateError(f"steering of {len(steering)} partitions: the map has {partitions}")
+    for name in steering:
+        if name not in instances:
+            raise unknown("instance", name, instances)

@@ -1,0 +1,75 @@
+"""The NF process as a member of a cluster: the coordinator hears that it is there, and says who has which partition.
+
+A thread of its own beside the packet loop, so that heartbeats do not wait for packets nor packets for the network. What it hears
+are *orders*; the loop is called back to Python and carries them out between two bursts:
+
+    map     the cluster map, if it is news
+    park    the partitions whose packets are to be kept until further orders: they are on their way to this host
+    watch   the partitions of which the coordinator wants to know when none of their packets come or wait here any more
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datastore.replication.coordinator import Timing
+from datastore.replication.dialer import Dialer
+from datastore.replication.messages import LineSocket
+
+
+class Follower:
+    """Tells and hears until closed. `orders`: what was heard and not yet carried out, oldest first."""
+
+    def __init__(
+        self, coordinator: tuple[str, int], report: Callable[[Sequence[int]], dict[str, Any]], call: Callable[[], None],
+        timing: Timing,
+    ) -> None:  # fmt: skip
+        """report: given the watched partitions, what to tell ({"instance": ...} of `coordination.py`). call: wakes the loop."""
+        self.orders: deque[dict[str, Any]] = deque()
+        self._report, self._call = report, call
+        self._pause_s = timing.heartbeat_ns / 1e9
+        self._dialer = Dialer(coordinator)
+        self._watch: list[int] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            connection = self._dialer.dial()
+            if connection is None:
+                self._closed.wait(self._pause_s / 3)
+                continue
+            line = LineSocket(connection)
+            with contextlib.suppress(OSError):
+                self._converse(line)
+            line.close()
+
+    def _converse(self, line: LineSocket) -> None:
+        """Speak on a connection until it is lost, which is an OSError."""
+        due_s = 0.0
+        while not self._closed.is_set():
+            now_s = time.monotonic()
+            if now_s >= due_s:
+                line.send({"instance": self._report(self._watch)})
+                due_s = now_s + (self._pause_s / 8 if self._watch else self._pause_s)
+            if not select.select([line], [], [], max(0.0, due_s - now_s))[0]:
+                continue
+            for message in line.receive():
+                orders = message.get("orders")
+                if orders:
+                    self._watch = orders["watch"]
+                    self.orders.append(orders)
+                    self._call()
+
+    def close(self) -> None:
+        """Stop telling: for the coordinator the instance is gone after a lease."""
+        self._closed.set()
+        self._thread.join(timeout=1.0)
+        self._dialer.close()

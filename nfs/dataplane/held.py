@@ -1,0 +1,106 @@
+"""Packets that wait although their state is on this host: until it is committed, or until it is known who has it.
+
+Where stores replicate, a packet that has run through a function on a record in place is *held* until every backup has what it
+changed, or saw (output commit). A packet whose partition is on its way from one host to another is *parked* before it reaches
+the function, and goes on where the partition then is. Both wait in one queue a partition, in the order in which they came, so
+the order within a flow stays.
+
+What a held packet waits for: `changes` of its partition as they were when it had run. They count for as long as this host is the
+same primary: one that was deposed in between cannot know what became of them, and the packet is dropped (`uncommitted`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from datastore.native import inline
+from datastore.native.memory import load_acquire
+from datastore.replication.shipping import rules
+from datastore.store.layout import COMMITTED_AT, LEASE_NS, ROLE_BITS, ROLE_MASK, U0, word
+
+# words of a waiting packet
+KIND, NEED, REIGN, ALSO_PARTITION, ALSO_NEED, SINCE_NS, STEP = range(7)
+"""ALSO_PARTITION: another partition that the packet changed, and how many of its changes it waits for; -1: none."""
+HELD, PARKED = range(2)
+# words of a queue
+HEAD, TAIL, PARKED_COUNT, IS_ACTIVE = range(4)
+GO, STAY, UNCOMMITTED = range(3)
+
+
+class Held(NamedTuple):
+    """packets: int64[frames, 8]. queues: int64[partitions, 4]. active: int64[2 * partitions], those with a queue (in a pass, each
+    can come up anew once).
+
+    parking: int64[partitions], 1 where packets are to be parked, by order. seen_ns: int64[partitions], when the last packet came.
+    """
+
+    packets: np.ndarray
+    queues: np.ndarray
+    active: np.ndarray
+    parking: np.ndarray
+    seen_ns: np.ndarray
+
+
+def make_held(frames: int, partitions: int) -> Held:
+    """Return empty queues for so many packets and partitions."""
+    queues = np.zeros((partitions, 4), np.int64)
+    queues[:, HEAD] = queues[:, TAIL] = -1
+    return Held(np.zeros((frames, 8), np.int64), queues, np.zeros(2 * partitions, np.int64), np.zeros(partitions, np.int64),
+                np.zeros(partitions, np.int64))  # fmt: skip
+
+
+@inline
+def put_last(held: Held, next_packet: np.ndarray, active: int, partition: int, index: int) -> Any:
+    """Append packet `index` to a partition's queue; returns how many queues there are now, `active` before."""
+    queue = held.queues[partition]
+    next_packet[index] = -1
+    if queue[TAIL] < 0:
+        queue[HEAD] = index
+    else:
+        next_packet[queue[TAIL]] = index
+    queue[TAIL] = index
+    if held.packets[index, KIND] == PARKED:
+        queue[PARKED_COUNT] += 1
+    if queue[IS_ACTIVE] == 0:
+        queue[IS_ACTIVE] = 1
+        held.active[active] = partition
+        active += 1
+    return active
+
+
+@inline
+def take_first(held: Held, next_packet: np.ndarray, partition: int) -> None:
+    """Take the first packet out of a partition's queue; there is one."""
+    queue = held.queues[partition]
+    index = queue[HEAD]
+    if held.packets[index, KIND] == PARKED:
+        queue[PARKED_COUNT] -= 1
+    queue[HEAD] = next_packet[index]
+    if queue[HEAD] < 0:
+        queue[TAIL] = -1
+
+
+@inline
+def is_committed(words: np.ndarray, partition: int, need: int) -> Any:
+    """Tell whether so many changes of a partition are committed."""
+    return np.int64(load_acquire(words, word(words, COMMITTED_AT) + partition)) >= need
+
+
+@inline
+def judge(held: Held, words: np.ndarray, index: int, partition: int, role: int, has_lease: bool) -> Any:
+    """Return what to do with a held packet: GO, STAY or UNCOMMITTED. role: the partition's role word now."""
+    packet = held.packets[index]
+    if np.int64(role >> np.uint64(ROLE_BITS)) != packet[REIGN] or not rules(np.int64(role & np.uint64(ROLE_MASK))):
+        return UNCOMMITTED
+    if not has_lease or not is_committed(words, partition, packet[NEED]):
+        return STAY
+    also = packet[ALSO_PARTITION]
+    return GO if also < 0 or is_committed(words, also, packet[ALSO_NEED]) else STAY
+
+
+@inline
+def lease_holds(words: np.ndarray, now_ns: int) -> Any:
+    """Tell whether this host may answer at `now_ns`, a clock that was read after the state was."""
+    return words[LEASE_NS] == U0 or now_ns < word(words, LEASE_NS)
