@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +83,8 @@ def measurements(runs: Iterable[Run]) -> pd.DataFrame:
     """Return one row per (trial, point, metric), invalid ones included, with the columns `COLUMNS` and one per swept parameter.
 
     `sweep` is the point's effective sweep as JSON with sorted keys, so equal points of different repeats compare equal.
-    A scalar metric has its `value` (a float in the unit its suffix names); a histogram has its encoded text in `histogram`
-    and no value. A trial that ended without a point has one row with an empty `metric`.
+    A scalar metric has its `value` (a float in the unit its suffix names); a histogram or a time line has its encoded text in
+    `histogram` and no value. A trial that ended without a point has one row with an empty `metric`.
     """
     rows = [row for run in runs for trial in run.trials for row in _trial_rows(run.name, trial)]
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(COLUMNS))
@@ -115,7 +117,7 @@ def _trial_rows(run: str, trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
             for name, value in point.get("metrics", {}).items()
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
-        histograms = point.get("histograms", {})
+        histograms = {**point.get("histograms", {}), **point.get("time_lines", {})}
         for name, value in scalars.items():
             yield {**common, "metric": name, "value": value, "histogram": None}
         for name, encoded in histograms.items():
@@ -127,6 +129,22 @@ def _trial_rows(run: str, trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _whole(value: Any) -> Any:
     """Return 20 for 20.0: JSON writers differ, the point is the same."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def time_line(encoded: str) -> pd.DataFrame:
+    """Decode a time line: a row per bin, `ms` its begin, the columns those it was kept with (docs/results.md).
+
+    Raises NearstateError for what is none.
+    """
+    try:
+        content = json.loads(zlib.decompress(base64.b64decode(encoded, validate=True)))
+        start_ms, bin_ms = float(content.pop("start_ms")), float(content.pop("bin_ms"))
+        frame = pd.DataFrame(content)
+    except (ValueError, KeyError, AttributeError, TypeError, zlib.error) as error:
+        raise NearstateError(f"a time line of {len(encoded)} characters cannot be read: {error}") from error
+    frame.insert(0, "ms", start_ms + bin_ms * np.arange(len(frame)))
+    frame.attrs["bin_ms"] = bin_ms
+    return frame
 
 
 @dataclass(frozen=True)

@@ -372,6 +372,9 @@ if INTERPRETED:  # the same contracts in plain Python: slow, in one thread only,
     def trailing_zeros(value: int) -> Any:
         return (int(value) & -int(value)).bit_length() - 1 if value else 64
 
+    def leading_zeros(value: int) -> Any:
+        return 64 - int(value).bit_length()
+
     def network16(frame: np.ndarray, at: int) -> Any:
         return int.from_bytes(frame[at : at + 2].tobytes(), "big")
 

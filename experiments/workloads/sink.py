@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes as C
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy as np
 from datastore.native import jit
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
 from datastore.native.libc import POLLIN, doze, now_ns, poll, pollfd
-from datastore.native.memory import load16, load64
+from datastore.native.memory import load16, load32, load64
+from experiments.workloads import timeline
 from experiments.workloads.generator import DENSE_GAP_NS, PR_SET_TIMERSLACK, STAMP_AT, STAMP_BYTES
 from nfs.dataplane.frames import Frames, give_frame, make_frames
 from nfs.dataplane.port import BURST, FD, Port, closed_port, open_port, refill, rx_burst
@@ -31,7 +33,8 @@ SLICE_NS = 20_000_000
 
 
 class Sink(NamedTuple):
-    """State of one sink. seen: uint64 bit map of sequence numbers; last: int64[65536], highest sequence number by flow slot."""
+    """State of one sink. seen: uint64 bit map of sequence numbers; last: int64[65536], highest sequence number by flow slot;
+    line: what happened when, if wanted."""
 
     control: np.ndarray
     seen: np.ndarray
@@ -41,14 +44,17 @@ class Sink(NamedTuple):
     lengths: np.ndarray
     scratch: np.ndarray
     pollfds: np.ndarray
+    line: timeline.TimeLine
 
 
-def make_sink(packets: int, step: int) -> Sink:
-    """Return a sink that expects up to `packets` packets of step number `step`."""
+def make_sink(packets: int, step: int, time_line: Mapping[str, Any] | None = None) -> Sink:
+    """Return a sink that expects up to `packets` packets of step number `step`, with a time line from now on if wanted
+    (`timeline.make_time_line`)."""
     control = np.zeros(16, np.int64)
     control[STEP], control[HIGHEST] = step, -1
     return Sink(control, np.zeros(packets // 64 + 1, np.uint64), np.full(1 << 16, -1, np.int64), make_counts(),
-                np.zeros(BURST, np.int64), np.zeros(BURST, np.int64), np.zeros(8, np.int64), np.zeros(2, np.int64))  # fmt: skip
+                np.zeros(BURST, np.int64), np.zeros(BURST, np.int64), np.zeros(8, np.int64), np.zeros(2, np.int64),
+                timeline.make_time_line(time_line, time.monotonic_ns()))  # fmt: skip
 
 
 @jit
@@ -82,7 +88,11 @@ def take(sink: Sink, memory: np.ndarray, at: int, length: int, now: int) -> None
         control[FLOW_REORDERED] += 1
     else:
         sink.last[slot] = sequence
-    record_ns(sink.latency, now - np.int64(load64(memory, at + STAMP_AT + 8)))
+    latency_ns = now - np.int64(load64(memory, at + STAMP_AT + 8))
+    record_ns(sink.latency, latency_ns)
+    if sink.line.control[timeline.BIN_NS]:
+        source = np.int64(load32(memory, at + 26)) << 16 | np.int64(load16(memory, at + 34))
+        timeline.note(sink.line, slot, source, latency_ns, now)
 
 
 @jit
@@ -109,7 +119,8 @@ def collect(sink: Sink, port: Port, frames: Frames, until_ns: int) -> None:
 
 
 def main(config: dict[str, Any], control: Any) -> None:
-    """Process target: {"interface", "port_kind"}. {"step": n, "packets": p} starts counting, {"collect": n} answers."""
+    """Process target: {"interface", "port_kind"}. {"step": n, "packets": p} starts counting, {"collect": n} answers; with
+    {"time_line": {...}} in the step, {"tell": n} answers with what happened when."""
     frames = make_frames(16384)
     opened = open_port(config["interface"], frames, config.get("port_kind", "auto"))
     C.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
@@ -125,8 +136,11 @@ def main(config: dict[str, Any], control: Any) -> None:
         elif "collect" in message:
             now = opened.statistics()
             control.send(_counts(sink) | {"kernel": {reason: now[reason] - drops[reason] for reason in now}})
+        elif "tell" in message:
+            control.send(timeline.report(sink.line))
         else:
-            sink, drops = make_sink(int(message["packets"]), int(message["step"])), opened.statistics()
+            sink = make_sink(int(message["packets"]), int(message["step"]), message.get("time_line"))
+            drops = opened.statistics()
             control.send({"step": message["step"]})
 
 
