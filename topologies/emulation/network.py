@@ -308,19 +308,23 @@ class Network:
         for interface in self.hosts[name].interfaces.values():
             if interface.ipv4:
                 lines.append(f"address add {interface.ipv4} dev {interface.name}")
-            lines.append(f"link set {interface.name} up")
-            # on the interface itself it would have the kernel report a multicast group to all (RFC 4861, section 7.2.1)
-            if interface.ipv6:
+            if interface.ipv6:  # on the interface it would have the kernel report a multicast group (RFC 4861, section 7.2.1)
                 lines.append(f"address add {interface.ipv6}/128 dev lo nodad")
-            for peer in self._neighbours(name, interface.name):
-                for address in filter(None, (peer.ipv4, peer.ipv6)):
-                    lines.append(f"neigh replace {address.split('/')[0]} lladdr {peer.mac} dev {interface.name} nud permanent")
-                if peer.ipv6:
-                    lines.append(f"route add {peer.ipv6}/128 dev {interface.name} src {interface.ipv6}")
-            if interface.name == "net":
-                opposite = SERVER_ADDRESS if self.hosts[name].role == "client" else CLIENT_ADDRESS
-                lines.append(f"route add {TRANSLATED_NETWORK} via {opposite} dev net")
+            lines += self._up(name, interface)
         return "\n".join(lines)
+
+    def _up(self, name: str, interface: Interface) -> list[str]:
+        """Return the commands that bring an interface up, with the neighbours and routes the kernel forgets when it is down."""
+        lines = [f"link set {interface.name} up"]
+        for peer in self._neighbours(name, interface.name):
+            for address in filter(None, (peer.ipv4, peer.ipv6)):
+                lines.append(f"neigh replace {address.split('/')[0]} lladdr {peer.mac} dev {interface.name} nud permanent")
+            if peer.ipv6:
+                lines.append(f"route replace {peer.ipv6}/128 dev {interface.name} src {interface.ipv6}")
+        if interface.name == "net":
+            opposite = SERVER_ADDRESS if self.hosts[name].role == "client" else CLIENT_ADDRESS
+            lines.append(f"route replace {TRANSLATED_NETWORK} via {opposite} dev net")
+        return lines
 
     def _neighbours(self, name: str, interface: str) -> Iterator[Interface]:
         """Yield every other interface of the same name that has an address: storage among storage, client with server."""
@@ -513,11 +517,37 @@ class Network:
         """Return the instance that gets what clients send, for each partition; of a chain over hosts as "nf1|nf2"."""
         if self.switch is None:
             return ["nf1"] * PARTITIONS
-        return list(self._command({"command": "show"})["instances"])
+        return list(self._command({"command": "where"})["instances"])
 
     def show(self) -> dict[str, Any]:
         """Return the controller's picture: instances, returns, rules, refused_packets, connected."""
         return self._command({"command": "show"})
+
+    # trouble
+
+    def cut(self, host: str, interface: str | None = None) -> None:
+        """Cut a host off at an interface, or at all: from here on nothing leaves or enters there, until `mend`.
+
+        Raises NearstateError for a host or an interface that does not exist.
+        """
+        wanted = self._interfaces(host, interface)
+        with system.network_namespace(self.hosts[host].pid):
+            for cut in wanted:
+                system.link_down(cut.name)
+
+    def mend(self, host: str, interface: str | None = None) -> None:
+        """Undo `cut`. Raises NearstateError for a host or an interface that does not exist."""
+        lines = [line for mended in self._interfaces(host, interface) for line in self._up(host, mended)]
+        with system.network_namespace(self.hosts[host].pid):
+            system.run(["ip", "-batch", "-"], self.journal.environment(), "\n".join(lines))
+
+    def _interfaces(self, host: str, interface: str | None) -> list[Interface]:
+        if host not in self.hosts:
+            raise unknown("host", host, self.hosts)
+        there = self.hosts[host].interfaces
+        if interface is not None and interface not in there:
+            raise unknown(f"interface of {host}", interface, there)
+        return [there[interface]] if interface else list(there.values())
 
     # measuring and telling
 
