@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from datastore.placements import Cluster
 from datastore.store.partitions import PARTITIONS
 from experiments.harness import accounting, spec
 from experiments.harness.spec import Experiment, Trial, peer_names
+from experiments.workloads import timeline
 from experiments.workloads.traffic import CHOICES, packets_in
 from nfs.dataplane.port import KINDS
 from topologies.emulation.network import EmulatedHost, Network
@@ -50,6 +52,8 @@ class Bench:
         self.peer: Any = None
         self.extra: list[RunningProcess] = []
         self.steps = 0
+        self.lost: set[str] = set()
+        self._offered: tuple[float, float, dict[str, Any]] | None = None
         self.overrides: dict[str, Any] = {}
 
     @property
@@ -294,13 +298,32 @@ class Bench:
 
     def step(self, offered_kpps: float, seconds: float) -> dict[str, Any]:
         """Offer a load (0: as fast as the path takes it) and return one point's metrics, histogram, ledger and validity."""
+        self.offer(offered_kpps, seconds)
+        return self.finish()
+
+    def offer(self, offered_kpps: float, seconds: float, time_line: Mapping[str, Any] | None = None) -> int:
+        """Begin a step and return while its load runs, so that something can be done to the path; `finish` ends it.
+
+        time_line: {"bin_us", "watch"} (`workloads/timeline.py`), told by `time_line`; None: not kept. Returns about when the
+        load began, in ns of CLOCK_MONOTONIC.
+        """
         assert self.generator
         assert self.sink
         self.steps += 1
         before = self.counters()
-        self.sink.send({"step": self.steps, "packets": 2 * packets_in(offered_kpps or SATURATION_KPPS, seconds)})
+        line = {"time_line": {"seconds": seconds * 1.2 + 0.5, **time_line}} if time_line else {}
+        packets = 2 * packets_in(offered_kpps or SATURATION_KPPS, seconds)
+        self.sink.send({"step": self.steps, "packets": packets, **line})
         self.sink.receive(READY_S)
         self.generator.send({"step": self.steps, "offered_kpps": offered_kpps, "seconds": seconds})
+        self._offered = offered_kpps, seconds, before
+        return time.monotonic_ns()
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the end of the load that `offer` began and return the step's point."""
+        assert self.generator
+        assert self._offered
+        offered_kpps, seconds, before = self._offered
         sent = self.generator.receive(seconds * 2 + READY_S)
         if sent is None:
             raise NearstateError(f"generator did not end a step of {seconds:g} s; its log is {self.generator.log}")
@@ -326,11 +349,38 @@ class Bench:
                 break
         return counts
 
+    def time_line(self) -> timeline.Told:
+        """Return what happened when in the last step, which was offered with a time line."""
+        assert self.sink
+        self.sink.send({"tell": self.steps})
+        return timeline.Told.of(self.sink.receive(READY_S) or {})
+
+    def lose_host(self, name: str) -> int:
+        """Lose a host at once: its processes stop where they are, its interfaces go down, so that no reset of a connection tells
+        the others, then the processes are killed. To cut three interfaces takes the kernel some 5 ms; hence the stop first.
+
+        Returns when, in ns of CLOCK_MONOTONIC. What its processes counted is lost with them. Raises NearstateError for a host
+        that does not exist, or that is lost already.
+        """
+        there = sorted(set(self.network.hosts) - self.lost)
+        if name not in there:
+            raise NearstateError(f"host {name!r} cannot be lost: {', '.join(there)} are there")
+        running = self.launcher.on_host(name)
+        self.lost.add(name)
+        lost_ns = time.monotonic_ns()
+        for process in running:
+            os.kill(process.pid, signal.SIGSTOP)
+        self.network.cut(name)
+        for process in running:
+            process.signal(signal.SIGKILL)
+        return lost_ns
+
     def function_statistics(self) -> dict[str, dict[str, Any]]:
-        """Return the counters of each NF process."""
-        for process in self.functions.values():
+        """Return the counters of each NF process that is not lost with its host."""
+        there = {name: process for name, process in self.functions.items() if name not in self.lost}
+        for process in there.values():
             process.send({"statistics": True})
-        return {name: process.receive(READY_S) or {} for name, process in self.functions.items()}
+        return {name: process.receive(READY_S) or {} for name, process in there.items()}
 
     def counters(self) -> dict[str, Any]:
         """Return what is compared before and after a step."""

@@ -1,0 +1,103 @@
+"""The loss of an NF host under load: for how long is nothing delivered, what is lost, what breaks?
+
+One host of the steering is lost at once, with its processes and all it remembers (`Bench.lose_host`), in the middle of a load.
+
+      load |-------------------|lost.....noticed.....steered..|first packet-------------------|
+                               |<-------- outage ------------>|
+                               |<- detection ->|<- recovery ->|
+
+Who notices. A coordinator does so by its leases, gives the host's partitions to a survivor and has the switch follow; here one
+only watches. Where none runs (state local, on a store host without replicas, in a peer) the procedure stands in for the
+detector, with the same timing: a lease and the coordinator's margin after the last heartbeat before the loss, whose age is
+drawn from the seed; then the peer's `take_over`, then the switch is told. So no placement is faster for a better detector.
+
+A kill ends a trial's network, so repeats are trials.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from datastore.native.errors import NearstateError
+from datastore.replication.coordinator import Timing
+from experiments.harness.bench import COMMON_SETTINGS, Bench
+
+SETTINGS = {**COMMON_SETTINGS, "victim": "nf1", "offered_kpps": 20.0, "lost_at_s": 0.6, "seconds": 2.0, "bin_us": 1000.0,
+            "shown_ms": (200.0, 800.0), "lateness_limit_us": 0.0}  # fmt: skip
+PATIENCE_S = 1.0
+"""How long a coordinator's decision is waited for: ten times what it should take."""
+
+
+def measure(bench: Bench) -> list[dict[str, Any]]:
+    """Return one point: outage and its parts, what was lost and what broke, and the time line around the loss.
+
+    lost_at_s: when within the load of `seconds`. shown_ms: of the time line, how much before and after the loss is kept. The
+    flows are few enough that each sends some 20 packets after the outage, or one may seem broken that is only slow.
+    """
+    settings = bench.settings
+    victim, survivor = ends(bench)
+    bench.start()
+    bench.warm_up()
+    carried = [partition for partition, host in enumerate(bench.network.steering()) if host == victim]
+    began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], {"bin_us": settings["bin_us"], "watch": carried})
+    until_ns = began_ns + int(settings["seconds"] * 1e9)
+    _sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))
+    lost_ns = bench.lose_host(victim)
+    watch = _watched if getattr(bench, "coordinator", None) else _stand_in
+    noticed_ns, steered_ns = watch(bench, victim, survivor, carried, lost_ns)
+    point = bench.finish()
+    line = bench.time_line()
+    begin, end, ended = line.outage(until_ns)
+    flows, broken = line.broken(lost_ns, until_ns)
+    point["sweep"] = {}
+    point["metrics"] |= {
+        "outage_ms": (end - lost_ns) / 1e6, "recovered_ratio": float(ended), "silence_ms": (end - begin) / 1e6,
+        "detection_ms": (noticed_ns - lost_ns) / 1e6, "steered_ms": (steered_ns - lost_ns) / 1e6,
+        "recovery_ms": (end - noticed_ns) / 1e6, "packets_lost": point["metrics"]["lost"], "flows": flows,
+        "connections_broken": broken, "broken_ratio": broken / max(1, flows)}  # fmt: skip
+    before_ms, after_ms = settings["shown_ms"]
+    point["time_lines"] = {"delivered": line.encode(lost_ns, -before_ms, after_ms)}
+    return [point]
+
+
+def ends(bench: Bench) -> tuple[str, str]:
+    """Return the host that is lost and the one that takes its place. Raises NearstateError where there is none."""
+    hosts, victim = [host.name for host in bench.nf_hosts], bench.settings["victim"]
+    if victim not in hosts or len(hosts) < 2:
+        raise NearstateError(f"failover of {victim!r} among {', '.join(hosts) or 'no NF hosts'}: "
+                             "it must be one of at least 2")  # fmt: skip
+    return victim, hosts[(hosts.index(victim) + 1) % len(hosts)]
+
+
+def detection_ns(seed: int, timing: Timing | None = None) -> int:
+    """Return how long after a loss a coordinator's lease is over: it began with the last heartbeat, up to one interval ago."""
+    timing = timing or Timing()
+    age_ns = random.Random(seed).uniform(0, timing.heartbeat_ns)
+    return timing.lease_ns + timing.margin_ns - int(age_ns)
+
+
+def _stand_in(bench: Bench, victim: str, survivor: str, carried: list[int], lost_ns: int) -> tuple[int, int]:
+    """Notice the loss as a coordinator would, and act; returns when it was noticed, and when the switch had confirmed."""
+    _sleep_until(lost_ns + detection_ns(bench.trial.seed))
+    noticed_ns = time.monotonic_ns()
+    if take_over := getattr(bench.peer, "take_over", None):
+        take_over(victim, survivor)
+    bench.network.steer(carried, survivor)
+    return noticed_ns, time.monotonic_ns()
+
+
+def _watched(bench: Bench, victim: str, survivor: str, carried: list[int], lost_ns: int) -> tuple[int, int]:
+    """Watch a coordinator notice; returns when nothing was steered to the host any more, twice: its decision and the switch's
+    confirmation cannot be told apart from here, unless the bench can say when the decision was (`noticed_ns`)."""
+    deadline = lost_ns + int(PATIENCE_S * 1e9)
+    while victim in bench.network.steering() and time.monotonic_ns() < deadline:
+        time.sleep(0.001)
+    steered_ns = time.monotonic_ns()
+    said = getattr(bench, "noticed_ns", None)
+    return (said(victim) or steered_ns) if said else steered_ns, steered_ns
+
+
+def _sleep_until(when_ns: int) -> None:
+    time.sleep(max(0, when_ns - time.monotonic_ns()) / 1e9)
