@@ -465,6 +465,12 @@ def is_peer_frame(buffer: np.ndarray, at: int) -> Any:
     return np.int64(buffer[at + 1] >> np.uint64(16) & LOW16) == REPLICATES
 
 
+@inline
+def is_news(buffer: np.ndarray, at: int) -> Any:
+    """Tell whether the frame at `at`, a store's, is news: it is not acknowledged."""
+    return buffer[at + FRAME_HEADER_WORDS] >> np.uint64(16) & np.uint64(NEWS) != U0
+
+
 @jit
 def peer_frame_words(buffer: np.ndarray, at: int, end: int, longest: int) -> int:
     """As `frame_words`, for a frame of another store, of at most `longest` words."""

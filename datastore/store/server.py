@@ -20,7 +20,7 @@ from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, libc_accept4, libc_cl
 from datastore.native.memory import copy, fetch_add, load_acquire
 from datastore.replication.coordinator import Timing
 from datastore.replication.holds import FIRST_FRAME, LAST_FRAME, Holds, forget, has_room, let_go, make_holds, serve_frame
-from datastore.replication.links import Links, exchange, make_links, poll_links
+from datastore.replication.links import Links, exchange, make_links, poll_links, shortest_pause_ns
 from datastore.replication.member import Member
 from datastore.replication.shipping import (
     ACK_WORDS,
@@ -405,6 +405,7 @@ def wait(server: ServerState, timeout_ns: int) -> int:
     fetch_add(server.words, STORE_ASLEEP, 1)
     if np.int64(load_acquire(server.words, IN_PLACE)) != server.control[SEEN_IN_PLACE]:
         timeout_ns = 0
+    timeout_ns = min(timeout_ns, shortest_pause_ns(server.links, now_ns(server.scratch)))
     ready = int(poll(polled, used + WAKERS + 1, timeout_ns, server.scratch))
     server.words[STORE_ASLEEP] = U0
     if polled[used + BELL] >> 48 != 0:

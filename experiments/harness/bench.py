@@ -262,9 +262,13 @@ class Bench:
                 "table": self.table_name(host) if host in self.stores else None,
                 "stores": [{"host": name, "address": self.storage_address(name), "port": STORE_PORT}
                            for name in self.stores_of(stage)],
-                **({"coordinator": [self.storage_address("control"), COORDINATOR_PORT], "lease_ms": self.settings["lease_ms"] or None,
-                    "client_id": self.instances << 8 | number + 1} if self.is_coordinated else {}),
+                **(self._following(number) if self.is_coordinated else {}),
                 "spin_us": 5.0 if (os.cpu_count() or 1) < 8 else 50.0}  # fmt: skip
+
+    def _following(self, number: int) -> dict[str, Any]:
+        """Return what the configuration of an NF process says in a cluster. No two processes ever share a client id."""
+        return {"coordinator": [self.storage_address("control"), COORDINATOR_PORT], "lease_ms": self.settings["lease_ms"] or None,
+                "client_id": self.instances << 8 | number + 1}  # fmt: skip
 
     def change_settings(self, functions: Mapping[str, Mapping[str, Any]]) -> None:
         """Give network functions other settings, by function and name, while they run: every instance, one after the other.
