@@ -7,6 +7,8 @@ found nobody would be repeated a second later only).
 Commands, one JSON object a line, each answered by one line:
     {"command": "steer", "partitions": [3, 4], "instance": "nf2"} -> {"steered": 2}   once the switch confirmed (barrier)
         "return": "nf1" sends their answers, from the server to the client, to another instance; without it both go to one
+    {"command": "follow", "instances": ["nf1", ...256]} -> {"steered": 128}   every partition and its answers to the instance named;
+        what is so already is not touched; for one stage
     {"command": "chain", "stages": [["nf1"], ["nf2"]]} -> {"rules": 6175}     packets meet an instance of each stage, dealt anew
     {"command": "show"}  -> {"instances": ["nf1", ...256], "returns": ["nf1", ...256], "rules": 3107, "refused_packets": 0,
                              "connected": true}                                with stages "nf1|nf2", from inside to outside
@@ -159,7 +161,7 @@ class Steering(OSKenApp):
 
     def _obey(self, request: Any) -> dict[str, Any]:
         """Return the answer to a command. Raises ValueError with the reason when it is wrong."""
-        commands = {"steer": self._steer, "chain": self._chain, "show": self._show, "ready": self._ready,
+        commands = {"steer": self._steer, "follow": self._follow, "chain": self._chain, "show": self._show, "ready": self._ready,
                     "where": self._where}  # fmt: skip
         if not isinstance(request, dict) or request.get("command") not in commands:
             raise ValueError(f"unknown command {request!r}; valid are {', '.join(commands)}")
@@ -177,6 +179,16 @@ class Steering(OSKenApp):
                            for rule in steering.partition_rules(self.ports, self.stages, p, forward[p], back[p])])  # fmt: skip
             self.forward, self.back = forward, back
         return {"steered": len(partitions)}
+
+    def _follow(self, request: dict[str, Any]) -> dict[str, Any]:
+        with self.changing:
+            ways = steering.followed(self.stages, request.get("instances"))
+            changed = [p for p, way in enumerate(ways) if way != self.forward[p] or way != self.back[p]]
+            if changed:
+                self._install([rule for p in changed
+                               for rule in steering.partition_rules(self.ports, self.stages, p, ways[p], ways[p])])  # fmt: skip
+            self.forward, self.back = ways, list(ways)
+        return {"steered": len(changed)}
 
     def _chain(self, request: dict[str, Any]) -> dict[str, Any]:
         with self.changing:

@@ -176,6 +176,20 @@ def _check_instance(instance: Any, known: Iterable[str]) -> None:
         raise ValueError(f"unknown instance {instance!r}; valid are {', '.join(valid)}")
 
 
+def followed(stages: Stages, instances: Any) -> list[Way]:
+    """Return the ways when each partition goes to the instance named for it.
+
+    Raises ValueError for another number of instances than partitions, an unknown one, or more stages than one.
+    """
+    if len(stages) != 1:
+        raise ValueError(f"a chain of {len(stages)} stages cannot follow a map: steer partition by partition")
+    if not isinstance(instances, list) or len(instances) != PARTITIONS:
+        raise ValueError(f"instances must be a list of {PARTITIONS} names, one for each partition")
+    for instance in set(instances):
+        _check_instance(instance, stages[0])
+    return [(instance,) for instance in instances]
+
+
 def steered(ways: Sequence[Way], stages: Stages, partitions: Any, instance: Any) -> list[Way]:
     """Return the ways after a command: those of `partitions` by `instance` in its stage.
 
