@@ -69,6 +69,17 @@ class Sheet:
         at, median, low, high = np.array(points, dtype=float).T
         axes.errorbar(at, median, yerr=[median - low, high - median], elinewidth=0.7, **{**style.line(placement), **changes})
 
+    def band(self, axes: Axes, values: pd.DataFrame, placement: str, panel: str, y: str) -> None:
+        """Draw a course over time: the median of the repeats (columns) at each time (index, named), and the range they span."""
+        look = style.line(placement) | {"marker": "", "linestyle": "-", "linewidth": 0.9}
+        low, median, high = values.min(axis=1), values.median(axis=1), values.max(axis=1)
+        axes.plot(values.index, median, **look)
+        if values.shape[1] > 1:
+            axes.fill_between(values.index, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        for at, value in median.items():
+            spread = float(low[at]), float(high[at])
+            self._note(panel, placement, "course", (str(values.index.name), at), (y, float(value)), *spread, values.shape[1])
+
     def bar(self, axes: Axes, position: float, rows: pd.DataFrame, placement: str, panel: str, group: str, width: float) -> None:
         """Draw one metric's median as a bar in the placement's colour and hatch, 95 % confidence interval on top."""
         median, low, high = self._median(rows, panel, placement, "bar", "group", group)

@@ -37,12 +37,14 @@ PLACEMENTS = {
 }
 SPARE_MARKERS = ("*", "p", "h", "8", "D")
 
-# Bars stacked by who spends the time: shade and hatch both tell, in colour and in grey.
+# Bars stacked by who spends the time, or what it is spent on: shade and hatch both tell, in colour and in grey.
 COMPONENTS = {
     "nf_cpu_us": ("NF process", "#0072B2", ""),
     "store_cpu_us": ("store process", "#E69F00", "////"),
     "switch_cpu_us": ("switch", "#BBBBBB", "...."),
     "other_cpu_us": ("rest of the machine (kernel, generator, sink)", "#FFFFFF", ""),
+    "detection_ms": ("detection", "#BBBBBB", "...."),
+    "recovery_ms": ("recovery", "#0072B2", ""),
 }
 
 PAPER = {

@@ -1,6 +1,6 @@
 """nftables: the kernel's own connection tracking between the same two interfaces, doing the job of the trial's network functions.
 
-The kernel forwards between `inside` and `outside` of nf1 in its own network namespace. As `firewall`: established and related
+The kernel of an NF host's network namespace forwards between its `inside` and `outside`. As `firewall`: established and related
 traffic both ways, new connections only from inside. As `nat`: what inside opens leaves with one of the addresses that `nat` has,
 always the same for a client, and nothing new comes in. As "firewall+nat": both. As `load_balancer`: what is for the virtual
 address goes to one of its backends, by their weights and a hash of client address and port. Client and server get the kernel's
@@ -63,12 +63,16 @@ class Kernel:
     """The running peer: it ends with its namespace."""
 
     next_hop_mac: str
-    pid: int
+    pids: tuple[int, ...]
 
     def forget(self) -> None:
         """Remove all entries of connection tracking: the kernel's table has a limit, 262,144 by default, for all entries."""
-        with system.network_namespace(self.pid), NFCTSocket() as tracking:
-            tracking.flush()
+        for pid in self.pids:
+            with system.network_namespace(pid), NFCTSocket() as tracking:
+                tracking.flush()
+
+    def take_over(self, dead: str, survivor: str) -> None:
+        """Nothing to do: a kernel knows nothing of another one's connections."""
 
     def stop(self) -> None:
         """Nothing to do: rules, addresses and conntrack entries are the namespace's."""
@@ -114,8 +118,12 @@ def pool(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, IPv4Addre
 
 
 def start(bench: Bench) -> Kernel:
-    """Let the kernel of nf1's namespace do the job. Raises NearstateError when nft is missing or refuses."""
-    nf, text = bench.nf_hosts[0], rules(bench.trial.nf, bench.settings["functions"])
+    """Let the kernel of each NF host's namespace do the job. Raises NearstateError when nft is missing or refuses.
+
+    All hosts have the first one's MAC addresses, as routers that stand in for each other do (RFC 5798, section 7.3: VRRP), so
+    that whichever the switch steers a frame to takes it.
+    """
+    text = rules(bench.trial.nf, bench.settings["functions"])
     client, server = (bench.network.hosts[name].interfaces["net"] for name in ("client", "server"))
     outside = [str(server.ipv4).partition("/")[0]]
     if bench.trial.nf == "load_balancer":
@@ -131,12 +139,16 @@ def start(bench: Bench) -> Kernel:
         ["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0"],
         ["nft", "-f", "-"],
     ]  # fmt: skip
-    for command in commands:
-        _run(nf.pid, command, text if command[0] == "nft" else "")
+    first, *others = bench.nf_hosts
+    for nf in (first, *others):
+        for side in ("inside", "outside") if nf is not first else ():
+            _run(nf.pid, ["ip", "link", "set", side, "address", first.interfaces[side].mac], "")
+        for command in commands:
+            _run(nf.pid, command, text if command[0] == "nft" else "")
     for name, other, side in (("client", server, "inside"), ("server", client, "outside")):
         _run(bench.network.hosts[name].pid, ["ip", "neighbour", "replace", str(other.ipv4).partition("/")[0], "lladdr",
-                                             nf.interfaces[side].mac, "dev", "net", "nud", "permanent"], "")  # fmt: skip
-    return Kernel(nf.interfaces["inside"].mac, nf.pid)
+                                             first.interfaces[side].mac, "dev", "net", "nud", "permanent"], "")  # fmt: skip
+    return Kernel(first.interfaces["inside"].mac, tuple(nf.pid for nf in bench.nf_hosts))
 
 
 def _run(pid: int, command: list[str], text: str) -> None:

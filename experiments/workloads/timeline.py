@@ -196,6 +196,15 @@ class Told:
         gone = known[:, LAST] < max(end, lost_ns)
         return len(known), int((gone | (known[:, CHANGES] > 0)).sum())
 
+    def restored_ns(self, lost_ns: int, until_ns: int, share: float = 0.9, window: int = 10) -> int | None:
+        """Return when watched packets came again at `share` of their rate before `lost_ns`, over `window` bins; None: never."""
+        first, last = ((when - self.origin_ns) // self.bin_ns for when in (lost_ns, until_ns))
+        at_rest = self.watched[: max(first, 0)]
+        rate = at_rest[np.flatnonzero(at_rest)[0] :].mean() if at_rest.any() else np.inf
+        sums = np.convolve(self.watched[first:last], np.ones(window), "valid")
+        back = np.flatnonzero(sums >= share * rate * window)
+        return int(self.origin_ns + (first + back[0]) * self.bin_ns) if len(back) else None
+
     def encode(self, zero_ns: int, from_ms: float, to_ms: float) -> str:
         """Return the bins between two times as a point's "time_lines" has them (docs/results.md); times count from `zero_ns`."""
         starts_ms = (self.origin_ns - zero_ns + np.arange(len(self.received)) * self.bin_ns) / 1e6

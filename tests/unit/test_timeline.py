@@ -80,6 +80,14 @@ def test_an_outage_ends_with_the_first_packet_or_not_at_all() -> None:
 
 
 @pytest.mark.python_mode
+def test_the_load_is_restored_when_its_rate_is_not_with_the_first_packet() -> None:
+    line = told([*regular(100, range(30, 60)), (50.0, 1, 7, 1000)])
+    assert line.restored_ns(ORIGIN_NS + 30 * MS, ORIGIN_NS + 100 * MS) == ORIGIN_NS + 59 * MS, "9 of its 10 bins are full"
+    line = told(regular(100, range(30, 95)))
+    assert line.restored_ns(ORIGIN_NS + 30 * MS, ORIGIN_NS + 100 * MS) is None
+
+
+@pytest.mark.python_mode
 def test_a_flow_is_broken_if_it_comes_from_elsewhere_or_not_again() -> None:
     arrivals = [arrival for arrival in regular(100, range(30, 60)) if arrival[0] < 30 or arrival[1] != 2]
     arrivals = [(ms, slot, 8 if slot == 3 and ms > 30 else source, ns) for ms, slot, source, ns in arrivals]
