@@ -52,7 +52,7 @@ def test_the_figure_shows_course_and_parts(run: Path) -> None:
     points = pd.read_csv(run / "figures" / "failover.csv")
     goodput = points.query("mark == 'course' and y_name == 'goodput_kpps' and panel == 'integrated, R = 2'")
     goodput = goodput.set_index(goodput["x"].astype(float))
-    assert goodput["y"].to_dict() == {at: 10.0 * (at < 0 or at >= 110) + 5.0 * (at == 100) + 0.0 for at in range(-100, 200, 10)}
+    assert goodput["y"].to_dict() == {at: 10.0 * (at < 0 or at >= 120) + 5.0 * (at in (100, 110)) for at in range(-100, 200, 10)}
     assert (goodput.loc[100, "low"], goodput.loc[100, "high"]) == (0, 10), "the repeats' range"
     parts = points.query("mark == 'recovery_ms'").set_index("panel")["y"]
     assert dict(parts) == {"integrated, R = 1": 120, "integrated, R = 2": 30, "nftables (kernel)": 30}
