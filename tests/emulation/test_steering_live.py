@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,72 @@ def test_answers_meet_another_instance_when_asked_to_and_the_same_again_afterwar
     assert_steered(rack, apart)
 
 
+def test_the_switch_follows_a_map_and_touches_what_differs_only(rack: Network) -> None:
+    before = rack.steering()
+    wanted = ["nf2" if name == "nf1" else name for name in before]
+    rack.steer([3], wanted[3], returning="nf3" if wanted[3] != "nf3" else "nf1")
+    differ = {3, *(p for p in range(PARTITIONS) if before[p] != wanted[p])}
+    assert rack.follow(wanted) == len(differ)
+    assert rack.follow(wanted) == 0
+    shown = rack.show()
+    assert shown["instances"] == shown["returns"] == wanted
+    assert_steered(rack, [*range(24), *range(240, 256)])
+    with pytest.raises(NearstateError, match="partition 255: unknown instance 'nf9'"):
+        rack.follow([*wanted[:-1], "nf9"])
+    assert rack.steering() == wanted
+
+
+def test_two_followers_at_once_leave_one_of_their_maps_whole(rack: Network) -> None:
+    """A coordinator has a connection of its own beside the runner's."""
+    maps = [["nf1"] * PARTITIONS, ["nf2"] * PARTITIONS]
+    with socket.socket(socket.AF_UNIX) as coordinator:
+        coordinator.settimeout(5)
+        coordinator.connect(str(rack.commands_path()))
+        for _ in range(8):
+            coordinator.sendall(json.dumps({"command": "follow", "instances": maps[0]}).encode() + b"\n")
+            rack.follow(maps[1])
+            assert "steered" in json.loads(coordinator.recv(65536))
+    shown = rack.show()
+    assert shown["instances"] == shown["returns"]
+    assert shown["instances"] in maps
+    assert_steered(rack, [0, 1, 2, 127, 128, 255])
+
+
+def test_a_switch_over_loses_no_packet_and_then_all_go_to_the_new_instance(rack: Network) -> None:
+    """A stream runs through the switch-over: the datapath keeps what it looked up until the switch has revalidated it."""
+    rack.follow(["nf1"] * PARTITIONS)
+    taps = Taps(rack, [("nf1", "inside"), ("nf2", "inside"), ("client", "net")])
+    mac = [rack.hosts[name].interfaces["net"].mac for name in ("server", "client")]
+    frames = [packet("udp", partition, True, (mac[0], mac[1])) for partition in range(0, PARTITIONS, 8)]
+    client = taps.sockets["client", "net"]
+    for frame in frames:
+        client.send(frame)
+    assert set(map(tuple, taps.collect(len(frames)).values())) == {(("nf1", "inside"),)}
+    follower = threading.Thread(target=rack.follow, args=(["nf2"] * PARTITIONS,))
+    follower.start()
+    deadline, ends = time.monotonic() + 5, {("nf1", "inside")}
+    while (follower.is_alive() or ends != {("nf2", "inside")}) and time.monotonic() < deadline:
+        for frame in frames:
+            client.send(frame)
+        seen = taps.collect(len(frames))
+        assert [len(arrivals) for arrivals in seen.values()] == [1] * len(frames)
+        ends = {end for arrivals in seen.values() for end in arrivals}
+    follower.join()
+    assert ends == {("nf2", "inside")}
+    for tap in taps.sockets.values():
+        tap.close()
+
+
+def test_a_cut_cable_is_seen_at_the_switch(rack: Network) -> None:
+    assert rack.ports_down() == []
+    for cut, wanted in ((rack.cut, ["nf2.inside"]), (rack.mend, [])):
+        cut("nf2", "inside")
+        deadline = time.monotonic() + 5
+        while rack.ports_down() != wanted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert rack.ports_down() == wanted
+
+
 def test_what_leaves_an_instance_reaches_the_other_party(rack: Network) -> None:
     ends = [("nf2", "inside"), ("nf2", "outside"), ("client", "net"), ("server", "net")]
     taps = Taps(rack, ends)
@@ -200,6 +267,8 @@ def test_a_chain_over_hosts_and_back_leaves_exactly_its_own_rules(rack: Network)
             assert taps.collect(1) == {struct.pack(">4sBBH", b"nstt", 1, from_client, 9): [end]}, (start, end)
     for tap in taps.sockets.values():
         tap.close()
+    with pytest.raises(NearstateError, match="follow: a map names one instance a partition; this chain has 2 stages"):
+        rack.follow(["nf1"] * PARTITIONS)
     with pytest.raises(NearstateError, match="chain: instance 'nf1' is in 2 places"):
         rack.chain([["nf1"], ["nf1"]])
     rack.chain([["nf1", "nf2", "nf3"]])

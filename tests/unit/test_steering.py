@@ -154,6 +154,23 @@ def test_a_wrong_command_says_why(partitions: object, instance: str, reason: str
         steering.steered(steering.evenly(ONE_STAGE), ONE_STAGE, partitions, instance)
 
 
+def test_a_map_is_followed_as_it_names_the_instances() -> None:
+    names = ["nf2"] * 200 + ["nf1"] * 56
+    assert steering.followed(ONE_STAGE, names) == [(name,) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("stages", "instances", "reason"),
+    [(ONE_STAGE, None, "list of 256 names"), (ONE_STAGE, ["nf1"] * 255, "list of 256 names"),
+     (ONE_STAGE, ["nf1"] * 255 + ["nf9"], "partition 255: unknown instance 'nf9'; valid are nf1, nf2"),
+     (ONE_STAGE, [["nf1"]] * 256, "partition 0: unknown instance"), (ONE_STAGE, [None] * 256, "unknown instance None"),
+     ([["nf1"], ["nf2"]], ["nf1"] * 256, "has 2 stages")],
+)  # fmt: skip
+def test_a_wrong_map_says_why(stages: list[list[str]], instances: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        steering.followed(stages, instances)
+
+
 # chains over hosts
 
 FOUR = Ports(client=1, server=2, instances={f"nf{n}": (10 * n, 10 * n + 1) for n in range(1, 5)}, storage={},

@@ -7,12 +7,13 @@ found nobody would be repeated a second later only).
 Commands, one JSON object a line, each answered by one line:
     {"command": "steer", "partitions": [3, 4], "instance": "nf2"} -> {"steered": 2}   once the switch confirmed (barrier)
         "return": "nf1" sends their answers, from the server to the client, to another instance; without it both go to one
-    {"command": "follow", "instances": ["nf1", ...256]} -> {"steered": 128}   every partition and its answers to the instance named;
-        what is so already is not touched; for one stage
+    {"command": "follow", "instances": ["nf1", ...256]} -> {"steered": 128}   both directions of each partition, those only that
+                                                                              differ; where instances are side by side
     {"command": "chain", "stages": [["nf1"], ["nf2"]]} -> {"rules": 6175}     packets meet an instance of each stage, dealt anew
     {"command": "show"}  -> {"instances": ["nf1", ...256], "returns": ["nf1", ...256], "rules": 3107, "refused_packets": 0,
                              "connected": true}                                with stages "nf1|nf2", from inside to outside
     {"command": "where"} -> {"instances": [...], "returns": [...]}           without asking the switch, which takes half a second
+    {"command": "ports"} -> {"down": ["nf1.inside", ...]}                    instances' interfaces whose link the switch sees down
     {"command": "ready"} -> {"rules": 3107}                                          once all rules are confirmed
 A command that is wrong is answered {"error": reason} and changes nothing.
 """
@@ -25,6 +26,7 @@ import socket
 import struct
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,8 @@ class Steering(OSKenApp):
         self.statistics: dict[int, tuple[threading.Event, list[Any]]] = {}
         self.refusals: list[str] = []
         self.written: dict[Any, bytearray] = {}
+        self.unsure: set[int] = set()
+        """Partitions of a change that the switch did not confirm: it may have done a part of it."""
 
     def start(self) -> Any:
         thread = super().start()
@@ -105,6 +109,7 @@ class Steering(OSKenApp):
         with self.changing:
             try:
                 self._install(self._all_rules())
+                self.unsure.clear()
                 self.installed.set()
             except ValueError as error:
                 LOG.error("installing the rules: %s", error)
@@ -161,8 +166,8 @@ class Steering(OSKenApp):
 
     def _obey(self, request: Any) -> dict[str, Any]:
         """Return the answer to a command. Raises ValueError with the reason when it is wrong."""
-        commands = {"steer": self._steer, "follow": self._follow, "chain": self._chain, "show": self._show, "ready": self._ready,
-                    "where": self._where}  # fmt: skip
+        commands = {"steer": self._steer, "chain": self._chain, "show": self._show, "ready": self._ready,
+                    "where": self._where, "follow": self._follow, "ports": self._ports}  # fmt: skip
         if not isinstance(request, dict) or request.get("command") not in commands:
             raise ValueError(f"unknown command {request!r}; valid are {', '.join(commands)}")
         return commands[request["command"]](request)
@@ -175,20 +180,24 @@ class Steering(OSKenApp):
                 for before, wanted in ((self.forward, instance), (self.back, request.get("return", instance)))
             )
             partitions = sorted(set(request["partitions"]))
-            self._install([rule for p in partitions
-                           for rule in steering.partition_rules(self.ports, self.stages, p, forward[p], back[p])])  # fmt: skip
-            self.forward, self.back = forward, back
+            self._change(partitions, forward, back)
         return {"steered": len(partitions)}
 
     def _follow(self, request: dict[str, Any]) -> dict[str, Any]:
         with self.changing:
             ways = steering.followed(self.stages, request.get("instances"))
-            changed = [p for p, way in enumerate(ways) if way != self.forward[p] or way != self.back[p]]
-            if changed:
-                self._install([rule for p in changed
-                               for rule in steering.partition_rules(self.ports, self.stages, p, ways[p], ways[p])])  # fmt: skip
-            self.forward, self.back = ways, list(ways)
-        return {"steered": len(changed)}
+            partitions = [p for p, way in enumerate(ways)
+                          if p in self.unsure or (self.forward[p], self.back[p]) != (way, way)]  # fmt: skip
+            self._change(partitions, ways, list(ways))
+        return {"steered": len(partitions)}
+
+    def _change(self, partitions: list[int], forward: list[steering.Way], back: list[steering.Way]) -> None:
+        """Replace the rules of these partitions. Raises ValueError when the switch does not confirm."""
+        self.unsure.update(partitions)
+        self._install([rule for p in partitions
+                       for rule in steering.partition_rules(self.ports, self.stages, p, forward[p], back[p])])  # fmt: skip
+        self.unsure.difference_update(partitions)
+        self.forward, self.back = forward, back
 
     def _chain(self, request: dict[str, Any]) -> dict[str, Any]:
         with self.changing:
@@ -197,6 +206,7 @@ class Steering(OSKenApp):
             rules = steering.all_rules(self.ports, stages, ways, ways)
             self._install(rules, anew=True)
             self.stages, self.forward, self.back = stages, ways, list(ways)
+            self.unsure.clear()
         return {"rules": len(rules)}
 
     def _ready(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +225,17 @@ class Steering(OSKenApp):
 
     def _where(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"instances": ["|".join(way) for way in self.forward], "returns": ["|".join(way) for way in self.back]}
+
+    def _ports(self, _: dict[str, Any]) -> dict[str, Any]:
+        datapath = self.datapath
+        if datapath is None:
+            raise ValueError("the switch is not connected")
+        with warnings.catch_warnings():  # os-ken keeps its picture by OFPPortStatus, and advises against it since OpenFlow 1.3
+            warnings.simplefilter("ignore")
+            known = datapath.ports
+        return {"down": [f"{name}.{side}" for name, numbers in self.ports.instances.items()
+                         for side, number in zip(("inside", "outside"), numbers, strict=True)
+                         if number not in known or known[number].state & ofproto_v1_3.OFPPS_LINK_DOWN]}  # fmt: skip
 
     def _refused_packets(self) -> int:
         """Return how many frames the table-miss rule dropped: neither IP nor ARP, unknown storage addresses."""

@@ -177,16 +177,14 @@ def _check_instance(instance: Any, known: Iterable[str]) -> None:
 
 
 def followed(stages: Stages, instances: Any) -> list[Way]:
-    """Return the ways when each partition goes to the instance named for it.
-
-    Raises ValueError for another number of instances than partitions, an unknown one, or more stages than one.
-    """
+    """Return the ways of a map as a command gives it, the instance of each partition. Raises ValueError when it is wrong."""
     if len(stages) != 1:
-        raise ValueError(f"a chain of {len(stages)} stages cannot follow a map: steer partition by partition")
+        raise ValueError(f"a map names one instance a partition; this chain has {len(stages)} stages")
     if not isinstance(instances, list) or len(instances) != PARTITIONS:
-        raise ValueError(f"instances must be a list of {PARTITIONS} names, one for each partition")
-    for instance in set(instances):
-        _check_instance(instance, stages[0])
+        raise ValueError(f"instances must be a list of {PARTITIONS} names, one a partition")
+    for number, instance in enumerate(instances):
+        if instance not in stages[0]:
+            raise ValueError(f"partition {number}: unknown instance {instance!r}; valid are {', '.join(sorted(stages[0]))}")
     return [(instance,) for instance in instances]
 
 

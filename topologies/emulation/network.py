@@ -499,6 +499,19 @@ class Network:
         self._command({"command": "steer", "partitions": [int(p) for p in partitions], "instance": instance,
                        "return": returning or instance})  # fmt: skip
 
+    def follow(self, instances: Sequence[str]) -> int:
+        """Send each partition, answers included, to the NF host named; returns when the switch has confirmed, how many changed.
+
+        Raises NearstateError unless there is a name for each partition, and where a chain has several stages.
+        """
+        if self.switch is None and list(instances) == self.steering():
+            return 0
+        return int(self._command({"command": "follow", "instances": list(instances)})["steered"])
+
+    def ports_down(self) -> list[str]:
+        """Return the NF hosts' interfaces, as "nf1.inside", whose link the switch sees down."""
+        return list(self._command({"command": "ports"})["down"])
+
     def chain(self, stages: Sequence[Sequence[str]]) -> None:
         """Have packets meet an NF host of each stage, the innermost first, and answers in the opposite order.
 
