@@ -34,20 +34,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     nf = style.order_nfs(lines["nf"])[0]
     shown = cases(lines[lines["nf"] == nf])
     bars = [metric for metric in ("outage_ms", *COUNTS) if (frame["metric"] == metric).any()]
-    abreast = math.ceil(len(shown) / math.ceil(len(shown) / ABREAST))
-    blocks = [shown[start : start + abreast] for start in range(0, len(shown), abreast)]
-    widths = [len(block) for block in blocks for _ in range(2)]
-    *grid, below = sheet.ragged([*widths, len(bars)], 0.6 + 1.3 * (len(widths) + 1))
-    for number, block in enumerate(blocks):
-        for column, (placement, replicas, rows) in enumerate(block):
-            courses(
-                sheet, [row[column] for row in grid[2 * number : 2 * number + 2]], placement, label(placement, replicas), rows
-            )
-        for row, unit in zip(grid[2 * number : 2 * number + 2], ("kpps", "p99 (ms)")):
-            row[0].set_ylabel(unit)
-            ends = [axes.get_ylim() for axes in row]
-            for axes in row:
-                axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+    below = all_courses(sheet, shown, len(bars), "ms after the loss")
     for axes, metric in zip(below, bars):
         lost(sheet, axes, frame[frame["nf"] == nf], shown, metric)
     sheet.legend_of([Patch(facecolor=style.COMPONENTS[part][1], hatch=style.COMPONENTS[part][2], edgecolor="black", linewidth=0.4)
@@ -68,6 +55,25 @@ def label(placement: str, replicas: int) -> str:
     return style.look(placement).label + copies
 
 
+def all_courses(sheet: Sheet, shown: list[tuple[str, int, pd.DataFrame]], others: int, clock: str) -> np.ndarray:
+    """Draw every case's courses, in pairs of panels of equal axes, and return a row of `others` panels below them."""
+    abreast = math.ceil(len(shown) / math.ceil(len(shown) / ABREAST))
+    blocks = [shown[start : start + abreast] for start in range(0, len(shown), abreast)]
+    widths = [len(block) for block in blocks for _ in range(2)]
+    *grid, below = sheet.ragged([*widths, others], 0.6 + 1.3 * (len(widths) + 1))
+    for number, block in enumerate(blocks):
+        pair = grid[2 * number : 2 * number + 2]
+        for column, (placement, replicas, rows) in enumerate(block):
+            courses(sheet, [row[column] for row in pair], placement, label(placement, replicas), rows)
+            pair[1][column].set_xlabel(clock)
+        for row, unit in zip(pair, ("kpps", "p99 (ms)")):
+            row[0].set_ylabel(unit)
+            ends = [axes.get_ylim() for axes in row]
+            for axes in row:
+                axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+    return below
+
+
 def courses(sheet: Sheet, panels: list[Axes], placement: str, name: str, rows: pd.DataFrame) -> None:
     """Draw goodput above and latency below, of every repeat's watched packets."""
     goodput, latency = aligned([time_line(encoded) for encoded in rows["histogram"]])
@@ -79,7 +85,7 @@ def courses(sheet: Sheet, panels: list[Axes], placement: str, name: str, rows: p
         axes.set_xlim(goodput.index.min(), goodput.index.max())
     above.set(title=name, ylim=(0, None))
     above.tick_params(labelbottom=False)
-    below.set(yscale="log", xlabel="ms after the loss")
+    below.set_yscale("log")
 
 
 def aligned(lines: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:

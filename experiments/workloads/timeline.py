@@ -205,6 +205,11 @@ class Told:
         back = np.flatnonzero(sums >= share * rate * window)
         return int(self.origin_ns + (first + back[0]) * self.bin_ns) if len(back) else None
 
+    def highest_within_ns(self, begin_ns: int, end_ns: int) -> int:
+        """Return the highest latency, in ns, of watched packets that arrived in the bins from one time to another; 0 for none."""
+        first, last = ((when - self.origin_ns) // self.bin_ns for when in (begin_ns, end_ns))
+        return int(self.highest_ns[max(first, 0) : last + 1].max(initial=0))
+
     def encode(self, zero_ns: int, from_ms: float, to_ms: float) -> str:
         """Return the bins between two times as a point's "time_lines" has them (docs/results.md); times count from `zero_ns`."""
         starts_ms = (self.origin_ns - zero_ns + np.arange(len(self.received)) * self.bin_ns) / 1e6

@@ -42,7 +42,11 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     victim, survivor = ends(bench)
     bench.start()
     bench.warm_up()
-    carried = [partition for partition, host in enumerate(bench.network.steering()) if host == victim]
+    steered = bench.network.steering()
+    if bench.coordinator and bench.status()["steering"] != steered:
+        raise NearstateError("before any loss: the coordinator believes in another steering than the switch has; its log is "
+                             f"{bench.coordinator.log}")  # fmt: skip
+    carried = [partition for partition, host in enumerate(steered) if host == victim]
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], {"bin_us": settings["bin_us"], "watch": carried})
     until_ns = began_ns + int(settings["seconds"] * 1e9)
     _sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))

@@ -1,0 +1,55 @@
+"""What do packets notice when an NF host joins and takes half of the flows, and when it gives them back?"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis import style
+from analysis.answers import digits, listing, missing
+from analysis.figures import Headline
+from analysis.figures.failover import all_courses, cases, label
+from analysis.sheet import Sheet, title
+from analysis.summary import typical
+
+EXPERIMENT = "scaling"
+HEADLINES = tuple(Headline(metric) for metric in ("out_ms", "in_ms", "packets_delayed", "packets_lost", "flow_reordered"))
+COSTS = {"out_ms": "move out (ms)", "in_ms": "move in (ms)", "packets_delayed": "delayed over 20 ms", "packets_lost": "lost",
+         "flow_reordered": "out of flow order"}  # fmt: skip
+DASHES = ("-", "--", ":")
+"""By replicas."""
+
+
+def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
+    """Pairs of panels, one pair a placement: goodput and latency of the flows that move, time 0 is the first move; of the most
+    flows measured. Below: what the moves take and cost against the flows moved; medians, 95 % intervals."""
+    lines = frame[frame["metric"] == "delivered"]
+    if lines.empty:
+        return
+    nf = style.order_nfs(lines["nf"])[-1]
+    lines = lines[lines["nf"] == nf]
+    most = lines.groupby(["placement", "replicas"])["flows"].transform("max")
+    below = all_courses(sheet, cases(lines[lines["flows"] == most]), len(COSTS), "ms after the move")
+    for axes, (metric, name) in zip(below, COSTS.items()):
+        for placement, replicas, rows in cases(frame[(frame["nf"] == nf) & (frame["metric"] == metric)]):
+            sheet.curve(axes, rows.assign(flows=rows["flows"] / 2), "flows", placement, f"{name}, R = {replicas}",
+                        linestyle=DASHES[(replicas - 1) % len(DASHES)])  # fmt: skip
+        axes.set(xscale="log", xlabel="flows moved", title=name, ylim=(0, None))
+    sheet.legend(style.order(lines["placement"]))
+
+
+def answer(frame: pd.DataFrame) -> str:
+    """Say for the most flows of each case how long the first move took, and what it cost."""
+    moves = frame[(frame["metric"] == "out_ms") & frame["valid"]]
+    if moves.empty:
+        return missing("a move")
+    nf = style.order_nfs(moves["nf"])[-1]
+    said = []
+    for placement, replicas, rows in cases(moves[moves["nf"] == nf]):
+        where = {"placement": placement, "replicas": replicas, "nf": nf, "flows": rows["flows"].max()}
+        took, delayed, lost, disordered = (
+            digits(typical(frame, metric, **where) or 0.0)
+            for metric in ("out_ms", "packets_delayed", "packets_lost", "flow_reordered")
+        )
+        said.append(f"{label(placement, replicas)} {digits(where['flows'] / 2)} flows in {took} ms ({lost} packets lost, "
+                    f"{delayed} delayed by over 20 ms, {disordered} out of order)")  # fmt: skip
+    return f"Half of the flows to a host that joins, {title(nf)}, and back: {listing(said)}."
