@@ -169,7 +169,7 @@ class Steering(OSKenApp):
         commands = {"steer": self._steer, "chain": self._chain, "show": self._show, "ready": self._ready,
                     "where": self._where, "follow": self._follow, "ports": self._ports}  # fmt: skip
         if not isinstance(request, dict) or request.get("command") not in commands:
-            raise ValueError(f"unknown command {request!r}; valid are {', '.join(commands)}")
+            raise ValueError(f"unknown command {str(request)[:100]}; valid are {', '.join(commands)}")
         return commands[request["command"]](request)
 
     def _steer(self, request: dict[str, Any]) -> dict[str, Any]:
