@@ -50,7 +50,11 @@ class Member:
         """Return when `work` is due at the latest."""
         if self._line is None:
             return time.monotonic_ns() + self.timing.heartbeat_ns // 3
-        return min(self._beat_ns, self._ping_ns) + self.timing.heartbeat_ns
+        return min(self._beat_ns + self._pause_ns(), self._ping_ns + self.timing.heartbeat_ns)
+
+    def _pause_ns(self) -> int:
+        """Return after what time the coordinator hears this host again: soon, while it waits for what this host has to tell."""
+        return self.timing.heartbeat_ns // 8 if self.replica.expected() else self.timing.heartbeat_ns
 
     def work(self) -> None:
         """Hear the coordinator, tell it what is due, mend connections."""
@@ -72,7 +76,7 @@ class Member:
             if changed:
                 self.table.words[EPOCH] = self.replica.map.epoch
                 self._ping()
-            if changed or now_ns - self._beat_ns >= self.timing.heartbeat_ns:
+            if changed or now_ns - self._beat_ns >= self._pause_ns():
                 self._beat_ns = time.monotonic_ns()
                 self._line.send(beat_message(self.replica.beat(self._beat_ns)))
             self._line.flush()

@@ -159,6 +159,10 @@ class Replica:
         return Heartbeat(self.host, self.cluster, self.incarnation, self.map.epoch, now_ns, tuple(synchronised), tuple(released),
                          tuple(self._unreachable(now_ns)))  # fmt: skip
 
+    def expected(self) -> bool:
+        """Tell whether the coordinator waits for what this host, as a primary, has to say of others who learn, or take over."""
+        return any(self.map.groups[partition].primary == self.host for partition in self.map.unsettled)
+
     def is_drained(self, partition: int) -> bool:
         """Tell whether all that this host did as a partition's primary is committed, and it does nothing more."""
         words = self.words

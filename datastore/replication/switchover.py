@@ -27,6 +27,11 @@ BATCH = 32
 """Moves between `park` and `hand over` at a time: a parked packet waits until its whole batch has been steered and drained."""
 
 
+SETTLE_NS = 8_000_000
+"""How long after the switch confirmed a change packets may still come the old way: a userspace switch keeps what it decided for a
+flow until it looks again (measured: up to 7 ms)."""
+
+
 @dataclass
 class Instance:
     """What is known of an NF process: when it was heard, the map it follows, what it parks, what it says is drained."""
@@ -46,7 +51,8 @@ class Switchover:
     instances: dict[str, Instance]
     confirmed: list[str] = field(default_factory=list)
     under_way: dict[int, str] = field(default_factory=dict)
-    watched: set[int] = field(default_factory=set)
+    watched: dict[int, int] = field(default_factory=dict)
+    """Partitions whose packets go to their new place: since when."""
     _planned: tuple[int, frozenset[str]] = (0, frozenset())
     """The map and the dead instances that the last plan was made for."""
 
@@ -63,7 +69,7 @@ class Switchover:
         instance = self.instances[name]
         instance.heard_ns, instance.epoch = now_ns, int(report["epoch"])
         instance.parked = frozenset(map(int, report["parked"]))
-        instance.quiet = frozenset(map(int, report["quiet"])) & self.watched
+        instance.quiet = frozenset(map(int, report["quiet"])) & self.watched.keys()
         return name
 
     def dead(self, now_ns: int, span_ns: int) -> set[str]:
@@ -88,9 +94,9 @@ class Switchover:
                 wanted = group.primary if self.aligned and group.primary in self.instances else here
             self.steering[partition] = self._living(partition, str(wanted), group.members, dead)
         if self.aligned:
-            self._watch(coordinator)
+            self._watch(now_ns)
             self._follow_packets(coordinator, dead)
-            coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead)}
+            coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, now_ns, coordinator, dead)}
 
     def _living(self, partition: int, wanted: str, members: tuple[str, ...], dead: set[str]) -> str:
         """Return `wanted`, or in place of a dead instance another one, if possible where a copy of the state is."""
@@ -111,19 +117,19 @@ class Switchover:
             if target in self.instances and target not in dead and target in groups[partition].members[1:]:
                 self.under_way.setdefault(partition, target)
 
-    def _watch(self, coordinator: Coordinator) -> None:
+    def _watch(self, now_ns: int) -> None:
         """Watch the partitions whose packets go to their new place: what a source said of them before does not count."""
-        watched = {p for p, target in self.under_way.items() if self.confirmed[p] == target}
+        self.watched = {p: self.watched.get(p, now_ns) for p, target in self.under_way.items() if self.confirmed[p] == target}
         for instance in self.instances.values():
-            instance.quiet &= self.watched & watched
-        self.watched = watched
+            instance.quiet &= self.watched.keys()
 
-    def _may_hand_over(self, partition: int, coordinator: Coordinator, dead: set[str]) -> bool:
+    def _may_hand_over(self, partition: int, now_ns: int, coordinator: Coordinator, dead: set[str]) -> bool:
         """Tell whether a partition's primary may retire: nothing of it comes or waits at its host any more."""
         source = coordinator.map.groups[partition].primary
         if source not in self.instances or source in dead:
             return True
-        return partition in self.watched and partition in self.instances[source].quiet
+        settled = now_ns - self.watched.get(partition, now_ns) >= SETTLE_NS
+        return settled and partition in self.instances[source].quiet
 
     def _follow_packets(self, coordinator: Coordinator, dead: set[str]) -> None:
         """Move the partitions of stores whose instance is dead to where their packets went."""

@@ -11,6 +11,7 @@ are *orders*; the loop is called back to Python and carries them out between two
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import threading
 import time
@@ -36,9 +37,14 @@ class Follower:
         self._pause_s = timing.heartbeat_ns / 1e9
         self._dialer = Dialer(coordinator)
         self._watch: list[int] = []
+        self._told = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
         self._thread.start()
+
+    def tell(self) -> None:
+        """Have the coordinator told at once, because orders were carried out; from another thread."""
+        os.eventfd_write(self._told, 1)
 
     def _run(self) -> None:
         while not self._closed.is_set():
@@ -59,7 +65,11 @@ class Follower:
             if now_s >= due_s:
                 line.send({"instance": self._report(self._watch)})
                 due_s = now_s + (self._pause_s / 8 if self._watch else self._pause_s)
-            if not select.select([line], [], [], max(0.0, due_s - now_s))[0]:
+            ready: list[Any] = select.select([line, self._told], [], [], max(0.0, due_s - now_s))[0]
+            if self._told in ready:
+                os.eventfd_read(self._told)
+                due_s = 0.0
+            if line not in ready:
                 continue
             for message in line.receive():
                 orders = message.get("orders")
@@ -73,3 +83,4 @@ class Follower:
         self._closed.set()
         self._thread.join(timeout=1.0)
         self._dialer.close()
+        os.close(self._told)

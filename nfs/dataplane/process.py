@@ -46,7 +46,7 @@ SLICE_NS = 50_000_000
 RECONNECT_S = 0.05
 CONNECT_S = 0.5
 """Longest wait for a store to answer, in a thread: the packet loop goes on meanwhile."""
-QUIET_NS = 2_000_000
+QUIET_NS = 3_000_000
 """A partition of which no packet came for so long, after its steering changed, gets none here any more: what is on its way in
 the switch and the rings has arrived by then."""
 READ_S = 1.0
@@ -165,6 +165,7 @@ class Process:
             parking = np.zeros(PARTITIONS, np.int64)
             parking[orders["park"]] = 1
             self.engine.held.parking[:] = parking
+            self.follower.tell()
 
     def _adopt(self, new: ClusterMap) -> None:
         """Ask whom a newer map names from now on. A partition that nobody serves stays where it was."""
