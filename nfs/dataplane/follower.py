@@ -65,7 +65,8 @@ class Follower:
             if now_s >= due_s:
                 line.send({"instance": self._report(self._watch)})
                 due_s = now_s + (self._pause_s / 8 if self._watch else self._pause_s)
-            ready: list[Any] = select.select([line, self._told], [], [], max(0.0, due_s - now_s))[0]
+            waited: list[Any] = [line, self._told]
+            ready = select.select(waited, [], [], max(0.0, due_s - now_s))[0]
             if self._told in ready:
                 os.eventfd_read(self._told)
                 due_s = 0.0

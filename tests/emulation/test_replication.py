@@ -1,0 +1,99 @@
+"""Replicated stores under network functions in the rack: what packets did is on every replica before they leave, and stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datastore.store.partitions import PARTITIONS
+from datastore.store.table import Table
+from experiments.harness.bench import Bench
+from experiments.harness.spec import Experiment, Trial
+from tests.rack import emulation_of, working_rack
+from topologies.emulation.journal import Journal
+from topologies.emulation.processes import Launcher
+
+FLOWS, RATE_KPPS = 500, 5.0
+EVEN = list(range(0, PARTITIONS, 2))
+LEASE_MS = 400.0
+"""Five times the default: the tests' box is busy, and who is not heard in time is taken for dead."""
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journal, Launcher]]:
+    with emulation_of("replication", tmp_path_factory) as made:
+        yield made
+
+
+def rack(emulation: tuple[Journal, Launcher], nf: str, placement: str, replicas: int) -> Any:
+    trial = Trial("test", "rack", nf, placement, replicas, {}, {"coordinated": True, "lease_ms": LEASE_MS}, 0, 1)
+    experiment = Experiment("?", "throughput", ({},), traffic={"flows": FLOWS}, network={"nf_hosts": 2})
+    return working_rack(emulation, trial, experiment)
+
+
+def counted(bench: Bench, host: str) -> dict[tuple[int, int], int]:
+    """Return the packets that the records of a host's table count, by key."""
+    table = Table.attach(bench.table_name(host))
+    found = {(r.low, r.high): int(np.frombuffer(r.value, np.uint64)[0]) for r in table.records()}
+    table.close()
+    return found
+
+
+@pytest.mark.parametrize("placement", ["integrated", "centralized"])
+def test_what_left_is_on_both_replicas(emulation, placement):
+    with rack(emulation, "traffic_counter", placement, 2) as (bench, _):
+        bench.start_workload()
+        point = bench.step(RATE_KPPS, 1.0)
+        assert point["ledger"]["received"] == point["ledger"]["sent"] == 5000
+        tables = [counted(bench, host) for host in bench.stores]
+        assert tables[0] == tables[1]
+        assert sum(tables[0].values()) == 5000
+
+
+@pytest.mark.parametrize("placement", ["integrated", "centralized"])
+def test_a_lost_host_takes_nothing_that_left(emulation, placement):
+    with rack(emulation, "traffic_counter", placement, 2) as (bench, _):
+        bench.start_workload()
+        bench.offer(RATE_KPPS, 3.0)
+        first, survivor = list(bench.stores)
+        lost = bench.nf_hosts[0].name if placement == "integrated" else first
+        bench.lose_host(lost)
+        point = bench.finish()
+        assert point["ledger"]["received"] > 0.6 * point["ledger"]["sent"]
+        groups = bench.status()["map"]["groups"]
+        assert all(group["members"] == [survivor] for group in groups)
+        if placement == "integrated":
+            assert set(bench.network.steering()) == {survivor}
+        received_and_lost = point["ledger"]["sent"]
+        assert point["ledger"]["received"] <= sum(counted(bench, survivor).values()) <= received_and_lost
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_move_under_load_loses_and_overtakes_nothing(emulation, replicas):
+    with rack(emulation, "nat", "integrated", replicas) as (bench, statistics):
+        bench.start_workload()
+        bench.warm_up()
+        bench.offer(RATE_KPPS, 3.0)
+        bench.move(EVEN, "nf2")
+        assert bench.network.steering().count("nf2") == PARTITIONS
+        bench.move(EVEN, "nf1")
+        point = bench.finish()
+        assert point["metrics"]["lost"] == point["metrics"]["flow_reordered"] == point["metrics"]["duplicated"] == 0
+        assert bench.network.steering().count("nf1") == len(EVEN)
+        bench.wait_full()
+    assert sum(counts["ledger"]["uncommitted"] for counts in statistics.values()) == 0
+
+
+def test_a_dead_function_hands_its_host_over(emulation):
+    with rack(emulation, "traffic_counter", "integrated", 2) as (bench, _):
+        bench.start_workload()
+        bench.offer(RATE_KPPS, 3.0)
+        bench.functions.pop("nf1").kill()
+        point = bench.finish()
+        assert point["ledger"]["received"] > 0.6 * point["ledger"]["sent"]
+        assert set(bench.network.steering()) == {"nf2"}
+        assert {group["members"][0] for group in bench.status()["map"]["groups"]} == {"nf2"}
+        assert bench.status()["hosts"]["nf1"]["lease_ms"] > 0  # the store lives, as backup
