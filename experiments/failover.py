@@ -6,6 +6,7 @@ GRID = {"topology": ("rack",), "nf": ("nat", "traffic_counter")}
 STAND_IN = {**GRID, "placement": ("local", "centralized")}
 """Who has no coordinator: the procedure stands in for it."""
 COORDINATED = {**GRID, "placement": ("integrated",), "replicas": (1, 2), "settings": {"coordinated": True}}
+"""Of our own coordinator, also without replicas: what is lost is then refused, not made up."""
 PEERS = {"topology": ("rack",), "nf": ("nat",), "placement": ("nftables",)}
 NAT = {"nf": ("nat",)}
 
@@ -13,7 +14,7 @@ EXPERIMENT = Experiment(
     question="For how long is nothing delivered when an NF host is lost, what is lost with it, and which connections break?",
     procedure="failover",
     sweeps=(STAND_IN, COORDINATED, PEERS),
-    traffic={"flows": 500, "frame_bytes": 64},
+    traffic={"flows": 1000, "client_ports": 256, "frame_bytes": 64},
     seed=1,
     profiles={
         "smoke": {

@@ -33,7 +33,7 @@ from nfs.dataplane.port import BURST, TX_REFUSED, OpenPort, Port, closed_port, o
 STAMP_AT = 42
 STAMP_BYTES = 18
 # words of Source.control
-STEP, SENT, BLOCKED, CURSOR, NEXT_FLOW, YIELDS = range(6)
+STEP, SENT, BLOCKED, CURSOR, NEXT_FLOW, CLIENT_PORTS = range(6)
 PR_SET_TIMERSLACK = 29
 DENSE_GAP_NS, NAP_NS = 20_000.0, 20_000
 """Above 50 kpps the generator naps for 20 us between bursts instead of watching the clock: its core is needed by what is
@@ -59,22 +59,22 @@ class Source(NamedTuple):
 def make_source(traffic: Traffic, source_mac: str, next_hop_mac: str, server: str) -> Source:
     """Return a generator's state at the start of the workload."""
     control = np.zeros(8, np.int64)
-    control[NEXT_FLOW] = traffic.flows
+    control[NEXT_FLOW], control[CLIENT_PORTS] = traffic.flows, traffic.client_ports
     return Source(make_tables(traffic), np.arange(traffic.flows, dtype=np.int64), template(source_mac, next_hop_mac, server),
                   control, make_counts(), np.zeros(8, np.int64), np.zeros(2, np.int64))  # fmt: skip
 
 
 @inline
-def flow_ends(flow: int) -> Any:
+def flow_ends(flow: int, client_ports: int = PORTS_PER_SERVER_PORT) -> Any:
     """Return client address, client port and server port of flow number `flow`, as `traffic.flow_tuple` does."""
     client = np.int64(CLIENT_NETWORK) + (np.int64(np.uint64(flow) * np.uint64(2_654_435_761) >> np.uint64(24)) & 0xFF)
-    return client, 1024 + 2 * (flow % PORTS_PER_SERVER_PORT), 2000 + flow // PORTS_PER_SERVER_PORT % 60_000
+    return client, 1024 + 2 * (flow % client_ports), 2000 + flow // client_ports % 60_000
 
 
 @jit
 def write_frame(source: Source, memory: np.ndarray, at: int, length: int, slot: int, sequence: int, intended_ns: int) -> None:
     """Write the packet of flow slot `slot` at byte `at`: headers, IP checksum (RFC 1071), stamp; the rest stays as it is."""
-    client, client_port, server_port = flow_ends(source.flows[slot])
+    client, client_port, server_port = flow_ends(source.flows[slot], source.control[CLIENT_PORTS])
     copy(memory, at, source.template, 0, STAMP_AT)
     total = length - 14
     put_network16(memory, at + 16, total)

@@ -56,6 +56,8 @@ class Traffic(Parameters):
 
     frame_bytes: 64 to 1518 with the frame check sequence, or 0 for IMIX. flows: concurrent flows. flow_choice: "uniform" or
     "zipf" (exponent `zipf_exponent`). new_flow_share: share of packets that start a new flow in place of an old one.
+    client_ports: how many ports the clients use, 256 to 30,720 in multiples of 256 (each partition has equally many); with few,
+    several clients use the same one, and a NAT has to give some of them another.
     """
 
     frame_bytes: int = 64
@@ -64,6 +66,7 @@ class Traffic(Parameters):
     zipf_exponent: float = 1.1
     arrivals: str = "constant"
     new_flow_share: float = 0.0
+    client_ports: int = PORTS_PER_SERVER_PORT
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class Traffic(Parameters):
         self._check("flows", int, lambda flows: 1 <= flows <= 10_000_000, "1 to 10,000,000")
         self._check("new_flow_share", (int, float), lambda share: 0.0 <= share <= 1.0, "0 to 1")
         self._check("zipf_exponent", (int, float), lambda exponent: 0.0 < exponent <= 4.0, "above 0, at most 4,")
+        self._check("client_ports", int, lambda ports: 256 <= ports <= PORTS_PER_SERVER_PORT and ports % 256 == 0,
+                    "256 to 30,720 in multiples of 256")  # fmt: skip
         self._check("seed", int, lambda seed: seed >= 0, "a whole number from 0")
 
 
@@ -156,11 +161,11 @@ def template(source_mac: str, next_hop_mac: str, server: str) -> np.ndarray:
     return np.frombuffer(ethernet + ip + bytes(8), dtype=np.uint8).copy()
 
 
-def flow_tuple(flow: int) -> tuple[str, int, int]:
+def flow_tuple(flow: int, client_ports: int = PORTS_PER_SERVER_PORT) -> tuple[str, int, int]:
     """Return client address, client port and server port of flow number `flow`; no two flows share all three."""
     address = CLIENT_NETWORK + (flow * 2_654_435_761 >> 24 & 0xFF)
-    return (str(ipaddress.IPv4Address(address)), 1024 + 2 * (flow % PORTS_PER_SERVER_PORT),
-            2000 + flow // PORTS_PER_SERVER_PORT % 60_000)  # fmt: skip
+    return (str(ipaddress.IPv4Address(address)), 1024 + 2 * (flow % client_ports),
+            2000 + flow // client_ports % 60_000)  # fmt: skip
 
 
 def packets_in(offered_kpps: float, seconds: float) -> int:

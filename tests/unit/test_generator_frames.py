@@ -53,6 +53,15 @@ def test_scapy_finds_every_length_and_checksum_right(frame_bytes: int) -> None:
         assert parsed(raw, INSIDE)[0]["status"] == 0
 
 
+def test_with_few_ports_several_clients_use_the_same_one() -> None:
+    source = source_of(flows=2000, client_ports=256)
+    frames = [Ether(written(source, 60, slot)) for slot in range(2000)]
+    ends = [(frame[IP].src, frame[UDP].sport, frame[UDP].dport) for frame in frames]
+    assert ends == [flow_tuple(flow, 256) for flow in range(2000)]
+    assert len(set(ends)) == 2000
+    assert sorted({port for _, port, _ in ends}) == list(range(1024, 1536, 2))
+
+
 @pytest.mark.bounds
 def test_the_stamp_holds_step_sequence_time_and_slot() -> None:
     source = source_of(flows=70_000)

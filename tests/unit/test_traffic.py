@@ -85,6 +85,7 @@ def test_a_seed_reproduces_and_another_does_not() -> None:
         ({"frame_bytes": 63}, "frame_bytes=63: 64 to 1518"),
         ({"frame_bytes": 1519}, "64 to 1518, or 0 for IMIX"),
         ({"flows": 0}, "flows=0: 1 to"),
+        ({"client_ports": 300}, "client_ports=300: 256 to 30,720 in multiples of 256"),
         ({"new_flow_share": 1.5}, "new_flow_share=1.5: 0 to 1"),
         ({"zipf_exponent": 0.0}, "zipf_exponent=0.0"),
         ({"flows": "many"}, "flows='many'"),

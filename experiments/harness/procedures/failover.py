@@ -12,6 +12,9 @@ only watches. Where none runs (state local, on a store host without replicas, in
 detector, with the same timing: a lease and the coordinator's margin after the last heartbeat before the loss, whose age is
 drawn from the seed; then the peer's `take_over`, then the switch is told. So no placement is faster for a better detector.
 
+Synthetic flows are UDP, which every NAT takes up again: one that lost its state breaks those that it gives another port than
+they had. Ports are kept where they are free, so the workload's clients share few of them (`client_ports`).
+
 A kill ends a trial's network, so repeats are trials.
 """
 

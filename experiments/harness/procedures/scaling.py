@@ -23,6 +23,8 @@ SETTINGS = {**COMMON_SETTINGS, "flows": 0, "offered_kpps": 20.0, "out_at_s": 0.6
             "bin_us": 1000.0, "shown_ms": (300.0, 1500.0), "delayed_ms": 20.0, "lateness_limit_us": 0.0}  # fmt: skip
 AFTERMATH_NS = 50_000_000
 """How long after a move packets count as touched by it."""
+PATIENCE_S = 5.0
+"""How long a move may take: twenty times what it should."""
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
@@ -63,7 +65,7 @@ def move(bench: Bench, partitions: list[int], target: str) -> tuple[int, int]:
     if not partitions:
         return begin_ns, begin_ns
     if bench.coordinator:
-        bench.move(partitions, target)
+        bench.move(partitions, target, PATIENCE_S)
     else:
         bench.network.steer(partitions, target)
     return begin_ns, time.monotonic_ns()
