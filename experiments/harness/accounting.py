@@ -101,6 +101,7 @@ def metrics(sent: Mapping[str, Any], arrived: Mapping[str, Any], growth: Mapping
 
     system_cpu_us counts all that the machine did, also what the kernel did in other processes' time: the only CPU figure
     that a peer inside the kernel has too. It is counted in ticks of 10 ms; the processes' own figures are exact.
+    storage_bytes: what hosts sent on the storage network, headers and control traffic included, per packet.
     """
     packets, received = max(1, sent["sent"]), arrived["received"]
     elapsed_s = max(sent["elapsed_s"], arrived["window_s"], 1e-9)
@@ -115,6 +116,7 @@ def metrics(sent: Mapping[str, Any], arrived: Mapping[str, Any], growth: Mapping
         "reordered": arrived["reordered"],
         "flow_reordered": arrived["flow_reordered"],
         **{name: growth[key] * 1e6 / packets for name, key in cpu_s.items() if key in growth},
+        **({"storage_bytes": growth["storage_bytes"] / packets} if "storage_bytes" in growth else {}),
     }
 
 

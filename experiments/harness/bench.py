@@ -392,6 +392,8 @@ class Bench:
         counters = {name: sum(process.cpu_seconds() for process in group.values()) for name, group in cpu.items() if group}
         if self.network.switch:
             counters["switch_cpu_s"] = self.network.switch.cpu_seconds()
+        if self.stores:
+            counters["storage_bytes"] = float(sum(self.network.sent_bytes("storage").values()))
         switch_drops = self.network.switch.port_statistics() if self.network.switch else {}
         return {**counters, "functions": self.function_statistics(), "switch_drops": switch_drops, "busy_s": busy_seconds(),
                 "now_s": time.monotonic()}  # fmt: skip

@@ -536,6 +536,16 @@ class Network:
         """Return the controller's picture: instances, returns, rules, refused_packets, connected."""
         return self._command({"command": "show"})
 
+    def sent_bytes(self, interface: str) -> dict[str, int]:
+        """Return how many bytes each host has sent on its interface of this name, by host; those without one are left out."""
+        sent = {}
+        for host in self.hosts.values():
+            for line in Path(f"/proc/{host.pid}/net/dev").read_text().splitlines()[2:]:
+                name, _, numbers = line.partition(":")
+                if name.strip() == interface:
+                    sent[host.name] = int(numbers.split()[8])
+        return sent
+
     # trouble
 
     def cut(self, host: str, interface: str | None = None) -> None:

@@ -1,0 +1,77 @@
+"""How much latency and throughput does each copy of the state cost, and how many bytes on the storage network?"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis import style
+from analysis.answers import digits, listing, missing, spread
+from analysis.figures import Headline
+from analysis.sheet import Sheet, by_placement, title
+from analysis.summary import typical
+
+EXPERIMENT = "replication_cost"
+HEADLINES = (Headline("p50_us"), Headline("lossless_kpps"), Headline("storage_bytes"))
+ROWS = {"p50_us": "median latency (µs)", "lossless_kpps": "highest load without loss (kpps)",
+        "storage_bytes": "storage network (bytes per packet)"}  # fmt: skip
+NOT_WAITED = {"linestyle": "none", "markerfacecolor": "white", "markeredgewidth": 0.9, "markersize": 4.5}
+
+
+def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
+    """Panels: network functions across, latency, throughput and bytes down, against the copies; median, 95 % interval.
+
+    Open marks: packets do not wait for the copies (asynchronous).
+    """
+    waited = waits(frame)
+    nfs = style.order_nfs(frame["nf"])
+    if not nfs:
+        return
+    shown = {metric: name for metric, name in ROWS.items() if (frame["metric"] == metric).any()}
+    panels = sheet.panels(len(shown), len(nfs), 0.6 + 1.55 * len(shown), sharex=True)
+    for row, (metric, name) in zip(panels, shown.items()):
+        for axes, nf in zip(row, nfs):
+            here = (frame["metric"] == metric) & (frame["nf"] == nf)
+            for placement, rows in by_placement(frame[here & waited]):
+                sheet.curve(axes, rows, "replicas", placement, f"{nf}, {metric}")
+            for placement, rows in by_placement(frame[here & ~waited]):
+                look = NOT_WAITED | {"markeredgecolor": style.look(placement).colour}
+                sheet.curve(axes, rows, "replicas", placement, f"{nf}, {metric}, asynchronous", **look)
+            axes.set_ylim(0)
+            axes.set_title(title(nf))
+            axes.set_xticks(sorted(set(frame["replicas"])))
+        row[0].set_ylabel(name)
+    for axes in panels[-1]:
+        axes.set_xlabel("copies (open: not waited for)")
+    sheet.legend([placement for placement, _ in by_placement(frame)])
+
+
+def waits(frame: pd.DataFrame) -> pd.Series:
+    """Tell of each row whether its packets waited for the copies."""
+    if "asynchronous" not in frame:
+        return pd.Series(True, index=frame.index)
+    return frame["asynchronous"].fillna(False).astype(float) == 0
+
+
+def answer(frame: pd.DataFrame) -> str:
+    """Say what the second copy costs in throughput, and how integrated compares with centralized at two copies."""
+    frame = frame[waits(frame)]
+
+    def ratio(metric: str, nf: str, over: tuple[str, int], under: tuple[str, int]) -> float | None:
+        both = [typical(frame, metric, nf=nf, placement=placement, replicas=copies) for placement, copies in (over, under)]
+        return both[0] / both[1] if both[0] and both[1] else None
+
+    clauses = []
+    for nf in style.order_nfs(frame["nf"]):
+        kept = ratio("lossless_kpps", nf, ("integrated", 2), ("integrated", 1))
+        if kept:
+            clauses.append(f"{digits(kept)}x for {title(nf)}")
+    if not clauses:
+        return missing("integrated with one and with two copies")
+    sentence = f"With a second copy that every packet waits for, integrated carries {listing(clauses)} of what it does with one"
+    compared = [(ratio("lossless_kpps", nf, ("integrated", 2), ("centralized", 2)),
+                 ratio("p50_us", nf, ("centralized", 2), ("integrated", 2))) for nf in style.order_nfs(frame["nf"])]  # fmt: skip
+    rates, latencies = ([pair[n] for pair in compared if pair[n]] for n in range(2))
+    if rates and latencies:
+        sentence += (f"; with two copies each, it carries {spread([r for r in rates if r])} the load of centralized, which takes "
+                     f"{spread([r for r in latencies if r])} its median latency")  # fmt: skip
+    return f"{sentence}."
