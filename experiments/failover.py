@@ -14,6 +14,7 @@ EXPERIMENT = Experiment(
     question="For how long is nothing delivered when an NF host is lost, what is lost with it, and which connections break?",
     procedure="failover",
     sweeps=(STAND_IN, COORDINATED, PEERS),
+    settings={"functions": {"nat": {"external_addresses": "10.64.0.0/31"}}},
     traffic={"flows": 1000, "client_ports": 256, "frame_bytes": 64},
     seed=1,
     profiles={

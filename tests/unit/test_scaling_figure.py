@@ -46,9 +46,9 @@ def test_the_answer_says_what_a_move_costs(run: Path) -> None:
     say = definitions()["scaling"].answer
     assert say
     assert say(measurements([read_run(run)])) == (
-        "Half of the flows to a host that joins, nat, and back: integrated, R = 1 1,000 flows in 60 ms (0 packets lost, 5 delayed "
-        "by over 20 ms, 0 out of order) and centralized, R = 1 1,000 flows in 20 ms (0 packets lost, 0 delayed by over 20 ms, "
-        "0 out of order)."
+        "Half of the flows to a host that joins, nat, and back: integrated, R = 1 1,000 flows in 60 ms (0 packets lost, "
+        "5 delayed by over 20 ms, 0 out of order) and centralized, R = 1 1,000 flows in 20 ms (0 packets lost, 0 delayed by "
+        "over 20 ms, 0 out of order)."
     )
 
 

@@ -60,6 +60,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     line = bench.time_line()
     begin, end, ended = line.outage(until_ns)
     flows, broken = line.broken(lost_ns, until_ns)
+    noticed_ns = min(noticed_ns, end)
     restored_ns = line.restored_ns(lost_ns, until_ns) or until_ns
     point["sweep"] = {}
     point["metrics"] |= {
@@ -103,7 +104,8 @@ def _watched(bench: Bench, victim: str, survivor: str, carried: list[int], lost_
     """Watch a coordinator notice, and have the switch follow; returns when its status said the one and the other.
 
     It has noticed when the host's lease is over, or, of a host that has no store, when its map or its steering changes. It is
-    asked every few milliseconds: seldom enough not to keep it from its work, and no closer are the times known.
+    asked every few milliseconds: seldom enough not to keep it from its work, and no closer are the times known. Busy with the
+    failover it may answer late; a loss that packets show to be mended was noticed by then.
     """
     noticed_ns, now_ns, deadline = 0, lost_ns, lost_ns + int(PATIENCE_S * 1e9)
     epoch = None
