@@ -2,31 +2,37 @@
 
 from experiments.harness.spec import Experiment
 
-GRID = {"topology": ("rack",), "nf": ("nat", "traffic_counter")}
-STAND_IN = {**GRID, "placement": ("local", "centralized")}
+OUTSIDE = {"functions": {"nat": {"external_addresses": "10.64.0.0/31"}}}
+"""Two addresses for all clients: several of them want the same port."""
+NAT = {"topology": ("rack",), "nf": ("nat",), "settings": OUTSIDE}
+COUNTER = {"topology": ("rack",), "nf": ("traffic_counter",)}
+STAND_IN = {"placement": ("local", "centralized")}
 """Who has no coordinator: the procedure stands in for it."""
-COORDINATED = {**GRID, "placement": ("integrated",), "replicas": (1, 2), "settings": {"coordinated": True}}
-"""Of our own coordinator, also without replicas: what is lost is then refused, not made up."""
-PEERS = {"topology": ("rack",), "nf": ("nat",), "placement": ("nftables",)}
-NAT = {"nf": ("nat",)}
+COORDINATED = {"placement": ("integrated",), "settings": {"coordinated": True}}
+"""Our own, also without replicas: what is lost is then refused, not made up."""
+COORDINATED_NAT = {**NAT, **COORDINATED, "settings": {**OUTSIDE, "coordinated": True}}
+PEERS = {**NAT, "placement": ("nftables",)}
 
 EXPERIMENT = Experiment(
     question="For how long is nothing delivered when an NF host is lost, what is lost with it, and which connections break?",
     procedure="failover",
-    sweeps=(STAND_IN, COORDINATED, PEERS),
-    settings={"functions": {"nat": {"external_addresses": "10.64.0.0/31"}}},
+    sweeps=({**NAT, **STAND_IN}, {**COUNTER, **STAND_IN}, {**COORDINATED_NAT, "replicas": (1, 2)},
+            {**COUNTER, **COORDINATED, "replicas": (1, 2)}, PEERS),
     traffic={"flows": 1000, "client_ports": 256, "frame_bytes": 64},
     seed=1,
     profiles={
         "smoke": {
-            "sweeps": ({**STAND_IN, **NAT, "placement": ("local",)}, {**COORDINATED, **NAT, "replicas": (2,)}),
+            "sweeps": ({**NAT, "placement": ("local",)}, {**COORDINATED_NAT, "replicas": (2,)}),
             "settings": {"seconds": 1.6},
         },
-        "quick": {"sweeps": ({**STAND_IN, **NAT}, {**COORDINATED, **NAT, "replicas": (1,)},
-                             {**COORDINATED, **NAT, "replicas": (2,), "repeats": 3}, PEERS)},
-        "paper": {
-            "sweeps": ({**STAND_IN, "repeats": 20}, {**COORDINATED, "replicas": (1, 3), "repeats": 20},
-                       {**COORDINATED, "replicas": (2,), "repeats": 50}, {**PEERS, "repeats": 20}),
+        "quick": {"sweeps": ({**NAT, **STAND_IN}, {**COORDINATED_NAT, "replicas": (1,)},
+                             {**COORDINATED_NAT, "replicas": (2,), "repeats": 3}, PEERS)},
+        "paper": {  # 100 kills of two replicas
+            "sweeps": ({**NAT, **STAND_IN, "repeats": 20}, {**COUNTER, **STAND_IN, "repeats": 20},
+                       {**COORDINATED_NAT, "replicas": (1, 3), "repeats": 20},
+                       {**COORDINATED_NAT, "replicas": (2,), "repeats": 50},
+                       {**COUNTER, **COORDINATED, "replicas": (1, 3), "repeats": 20},
+                       {**COUNTER, **COORDINATED, "replicas": (2,), "repeats": 50}, {**PEERS, "repeats": 20}),
             "network": {"nf_hosts": 3},
         },
     },
