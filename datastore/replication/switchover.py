@@ -53,8 +53,8 @@ class Switchover:
     under_way: dict[int, str] = field(default_factory=dict)
     watched: dict[int, int] = field(default_factory=dict)
     """Partitions whose packets go to their new place: since when."""
-    _planned: tuple[int, frozenset[str]] = (0, frozenset())
-    """The map and the dead instances that the last plan was made for."""
+    _planned: tuple[int, frozenset[str], frozenset[str]] = (0, frozenset(), frozenset())
+    """The map, dead instances and stores heard of, that the last plan was made for."""
 
     @classmethod
     def of(cls, instances: list[str], steering: list[str], aligned: bool) -> Switchover:
@@ -79,7 +79,8 @@ class Switchover:
     def plan(self, now_ns: int, coordinator: Coordinator) -> None:
         """Bring every move one step further and work out the steering; tells the coordinator which primaries may hand over."""
         dead = self.dead(now_ns, coordinator.timing.lease_ns + coordinator.timing.margin_ns)
-        planned = (coordinator.map.epoch, frozenset(dead))
+        stores = frozenset(coordinator.alive(now_ns))
+        planned = (coordinator.map.epoch, frozenset(dead), stores)
         if planned == self._planned and not coordinator.moves and not self.under_way:
             return
         self._planned = planned
@@ -92,7 +93,8 @@ class Switchover:
                 wanted = target if partition in self.instances[target].parked else here
             else:
                 wanted = group.primary if self.aligned and group.primary in self.instances else here
-            self.steering[partition] = self._living(partition, str(wanted), group.members, dead)
+            if not self.aligned or any(member in stores for member in group.members):  # else nobody could serve them better
+                self.steering[partition] = self._living(partition, str(wanted), group.members, dead)
         if self.aligned:
             self._watch(now_ns)
             self._follow_packets(coordinator, dead)
