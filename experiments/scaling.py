@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     traffic={"frame_bytes": 64},
     seed=1,
     profiles={
-        "smoke": {"sweeps": ({**STEERED, **FEW, "placement": ("centralized",)}, {**MOVED, **FEW, "replicas": (1,)})},
+        "smoke": {"sweeps": ({**MOVED, **FEW, "replicas": (1,)},)},
         "quick": {"sweeps": ({**STEERED, **FEW}, {**MOVED, **FEW, "flows": (2_000, 20_000), "replicas": (1,)},
                              {**MOVED, **FEW, "replicas": (2,)})},
         "paper": {"repeats": 5},

