@@ -75,11 +75,12 @@ def all_courses(sheet: Sheet, shown: list[tuple[str, int, pd.DataFrame]], others
 
 
 def courses(sheet: Sheet, panels: list[Axes], placement: str, name: str, rows: pd.DataFrame) -> None:
-    """Draw goodput above and latency below, of every repeat's watched packets."""
+    """Draw goodput above and latency below, of every repeat's watched packets; grey: the rate before time 0."""
     goodput, latency = aligned([time_line(encoded) for encoded in rows["histogram"]])
     above, below = panels
     sheet.band(above, goodput, placement, name, "goodput_kpps")
     sheet.band(below, latency, placement, name, "p99_ms")
+    above.axhline(goodput[goodput.index < 0].stack().median(), color="#BBBBBB", linewidth=0.8, zorder=0)
     for axes in panels:
         axes.axvline(0, color="black", linewidth=0.6, linestyle=":")
         axes.set_xlim(goodput.index.min(), goodput.index.max())

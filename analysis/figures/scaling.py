@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
+from matplotlib.lines import Line2D
 
 from analysis import style
 from analysis.answers import digits, listing, missing
@@ -15,8 +18,8 @@ EXPERIMENT = "scaling"
 HEADLINES = tuple(Headline(metric) for metric in ("out_ms", "in_ms", "packets_delayed", "packets_lost", "flow_reordered"))
 COSTS = {"out_ms": "move out (ms)", "in_ms": "move in (ms)", "packets_delayed": "delayed over 20 ms", "packets_lost": "lost",
          "flow_reordered": "out of flow order"}  # fmt: skip
-DASHES = ("-", "--", ":")
-"""By replicas."""
+COPIES: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white", "markeredgewidth": 0.8}
+"""What sets several replicas apart from one."""
 
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
@@ -31,10 +34,12 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     below = all_courses(sheet, cases(lines[lines["flows"] == most]), len(COSTS), "ms after the move")
     for axes, (metric, name) in zip(below, COSTS.items()):
         for placement, replicas, rows in cases(frame[(frame["nf"] == nf) & (frame["metric"] == metric)]):
-            sheet.curve(axes, rows.assign(flows=rows["flows"] / 2), "flows", placement, f"{name}, R = {replicas}",
-                        linestyle=DASHES[(replicas - 1) % len(DASHES)])  # fmt: skip
+            changes = COPIES if replicas > 1 else {}
+            sheet.curve(axes, rows.assign(flows=rows["flows"] / 2), "flows", placement, f"{name}, R = {replicas}", **changes)
         axes.set(xscale="log", xlabel="flows moved", title=name, ylim=(0, None))
-    sheet.legend(style.order(lines["placement"]))
+    looks = [(style.line(placement) | (COPIES if replicas > 1 else {}), label(placement, replicas))
+             for placement, replicas, _ in cases(lines)]  # fmt: skip
+    sheet.legend_of([Line2D([], [], **look) for look, _ in looks], [name for _, name in looks])
 
 
 def answer(frame: pd.DataFrame) -> str:

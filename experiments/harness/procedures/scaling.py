@@ -46,10 +46,11 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         moves.append(move(bench, half, target))
     point = bench.finish()
     line = bench.time_line()
-    changed = int((line.flows_watched()[:, timeline.CHANGES] > 0).sum())
     point["sweep"] = {}
     point["metrics"] |= {
-        "flows_moved": int(bench.traffic.get("flows", 1000)) * len(half) // PARTITIONS, "packets_lost": point["metrics"]["lost"], "connections_broken": changed,
+        "flows_moved": int(bench.traffic.get("flows", 1000)) * len(half) // PARTITIONS,
+        "connections_broken": int((line.flows_watched()[:, timeline.CHANGES] > 0).sum()),
+        "packets_lost": point["metrics"]["lost"],
         "packets_delayed": delayed(point["histograms"]["latency_ns"], settings["delayed_ms"])}  # fmt: skip
     for name, (begin_ns, end_ns) in zip(("out", "in"), moves):
         point["metrics"][f"{name}_ms"] = (end_ns - begin_ns) / 1e6
