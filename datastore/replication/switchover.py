@@ -137,7 +137,7 @@ class Switchover:
         """Move the partitions of stores whose instance is dead to where their packets went."""
         for partition, group in enumerate(coordinator.map.groups):
             target = self.steering[partition]
-            if group.primary in dead and target in group.members and partition not in coordinator.moves:
+            if group.primary in dead and target in group.members[1:] and partition not in coordinator.moves:
                 coordinator.move([partition], target)
 
     def orders(self, name: str, coordinator: Coordinator) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""How a move brings packets and state together: park, steer, drain, hand over, each after the one before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from datastore.native.errors import NearstateError
+from datastore.replication.coordinator import Coordinator, Heartbeat, HostState, Timing
+from datastore.replication.maps import ClusterMap
+from datastore.replication.switchover import BATCH, SETTLE_NS, Switchover, check_steering
+
+HOSTS = ("nf1", "nf2")
+TIMING = Timing()
+SPAN_NS = TIMING.lease_ns + TIMING.margin_ns
+
+
+class Cluster:
+    """A coordinator and its switchover; stores and instances that say what they are told to."""
+
+    def __init__(self, replicas: int = 2, partitions: int = 4) -> None:
+        placement = [[HOSTS[(p + r) % 2] for r in range(replicas)] for p in range(partitions)]
+        self.now_ns = 10**12
+        self.coordinator = Coordinator(ClusterMap.first(placement), 1, replicas, {host: HostState(self.now_ns) for host in HOSTS})
+        self.switchover = Switchover.of(list(HOSTS), [HOSTS[p % 2] for p in range(partitions)], True)
+        self.beat()
+
+    def beat(self, silent: str = "", **said: Any) -> None:
+        """Let every store follow the newest map, and every instance report; `silent` does not."""
+        self.now_ns += 1_000_000
+        for number, host in enumerate(HOSTS):
+            if host != silent:
+                beat = Heartbeat(host, 1, number + 1, self.coordinator.map.epoch, self.now_ns, **said.get(host, {}))
+                self.coordinator.hear(self.now_ns, beat)
+                self.report(host)
+        self.plan()
+
+    def report(self, host: str, parked: tuple[int, ...] = (), quiet: tuple[int, ...] = ()) -> None:
+        epoch = self.coordinator.map.epoch
+        self.switchover.hear(self.now_ns, {"host": host, "epoch": epoch, "parked": parked, "quiet": quiet})
+
+    def plan(self) -> None:
+        self.switchover.plan(self.now_ns, self.coordinator)
+        self.coordinator.advance(self.now_ns)
+
+    def orders(self, host: str) -> dict[str, Any]:
+        return self.switchover.orders(host, self.coordinator)
+
+    def successor(self, partition: int) -> str | None:
+        return self.coordinator.map.groups[partition].successor
+
+
+def test_a_move_takes_its_steps_in_order():
+    cluster = Cluster()
+    switchover = cluster.switchover
+    cluster.coordinator.move([0], "nf2")
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]
+    assert cluster.orders("nf1") == {"map": None, "park": [], "watch": []}
+    assert switchover.steering[0] == "nf1"  # not before nf2 keeps what comes
+    cluster.report("nf2", parked=(0,))
+    cluster.report("nf1", quiet=(0,))  # of before: it does not count
+    cluster.plan()
+    assert switchover.steering[0] == "nf2"
+    assert cluster.orders("nf1")["watch"] == []
+    switchover.confirmed = list(switchover.steering)
+    cluster.plan()
+    assert cluster.orders("nf1")["watch"] == [0]
+    cluster.report("nf1", quiet=(0,))
+    cluster.plan()
+    assert cluster.successor(0) is None  # packets may still come the old way
+    cluster.now_ns += SETTLE_NS
+    cluster.plan()
+    assert cluster.successor(0) == "nf2"
+    cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf1", 1, 1, cluster.coordinator.map.epoch, cluster.now_ns, released=(0,)))
+    cluster.plan()
+    assert cluster.coordinator.map.groups[0].primary == "nf2"
+    assert cluster.orders("nf2")["park"] == []
+    assert cluster.coordinator.moves == {}
+
+
+def test_no_more_than_a_batch_parks_at_a_time():
+    cluster = Cluster(partitions=4 * BATCH)
+    cluster.coordinator.move(range(0, 4 * BATCH, 2), "nf2")
+    cluster.plan()
+    assert len(cluster.orders("nf2")["park"]) == BATCH
+
+
+def test_a_dead_instance_loses_its_packets_at_once_and_its_partitions_after():
+    cluster = Cluster()
+    for _ in range(SPAN_NS // 1_000_000 + 1):
+        cluster.now_ns += 1_000_000
+        for number, host in enumerate(HOSTS):
+            cluster.coordinator.hear(
+                cluster.now_ns, Heartbeat(host, 1, number + 1, cluster.coordinator.map.epoch, cluster.now_ns)
+            )
+        cluster.report("nf2")
+        cluster.plan()
+    assert cluster.switchover.steering == ["nf2"] * 4
+    assert {cluster.successor(p) for p in (0, 2)} == {"nf2"}  # without waiting for the dead to drain
+
+
+def test_packets_stay_where_the_only_copy_is():
+    cluster = Cluster(replicas=1)
+    before = list(cluster.switchover.steering)
+    for _ in range(2 * SPAN_NS // 1_000_000):
+        cluster.beat(silent="nf1")
+    assert cluster.switchover.steering == before  # nf1's store is as silent: nobody could serve its flows better
+
+
+def test_a_silent_host_with_copies_elsewhere_is_replaced():
+    cluster = Cluster(replicas=2)
+    for _ in range(2 * SPAN_NS // 1_000_000):
+        cluster.beat(silent="nf1")
+    assert cluster.switchover.steering == ["nf2"] * 4
+    assert {group.primary for group in cluster.coordinator.map.groups} == {"nf2"}
+
+
+def test_reports_and_steerings_that_are_wrong_say_why():
+    cluster = Cluster()
+    with pytest.raises(NearstateError, match="unknown instance 'nf9'"):
+        cluster.switchover.hear(1, {"host": "nf9", "epoch": 1, "parked": [], "quiet": []})
+    with pytest.raises(NearstateError, match="steering of 3 partitions: the map has 4"):
+        check_steering(["nf1"] * 3, list(HOSTS), 4)
+    with pytest.raises(NearstateError, match="unknown instance 'nf3'"):
+        check_steering(["nf3"] * 4, list(HOSTS), 4)
