@@ -223,7 +223,7 @@ class Coordination:
             return {"error": str(error)}
 
     def command(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to what people and tools ask: {"map": epoch}, {"move": ...} or {"status": true}."""
+        """Return the answer to what people and tools ask: {"map": epoch}, {"move": ...}, {"moves": true} or {"status": true}."""
         coordinator = self.coordinator
         try:
             if "map" in message:
@@ -232,11 +232,13 @@ class Coordination:
             if "move" in message:
                 coordinator.move(map(int, message["move"]["partitions"]), str(message["move"]["target"]))
                 return {"epoch": coordinator.map.epoch}
+            if "moves" in message:
+                return {"moves": len(coordinator.moves)}
             if "status" in message:
                 return {"status": self.status()}
         except (NearstateError, KeyError, TypeError, ValueError) as error:
             return {"error": str(error)}
-        return {"error": f"unknown message {sorted(message)}: send beat, map, move or status"}
+        return {"error": f"unknown message {sorted(message)}: send beat, map, move, moves or status"}
 
     def publish(self) -> bool:
         """Save what was decided and tell every store; False when it could not be saved, and is taken back."""
@@ -271,7 +273,9 @@ class Coordination:
                         "heard_ms_ago": (now_ns - state.heard_ns) / 1e6 if state.heard_ns else None}
                  for name, state in self.coordinator.hosts.items()}  # fmt: skip
         instances = self.switchover.instances if self.switchover else {}
-        return {"map": self.coordinator.map.to_json(), "hosts": hosts, "moves": self.coordinator.moves, "trouble": self.trouble,
+        groups = [group.to_json() for group in self.coordinator.map.groups]
+        return {"map": {"epoch": self.coordinator.map.epoch, "groups": groups}, "hosts": hosts,
+                "moves": self.coordinator.moves, "trouble": self.trouble,
                 "steering": self.switchover.confirmed if self.switchover else [],
                 "instances": {name: {"heard_ms_ago": (now_ns - instance.heard_ns) / 1e6 if instance.heard_ns else None}
                               for name, instance in instances.items()},

@@ -37,6 +37,11 @@ class Group:
     def primary(self) -> str | None:
         return self.members[0] if self.members else None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the group as a JSON object."""
+        return {"members": list(self.members), "reign": self.reign, "learners": list(self.learners), "leaving": list(self.leaving),
+                "successor": self.successor, "joined": self.joined}  # fmt: skip
+
     def replicas(self) -> tuple[str, ...]:
         """Everybody who gets the partition's changes."""
         return self.members + self.learners + self.leaving
@@ -94,21 +99,37 @@ class ClusterMap:
         return {host: frozenset(others) for host, others in found.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the map as a JSON object."""
-        return {"epoch": self.epoch, "groups": [
-            {"members": list(g.members), "reign": g.reign, "learners": list(g.learners), "leaving": list(g.leaving),
-             "successor": g.successor, "joined": g.joined} for g in self.groups]}  # fmt: skip
+        """Return the map as a JSON object: what groups there are, and which one each partition has.
+
+        Most partitions' groups are alike: 2 kB in place of 30 for 256 partitions, of which a failover writes five copies.
+        """
+        return self._json
+
+    @cached_property
+    def _json(self) -> dict[str, Any]:
+        numbers: dict[str, int] = {}
+        kinds: list[dict[str, Any]] = []
+        chosen: list[int] = []
+        for group in self.groups:
+            described = group.to_json()
+            name = repr(described)
+            if name not in numbers:
+                numbers[name] = len(kinds)
+                kinds.append(described)
+            chosen.append(numbers[name])
+        return {"epoch": self.epoch, "kinds": kinds, "groups": chosen}
 
     @classmethod
     def from_json(cls, document: dict[str, Any] | str) -> ClusterMap:
         """Read what `to_json` returned; raises NearstateError when it is none."""
         try:
             fields = json.loads(document) if isinstance(document, str) else document
-            return cls(int(fields["epoch"]), tuple(
+            kinds = [
                 Group(tuple(g["members"]), int(g["reign"]), tuple(g["learners"]), tuple(g["leaving"]), g["successor"],
                       {str(host): int(epoch) for host, epoch in g["joined"].items()})
-                for g in fields["groups"]))  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                for g in fields["kinds"]]  # fmt: skip
+            return cls(int(fields["epoch"]), tuple(kinds[kind] for kind in fields["groups"]))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise NearstateError(f"not a cluster map: {error!r}") from error
 
     def placement(self) -> PartitionMap:

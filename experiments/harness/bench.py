@@ -146,6 +146,7 @@ class Bench:
                                  "coordinator needs a host `control` (topology rack) and a chain of one stage")  # fmt: skip
         state = self.launcher.logs / f"coordinator-{self.trial.name.replace('/', '_')}.json"
         state.unlink(missing_ok=True)
+        self.steer_all()
         mapped = self.map_of(stage)
         placement = mapped["replicas"] if mapped else [[] for _ in range(PARTITIONS)]
         controller = str(self.network.commands_path()) if self.network.switch else ""
@@ -193,10 +194,11 @@ class Bench:
         began = time.monotonic()
         self.ask_coordinator({"move": {"partitions": [int(p) for p in partitions], "target": target}})
         while time.monotonic() - began < timeout_s:
-            status = self.status()
-            if all(status["map"]["groups"][p]["members"][0] == target for p in partitions) and not status["moves"]:
-                return time.monotonic() - began
-            time.sleep(0.002)
+            if not self.ask_coordinator({"moves": True})["moves"]:
+                took, groups = time.monotonic() - began, self.status()["map"]["groups"]
+                if all(groups[p]["members"][:1] == [target] for p in partitions):
+                    return took
+            time.sleep(0.005)
         raise NearstateError(f"{len(partitions)} partitions are not at {target} after {timeout_s:g} s")
 
     def _replication(self, host: str, stage: Sequence[str]) -> dict[str, Any]:
@@ -232,6 +234,11 @@ class Bench:
         """Start an NF process on every NF host, if the trial has an NF, and steer the partitions to them."""
         if self.trial.nf and not self.is_peer:
             self._start_functions()
+        if self.coordinator is None:
+            self.steer_all()
+
+    def steer_all(self) -> None:
+        """Have the switch do what a trial begins with. Where there is a coordinator, before it: from then on it has its word."""
         self.network.chain(self.stages)
         self.steer(self.settings["paths"])
 
