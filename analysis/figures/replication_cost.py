@@ -49,7 +49,7 @@ def waits(frame: pd.DataFrame) -> pd.Series:
     """Tell of each row whether its packets waited for the copies."""
     if "asynchronous" not in frame:
         return pd.Series(True, index=frame.index)
-    return frame["asynchronous"].fillna(False).astype(float) == 0
+    return frame["asynchronous"].astype(float).fillna(0.0) == 0
 
 
 def answer(frame: pd.DataFrame) -> str:

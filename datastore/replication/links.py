@@ -30,7 +30,7 @@ UNACKNOWLEDGED_MS = 200
 LOST_NS = 500_000_000
 """A frame without an acknowledgment for so long is shipped again; a connection that breaks says so earlier."""
 REFUSED_AGAIN_NS = 10_000_000
-ROUND_PAUSE_NS = 400_000
+ROUND_PAUSE_NS = 100_000
 """Frames go to a peer in rounds: the next one when the last is acknowledged, so that what changes meanwhile travels together, or
 after this time, so that a long image stalls nothing. Every round costs both hosts four wake-ups, some 100 us of CPU."""
 

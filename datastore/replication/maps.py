@@ -39,8 +39,8 @@ class Group:
 
     def to_json(self) -> dict[str, Any]:
         """Return the group as a JSON object."""
-        return {"members": list(self.members), "reign": self.reign, "learners": list(self.learners), "leaving": list(self.leaving),
-                "successor": self.successor, "joined": self.joined}  # fmt: skip
+        return {"members": list(self.members), "reign": self.reign, "learners": list(self.learners),
+                "leaving": list(self.leaving), "successor": self.successor, "joined": self.joined}  # fmt: skip
 
     def replicas(self) -> tuple[str, ...]:
         """Everybody who gets the partition's changes."""

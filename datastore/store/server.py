@@ -26,6 +26,8 @@ from datastore.replication.shipping import (
     ACK_WORDS,
     ACKNOWLEDGES,
     COMMITTED_MORE,
+    NEWS_AFTER_NS,
+    NEWS_WAIT,
     Shipping,
     apply,
     image_words,
@@ -406,6 +408,9 @@ def wait(server: ServerState, timeout_ns: int) -> int:
     if np.int64(load_acquire(server.words, IN_PLACE)) != server.control[SEEN_IN_PLACE]:
         timeout_ns = 0
     timeout_ns = min(timeout_ns, shortest_pause_ns(server.links, now_ns(server.scratch)))
+    if server.shipping.control[NEWS_WAIT] != 0:
+        server.shipping.control[NEWS_WAIT] = 0
+        timeout_ns = min(timeout_ns, NEWS_AFTER_NS)
     ready = int(poll(polled, used + WAKERS + 1, timeout_ns, server.scratch))
     server.words[STORE_ASLEEP] = U0
     if polled[used + BELL] >> 48 != 0:

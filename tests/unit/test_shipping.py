@@ -110,8 +110,8 @@ def pair() -> Iterator[tuple[Side, Side]]:
 
 def exchange(primary: Side, backup: Side) -> None:
     """Ship and acknowledge until nothing is due."""
-    for _ in range(10):
-        frames = primary.frames()
+    for turn in range(10):
+        frames = primary.frames((turn + 2) * ship.NEWS_AFTER_NS)
         for frame in frames:
             ack = backup.take(frame)
             if ack is not None:
