@@ -108,6 +108,10 @@ class Switchover:
         near = [name for name in members if name in alive]
         return near[0] if near else alive[partition % len(alive)] if alive else wanted
 
+    def _speaks(self, name: str | None, dead: set[str]) -> bool:
+        """Tell whether there is an instance of this name that can be asked to park or drain."""
+        return name in self.instances and name not in dead and self.instances[name].heard_ns > 0
+
     def _begin_and_end(self, coordinator: Coordinator, dead: set[str]) -> None:
         groups = coordinator.map.groups
         for partition, target in list(self.under_way.items()):
@@ -116,7 +120,7 @@ class Switchover:
         for partition, target in coordinator.moves.items():
             if len(self.under_way) >= BATCH:
                 return
-            if target in self.instances and target not in dead and target in groups[partition].members[1:]:
+            if self._speaks(target, dead) and target in groups[partition].members[1:]:
                 self.under_way.setdefault(partition, target)
 
     def _watch(self, now_ns: int) -> None:
@@ -128,7 +132,7 @@ class Switchover:
     def _may_hand_over(self, partition: int, now_ns: int, coordinator: Coordinator, dead: set[str]) -> bool:
         """Tell whether a partition's primary may retire: nothing of it comes or waits at its host any more."""
         source = coordinator.map.groups[partition].primary
-        if source not in self.instances or source in dead:
+        if not source or not self._speaks(source, dead) or not self._speaks(coordinator.moves[partition], dead):
             return True
         settled = now_ns - self.watched.get(partition, now_ns) >= SETTLE_NS
         return settled and partition in self.instances[source].quiet

@@ -46,6 +46,7 @@ class Bench:
         self.stores: dict[str, RunningProcess] = {}
         self.functions: dict[str, RunningProcess] = {}
         self.coordinator: RunningProcess | None = None
+        self._coordinator_config: dict[str, Any] = {}
         self.instances = 0
         self.generator: RunningProcess | None = None
         self.sink: RunningProcess | None = None
@@ -152,13 +153,11 @@ class Bench:
         controller = str(self.network.commands_path()) if self.network.switch else ""
         steering = {"instances": list(stage), "steering": self.steering(stage), "controller": controller,
                     "aligned": placements.load(self.trial.placement).store_role == "nf"}  # fmt: skip
-        config = {
+        self._coordinator_config = {
             "address": self.storage_address("control"), "port": COORDINATOR_PORT, "cluster": self.cluster_id,
             "replicas": self.trial.replicas, "hosts": list(self.stores_of(stage)), "placement": placement, "state": str(state),
             "lease_ms": self.settings["lease_ms"] or None, "steering": steering}  # fmt: skip
-        host, target = self.network.hosts["control"], "datastore.replication.coordination:main"
-        self.coordinator = self.launcher.spawn("coordinator", host, target, config)
-        self.wait_ready([self.coordinator])
+        self.restart_coordinator()
 
     def ask_coordinator(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return its answer to a command (`datastore/replication/coordination.py`). Raises NearstateError when it refuses."""
@@ -214,16 +213,31 @@ class Bench:
         stage_of = {host: stage for stage in self.stages for host in self.stores_of(stage)}
         for host, stage in stage_of.items():
             self.launcher.journal.shared_memory(self.table_name(host))
-            config = {"host": host, "table": self.table_name(host), "capacity": self.settings["capacity"],
-                      "value_bytes": self.settings["value_bytes"], "address": self.storage_address(host), "port": STORE_PORT,
-                      "cluster": self.cluster_id, "epoch": 1, "map": self.map_of(stage), "create": True,
-                      **({"replication": self._replication(host, stage)} if self.is_coordinated else {})}  # fmt: skip
-            self.stores[host] = self.launcher.spawn(
-                f"store-{host}", self.network.hosts[host], "datastore.store.server:main", config
-            )
+            self._start_store(host, stage)
         self.wait_ready(list(self.stores.values()))
         if self.stores and self.is_coordinated:
             self.wait_full()
+
+    def _start_store(self, host: str, stage: Sequence[str]) -> None:
+        config = {"host": host, "table": self.table_name(host), "capacity": self.settings["capacity"],
+                  "value_bytes": self.settings["value_bytes"], "address": self.storage_address(host), "port": STORE_PORT,
+                  "cluster": self.cluster_id, "epoch": 1, "map": self.map_of(stage), "create": True,
+                  **({"replication": self._replication(host, stage)} if self.is_coordinated else {})}  # fmt: skip
+        target = "datastore.store.server:main"
+        self.stores[host] = self.launcher.spawn(f"store-{host}", self.network.hosts[host], target, config)
+
+    def restart_store(self, host: str) -> None:
+        """Start a killed store process again: with an empty table, as after the loss of the host; it joins as a backup."""
+        Path("/dev/shm", self.table_name(host)).unlink(missing_ok=True)
+        self._start_store(host, next(stage for stage in self.stages if host in self.stores_of(stage)))
+        self.wait_ready([self.stores[host]])
+
+    def restart_coordinator(self) -> None:
+        """Start a killed coordinator again, from the state it saved."""
+        assert self._coordinator_config
+        host, target = self.network.hosts["control"], "datastore.replication.coordination:main"
+        self.coordinator = self.launcher.spawn("coordinator", host, target, self._coordinator_config)
+        self.wait_ready([self.coordinator])
 
     def storage_address(self, host: str) -> str:
         """Return a host's address on the storage network; where there is none, its store listens for nobody on loopback."""

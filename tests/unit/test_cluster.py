@@ -23,10 +23,11 @@ from datastore.replication import coordination
 from datastore.replication.maps import ClusterMap
 from datastore.replication.routed import RoutedClient, ask
 from datastore.store import server
-from datastore.store.operations import ADD, ANY_VERSION, DELETE, GET, INSERT, PUT
+from datastore.store.operations import ADD, GET
 from datastore.store.statuses import OK
-from datastore.verification.history import HistoryWriter, read_history
+from datastore.verification.history import read_history
 from datastore.verification.linearizability import LINEARIZABLE, check_history
+from tests.recorded import work
 from topologies.emulation.processes import Control
 
 CLUSTER, VALUE_BYTES, PARTITIONS = 0xC7, 16, 256
@@ -235,34 +236,13 @@ def test_a_coordinator_that_cannot_save_changes_nothing_and_says_why(tmp_path):
         coordination.Coordination({**config, "cluster": 2})
 
 
-def work(cluster: Cluster, folder: Path, number: int, stop: threading.Event, lost: list[int]) -> None:
-    """One recorded client on few keys."""
-    chance = random.Random(number)
-    seen: dict[int, int] = {}
-    writer = HistoryWriter(folder, number, VALUE_BYTES)
-    with cluster.client(number) as client:
-        while not stop.is_set():
-            key = chance.randrange(6)
-            low = key << 32 | key * 17
-            kind = chance.choice((GET, GET, GET, PUT, PUT, INSERT, ADD, ADD, ADD, DELETE))
-            value = (number << 32 | chance.randrange(1 << 20)).to_bytes(8, "little") if kind in (PUT, INSERT, ADD) else b""
-            expected = seen.get(key, 1) if kind in (PUT, DELETE) and chance.random() < 0.6 else ANY_VERSION
-            row = writer.call(kind, low, 9, client.next_sequence, value, expected, 0)
-            answer = client.do(kind, low, 9, value, expected, timeout_s=3)
-            if answer is None:
-                lost.append(number)
-                continue
-            writer.answer(row, answer.status, answer.version, answer.value)
-            seen[key] = answer.version or 1
-    writer.close()
-
-
 @pytest.mark.parametrize("cluster", [2, 3], indirect=True)
 def test_histories_under_kills_and_stops_are_linearizable(cluster, tmp_path):
     chance, stop = random.Random(7), threading.Event()
-    lost: list[int] = []
     folder = tmp_path / "histories"
-    clients = [threading.Thread(target=work, args=(cluster, folder, n, stop, lost), daemon=True) for n in range(1, 9)]
+    clients = [
+        threading.Thread(target=work, args=(cluster.client, folder, n, stop, VALUE_BYTES), daemon=True) for n in range(1, 9)
+    ]
     for client in clients:
         client.start()
     faults = 0
