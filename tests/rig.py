@@ -41,16 +41,18 @@ class Rig:
 
     def __init__(
         self, functions: Sequence[NetworkFunction], settings: Mapping[str, Any] | None = None, client: Client | None = None,
-        primary: np.ndarray | None = None,
+        primary: np.ndarray | None = None, table: Table | None = None,
     ) -> None:  # fmt: skip
+        """table: in place of a private one; then partitions may change hosts."""
         self.frames = make_frames(512)
         self.ports = (memory_port(), memory_port())
-        self.table = Table.private(4096, VALUE_BYTES)
+        self.table = table or Table.private(4096, VALUE_BYTES)
         self.chain = make_chain(functions, settings or {}, VALUE_BYTES)
         self.client = client or Client([], 1, VALUE_BYTES, 1, 1)
         hosts = len(self.client.addresses)
         self.primary = primary = np.full(PARTITIONS, HERE) if primary is None else primary
-        self.engine = make_engine(self.chain, self.frames, primary, self.table.register_owner(), 1, VALUE_BYTES // 8, hosts)
+        owner = self.table.register_owner()
+        self.engine = make_engine(self.chain, self.frames, primary, owner, 1, VALUE_BYTES // 8, hosts, replicates=bool(table))
 
     def __call__(self, frame: bytes, side: int = INSIDE) -> list[tuple[int, bytes]]:
         return self.burst([frame], side)
@@ -58,8 +60,10 @@ class Rig:
     def outside(self, frame: bytes) -> list[tuple[int, bytes]]:
         return self(frame, OUTSIDE)
 
-    def burst(self, burst: Sequence[bytes], side: int = INSIDE, settle_ns: int = 2_000_000) -> list[tuple[int, bytes]]:
-        """Let frames arrive together and return what left until nothing waits any more."""
+    def burst(
+        self, burst: Sequence[bytes], side: int = INSIDE, settle_ns: int = 2_000_000, turns: int = 100
+    ) -> list[tuple[int, bytes]]:
+        """Let frames arrive together and return what left until nothing waits any more, or for so many turns."""
         port = self.ports[side]
         for frame in burst:
             at = int(take_frame(self.frames)) + 256
@@ -68,7 +72,7 @@ class Rig:
             port.rx_ring[2 * slot], port.rx_ring[2 * slot + 1] = at, len(frame)
             port.rx_producer[0] += 1
         left: list[tuple[int, bytes]] = []
-        for _ in range(100):
+        for _ in range(turns):
             run(self.engine, *self.ports, self.frames, self.table.words, self.client.state, settle_ns)
             left += self._collect()
             if waiting(self.engine) == 0:

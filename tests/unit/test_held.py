@@ -1,0 +1,154 @@
+"""Packets on replicated state in the packet loop: held until it is committed, parked while it moves, dropped when it is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from scapy.layers.inet import IP, UDP
+from scapy.layers.l2 import Ether
+
+from datastore.replication.shipping import changes
+from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, LEASE_NS, NO_ROLE, PRIMARY
+from datastore.store.partitions import PARTITIONS
+from datastore.store.table import Table
+from nfs.dataplane import load
+from nfs.dataplane.engine import EPOCH
+from nfs.dataplane.headers import OUTSIDE
+from tests.packets import SERVER, ethernet
+from tests.rig import VALUE_BYTES, Rig
+
+pytestmark = pytest.mark.bounds
+PORT = 5000
+PARTITION = (PORT & 0x1FE) >> 1
+SHORT = 3
+"""Turns of the loop in which what may leave does."""
+
+
+class Replicated(Rig):
+    """A rig on a table that replicates, whose commits, lease and role the test says."""
+
+    def __init__(self, name: str, **settings: object) -> None:
+        table = Table.anonymous("held", 4096, VALUE_BYTES, replication_secret=3)
+        for partition in range(PARTITIONS):
+            table.set_role(partition, PRIMARY, 1)
+        super().__init__([load(name)], {name: settings} if settings else None, table=table)
+
+    def commit(self, upto: int) -> None:
+        """Let so many changes of the partition be committed."""
+        self.table.words[int(self.table.words[COMMITTED_AT]) + PARTITION] = upto
+
+    def changed(self) -> int:
+        return int(self.table.words[int(self.table.words[CHANGES_AT]) + PARTITION])
+
+    def send(self, *payloads: bytes) -> list[bytes]:
+        """Take packets of one flow through and return the payloads of what left."""
+        packet = ethernet() / IP(src="10.0.1.7", dst=SERVER) / UDP(sport=PORT, dport=80)
+        frames = [bytes(packet / payload) for payload in payloads]
+        left = self.burst(frames, turns=SHORT)
+        assert all(side == OUTSIDE for side, _ in left)
+        return [bytes(Ether(frame)[UDP].payload)[:1] for _, frame in left]
+
+
+@pytest.fixture
+def rig() -> Iterator[Replicated]:
+    made = Replicated("traffic_counter")
+    yield made
+    assert made.counts()["waiting"] == 0
+    made.table.verify()
+    made.table.close()
+
+
+def test_a_packet_leaves_when_what_it_changed_is_committed(rig):
+    assert rig.send(b"a") == [b"a"]  # no backups: everything is
+    rig.commit(1)
+    assert rig.send(b"b", b"c") == []
+    assert rig.changed() == changes(rig.table.words, PARTITION) == 3
+    rig.commit(2)
+    assert rig.send() == [b"b"]
+    rig.commit(3)
+    assert rig.send(b"d") == [b"c"]
+    rig.commit(4)
+    assert rig.send() == [b"d"]
+
+
+def test_without_a_lease_nothing_leaves(rig):
+    rig.table.words[LEASE_NS] = 1
+    assert rig.send(b"a") == []
+    rig.table.words[LEASE_NS] = time.monotonic_ns() + 10**12
+    assert rig.send(b"b") == [b"a", b"b"]
+
+
+def test_what_was_not_committed_goes_with_the_role(rig):
+    rig.commit(0)
+    assert rig.send(b"a") == []
+    rig.table.set_role(PARTITION, BACKUP, 2)
+    assert rig.send() == []
+    assert rig.counts()["uncommitted"] == 1
+    rig.table.set_role(PARTITION, PRIMARY, 3)
+    rig.engine.control[EPOCH] = 3
+    rig.commit(0)
+    assert rig.send(b"b") == []
+    rig.table.set_role(PARTITION, PRIMARY, 4)  # primary again, but of another reign
+    rig.commit(100)
+    assert rig.send() == []
+    assert rig.counts()["uncommitted"] == 2
+
+
+def test_packets_wait_for_their_partition_in_order(rig):
+    rig.table.set_role(PARTITION, NO_ROLE, 2)
+    assert rig.send(b"a", b"b") == []
+    assert rig.send(b"c") == []
+    assert rig.records() == {}  # nothing ran
+    rig.table.set_role(PARTITION, PRIMARY, 2)
+    assert rig.send() == []  # the map here is older
+    rig.engine.control[EPOCH] = 2
+    assert rig.send(b"d") == [b"a", b"b", b"c", b"d"]
+
+
+def test_parked_by_order_behind_what_is_held(rig):
+    rig.commit(0)
+    assert rig.send(b"a") == []
+    rig.engine.held.parking[PARTITION] = 1
+    assert rig.send(b"b") == []
+    assert rig.changed() == 1
+    rig.commit(1)
+    assert rig.send() == [b"a"]
+    rig.engine.held.parking[PARTITION] = 0
+    assert rig.send(b"c") == []  # ran, and waits for its change
+    rig.commit(3)
+    assert rig.send() == [b"b", b"c"]
+
+
+def test_nobody_waits_for_ever(rig, monkeypatch):
+    rig.table.set_role(PARTITION, NO_ROLE, 2)
+    assert rig.send(b"a") == []
+    rig.engine.held.packets[:, 5] -= 3_000_000_000  # as if it had waited so long
+    assert rig.send() == []
+    assert rig.counts()["state_unreachable"] == 1
+
+
+def test_a_young_expiry_is_not_renewed_for_every_packet():
+    rig = Replicated("firewall")
+    assert rig.send(b"a") == [b"a"]
+    first = rig.changed()
+    rig.send(b"b")
+    settled = rig.changed()
+    for _ in range(3):
+        assert rig.send(b"c") == [b"c"]
+    assert rig.changed() <= settled + 1  # the second may turn meanwhile, the time-out's eighth does not
+    assert first >= 1
+    rig.table.close()
+
+
+def test_a_nat_waits_for_its_mapping_and_its_port(rig):
+    nat = Replicated("nat", external_addresses=["192.0.2.1"])
+    nat.table.words[int(nat.table.words[COMMITTED_AT]) : int(nat.table.words[COMMITTED_AT]) + PARTITIONS] = 0
+    assert nat.send(b"a") == []
+    assert len(list(nat.table.records())) == 2
+    committed = slice(int(nat.table.words[COMMITTED_AT]), int(nat.table.words[COMMITTED_AT]) + PARTITIONS)
+    nat.table.words[committed] = np.uint64(9)
+    assert nat.send() == [b"a"]
+    nat.table.close()
