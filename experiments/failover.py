@@ -11,7 +11,7 @@ STAND_IN = {"placement": ("local", "centralized")}
 COORDINATED = {"placement": ("integrated",), "settings": {"coordinated": True}}
 """Our own, also without replicas: what is lost is then refused, not made up."""
 COORDINATED_NAT = {**NAT, **COORDINATED, "settings": {**OUTSIDE, "coordinated": True}}
-PEERS = {**NAT, "placement": ("nftables",)}
+PEERS = {**NAT, "placement": ("nftables", "conntrackd")}
 
 EXPERIMENT = Experiment(
     question="For how long is nothing delivered when an NF host is lost, what is lost with it, and which connections break?",
@@ -26,7 +26,7 @@ EXPERIMENT = Experiment(
             "settings": {"seconds": 1.6},
         },
         "quick": {"sweeps": ({**NAT, **STAND_IN}, {**COORDINATED_NAT, "replicas": (1,)},
-                             {**COORDINATED_NAT, "replicas": (2,), "repeats": 3}, PEERS)},
+                             {**COORDINATED_NAT, "replicas": (2,), "repeats": 2}, PEERS)},
         "paper": {  # 100 kills of two replicas
             "sweeps": ({**NAT, **STAND_IN, "repeats": 20}, {**COUNTER, **STAND_IN, "repeats": 20},
                        {**COORDINATED_NAT, "replicas": (1, 3), "repeats": 20},

@@ -14,6 +14,7 @@ EXPERIMENT = Experiment(
     seed=1,
     profiles={
         "smoke": {"sweeps": ({**INTEGRATED, "replicas": (2,)},)},
+        "quick": {"sweeps": (INTEGRATED, {**CENTRALIZED, "replicas": (2,)})},
         "paper": {"sweeps": ({**INTEGRATED, "replicas": (1, 2, 3)}, {**CENTRALIZED, "replicas": (1, 2, 3)}), "repeats": 5,
                   "network": {"nf_hosts": 3}},
     },

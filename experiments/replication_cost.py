@@ -17,6 +17,10 @@ EXPERIMENT = Experiment(
     profiles={
         "smoke": {"sweeps": ({**SYNCHRONOUS, "nf": ("traffic_counter",), "placement": ("integrated",)},),
                   "settings": {"search_steps": 3, "search_seconds": 0.2}},
+        "quick": {"sweeps": ({**SYNCHRONOUS, "nf": ("traffic_counter",)},
+                             {**SYNCHRONOUS, "nf": ("firewall",), "placement": ("integrated",)},
+                             {**ASYNCHRONOUS, "placement": ("integrated",)}),
+                  "settings": {"search_steps": 5}},
         "paper": {"sweeps": ({**GRID, "replicas": (1, 2, 3)}, {**ASYNCHRONOUS, "replicas": (2, 3)}), "repeats": 5,
                   "network": {"nf_hosts": 3}, "settings": {"search_steps": 8, "search_seconds": 1.0, "seconds": 3.0}},
     },

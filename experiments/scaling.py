@@ -15,8 +15,8 @@ EXPERIMENT = Experiment(
     seed=1,
     profiles={
         "smoke": {"sweeps": ({**MOVED, **FEW, "replicas": (1,)},)},
-        "quick": {"sweeps": ({**STEERED, **FEW}, {**MOVED, **FEW, "flows": (2_000, 20_000), "replicas": (1,)},
-                             {**MOVED, **FEW, "replicas": (2,)})},
+        "quick": {"sweeps": ({**STEERED, **FEW, "placement": ("centralized",)},
+                             {**MOVED, **FEW, "flows": (2_000, 20_000), "replicas": (2,)})},
         "paper": {"repeats": 5},
     },
 )  # fmt: skip

@@ -269,7 +269,7 @@ class Coordination:
     def status(self) -> dict[str, Any]:
         """Return map, hosts, leases and trouble, as a JSON object."""
         now_ns = time.monotonic_ns()
-        hosts = {name: {"lease_ms": max(state.granted_until_ns - now_ns, 0) / 1e6, "epoch": state.epoch,
+        hosts = {name: {"lease_ms": max(state.granted_until_ns - now_ns, 0) / 1e6, "epoch": state.epoch, "lag": state.lag,
                         "heard_ms_ago": (now_ns - state.heard_ns) / 1e6 if state.heard_ns else None}
                  for name, state in self.coordinator.hosts.items()}  # fmt: skip
         instances = self.switchover.instances if self.switchover else {}

@@ -58,18 +58,19 @@ class Timing:
 
 @dataclass
 class HostState:
-    """What the coordinator knows of a host. granted_until_ns: on its own clock, margin included."""
+    """What the coordinator knows of a host. granted_until_ns: on its own clock, margin included. lag: as in its heartbeat."""
 
     granted_until_ns: int
     incarnation: int = 0
     epoch: int = 0
     heard_ns: int = 0
+    lag: int = 0
 
 
 @dataclass(frozen=True)
 class Heartbeat:
     """What a store host says of itself: the map it follows; (partition, host) pairs that have all; partitions that it has
-    stopped serving for their successors; peers that do not acknowledge."""
+    stopped serving for their successors; peers that do not acknowledge; how many of its changes are not committed yet."""
 
     host: str
     cluster: int
@@ -79,6 +80,7 @@ class Heartbeat:
     synchronised: tuple[tuple[int, str], ...] = ()
     released: tuple[int, ...] = ()
     unreachable: tuple[str, ...] = ()
+    lag: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Coordinator:
                 None,
                 f"{beat.host} restarted: waiting for its old lease to end",
             )
-        state.epoch, state.heard_ns = max(state.epoch, beat.epoch), now_ns
+        state.epoch, state.heard_ns, state.lag = max(state.epoch, beat.epoch), now_ns, beat.lag
         self._listen(now_ns, beat)
         self.advance(now_ns)
         if beat.epoch == self.map.epoch:

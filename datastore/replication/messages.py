@@ -33,7 +33,7 @@ def read_beat(fields: dict[str, Any]) -> Heartbeat:
         return Heartbeat(
             str(fields["host"]), int(fields["cluster"]), int(fields["incarnation"]), int(fields["epoch"]), int(fields["sent_ns"]),
             tuple((int(partition), str(host)) for partition, host in fields["synchronised"]),
-            tuple(map(int, fields["released"])), tuple(map(str, fields["unreachable"])),
+            tuple(map(int, fields["released"])), tuple(map(str, fields["unreachable"])), int(fields["lag"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise NearstateError(f"not a heartbeat: {error!r}") from None

@@ -23,7 +23,7 @@ from datastore.replication.coordinator import Grant, Heartbeat, Timing
 from datastore.replication.maps import ClusterMap, Group
 from datastore.replication.shipping import Shipping
 from datastore.store import locking
-from datastore.store.layout import LEASE_NS, NO_ROLE, PRIMARY, RETIRING, ROLE
+from datastore.store.layout import CHANGES_AT, COMMITTED_AT, LEASE_NS, NO_ROLE, PRIMARY, RETIRING, ROLE
 from datastore.store.locking import role_word
 from datastore.store.statuses import NAMES, OK
 
@@ -157,7 +157,15 @@ class Replica:
             if group.successor and self.is_drained(partition):
                 released.append(partition)
         return Heartbeat(self.host, self.cluster, self.incarnation, self.map.epoch, now_ns, tuple(synchronised), tuple(released),
-                         tuple(self._unreachable(now_ns)))  # fmt: skip
+                         tuple(self._unreachable(now_ns)), self._lag())  # fmt: skip
+
+    def _lag(self) -> int:
+        """Return how many changes of the partitions that this host rules are not committed."""
+        ruled = list(self.map.ruled.get(self.host, ()))
+        changed, committed = (
+            self.words[int(self.words[at]) :][: self.shipping.done_end.size].astype(np.int64) for at in (CHANGES_AT, COMMITTED_AT)
+        )
+        return int(np.maximum(changed - committed, 0)[ruled].sum()) if ruled else 0
 
     def expected(self) -> bool:
         """Tell whether the coordinator waits for what this host, as a primary, has to say of others who learn, or take over."""

@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.table import Table as Sheet
 
+SILENT_MS = 200.0
+"""An NF process reports every 15 ms."""
+
 
 def ranges(numbers: Iterable[int]) -> str:
     """Return numbers as ranges: "0-3, 7"."""
@@ -31,14 +34,15 @@ def condition(host: dict[str, Any], epoch: int) -> str:
 def host_sheet(status: dict[str, Any]) -> Sheet:
     """Return the hosts: what they hold, their leases, and who is missing."""
     groups, epoch = status["map"]["groups"], status["map"]["epoch"]
-    sheet = Sheet("host", "state", "primary of", "backup of", "learning", "leaving", "lease left", "heard", title=f"map {epoch}",
-                  title_justify="left")  # fmt: skip
+    columns = ("host", "state", "primary of", "backup of", "learning", "leaving", "packets of", "lag", "lease left", "heard")
+    sheet = Sheet(*columns, title=f"map {epoch}", title_justify="left")
     for name, host in status["hosts"].items():
         counts = [
             sum(bool(group["members"]) and group["members"][0] == name for group in groups),
             sum(name in group["members"][1:] for group in groups),
             *(sum(name in group[part] for group in groups) for part in ("learners", "leaving")),
-        ]
+            status["steering"].count(name), host["lag"],
+        ]  # fmt: skip
         heard = "never" if host["heard_ms_ago"] is None else f"{host['heard_ms_ago']:.0f} ms ago"
         sheet.add_row(name, condition(host, epoch), *map(str, counts), f"{host['lease_ms']:.0f} ms", heard)
     return sheet
@@ -56,4 +60,6 @@ def troubles(status: dict[str, Any]) -> list[str]:
         "to be moved": [int(partition) for partition in status["moves"]],
     }
     lines = [f"{len(found)} partition{'s' * (len(found) > 1)} {what}: {ranges(found)}" for what, found in kinds.items() if found]
+    lines += [f"NF process of {name}: not heard for {instance['heard_ms_ago'] / 1000:.1f} s"
+              for name, instance in status["instances"].items() if (instance["heard_ms_ago"] or 0) > SILENT_MS]  # fmt: skip
     return [status["trouble"]] * bool(status["trouble"]) + lines

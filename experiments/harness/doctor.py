@@ -44,7 +44,7 @@ LOCKED_MBYTES = 64
 TRIAL_S = 2.5
 TOOL_S = 2.0
 PACKAGES = ("mininet", "openvswitch-switch", "libxdp1", "nftables", "redis-server", "ethtool", "iproute2", "nginx", "iperf3",
-            "wrk", "curl")  # fmt: skip
+            "wrk", "curl", "conntrackd")  # fmt: skip
 LIBRARIES = ("numba", "llvmlite", "numpy", "pandas", "matplotlib", "os-ken", "scapy", "pyroute2", "hdrhistogram")
 QUICK_CLOCKS = ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page", "arch_sys_counter")
 """Clock sources read without a system call (vDSO); each packet is stamped, so the others cost throughput."""

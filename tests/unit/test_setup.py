@@ -22,7 +22,7 @@ from datastore.native import ROOT
 SETUP = "experiments/harness/setup.sh"
 PACKAGES = ["python3", "python3-venv", "mininet", "libxdp1", "openvswitch-switch", "nftables", "redis-server"]
 PACKAGES += ["ethtool", "iproute2", "iputils-ping", "procps", "kmod", "util-linux", "nginx", "curl", "wrk", "iperf3"]
-PACKAGES += ["openssh-server", "openssh-client", "dnsmasq-base", "bind9-dnsutils", "traceroute", "tcpdump"]
+PACKAGES += ["openssh-server", "openssh-client", "dnsmasq-base", "bind9-dnsutils", "traceroute", "tcpdump", "conntrackd"]
 # Builds what `venv_is_complete` looks for without pip, so that the decisions around it run as they are.
 QUICK_VENV = """
 build_venv() {
@@ -195,7 +195,7 @@ def test_missing_packages_are_installed_by_root_and_named_to_others(tree: Tree, 
     assert tree.set_up() == (0, "", "")
 
 
-SERVICES = {"redis-server": "redis-server", "nginx": "nginx", "openssh-server": "ssh"}
+SERVICES = {"redis-server": "redis-server", "nginx": "nginx", "openssh-server": "ssh", "conntrackd": "conntrackd"}
 
 
 def tree_without_services(tree: Tree, then: str) -> None:
@@ -219,7 +219,8 @@ def test_no_service_is_started_or_left_on_also_when_set_up_was_interrupted(tree:
     assert tree.set_up("emulation")[0] == 1
     assert tree.policy.exists() == how.startswith("kill")
     said = (tmp_path / "asked").read_text()
-    assert said == "redis-server refused 101\nnginx refused 101\nssh refused 101\nopenvswitch-switch allowed\n"
+    refused = "".join(f"{service} refused 101\n" for service in SERVICES.values())
+    assert said == f"{refused}openvswitch-switch allowed\n"
     assert not re.search("disable", tree.calls)
     assert tree.set_up("emulation")[0] == 0
     for service in SERVICES.values():

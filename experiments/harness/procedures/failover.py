@@ -50,6 +50,8 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         raise NearstateError("before any loss: the coordinator believes in another steering than the switch has; its log is "
                              f"{bench.coordinator.log}")  # fmt: skip
     carried = [partition for partition, host in enumerate(steered) if host == victim]
+    if not carried:  # a busy machine: it was not heard for a lease, and replaced
+        raise NearstateError(f"before any loss: {victim} carries nothing; its place was taken while the trial began")
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], {"bin_us": settings["bin_us"], "watch": carried})
     until_ns = began_ns + int(settings["seconds"] * 1e9)
     _sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))
