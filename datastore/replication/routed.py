@@ -69,12 +69,16 @@ class RoutedClient:
         expected: int = ANY_VERSION,
         offset: int = 0,
         timeout_s: float = 10.0,
+        expires_s: int = 0,
     ) -> Answer | None:
-        """Do an operation (see `store/operations.py`); None: nobody answered in time, and it may have been done or not."""
+        """Do an operation (see `store/operations.py`); None: nobody answered in time, and it may have been done or not.
+
+        expires_s: of INSERT and ADD, the second of CLOCK_MONOTONIC at which the record expires; 0: never.
+        """
         sequence, self.next_sequence = self.next_sequence, self.next_sequence + 1
         given = np.zeros(self.value_words, np.uint64)
         given[: len(value) // 8] = np.frombuffer(value, np.uint64)
-        stamp = expected << EXPIRY_BITS if kind in (PUT, DELETE) else 0
+        stamp = expected << EXPIRY_BITS if kind in (PUT, DELETE) else expires_s % (1 << EXPIRY_BITS)
         operation = np.zeros(OPERATION_VALUE + self.value_words, np.uint64)
         operation[0] = operation_word(kind, 0, len(value), offset)
         operation[SEQUENCE], operation[2], operation[3], operation[4] = sequence, low, high, stamp & 0xFFFFFFFFFFFFFFFF

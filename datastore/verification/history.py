@@ -13,7 +13,7 @@ All words are 64 bits, little-endian.
              4  sequence number
              5  key low
              6  key high
-             7  version expected
+             7  version expected; of INSERT, the second of CLOCK_MONOTONIC at which it expires; ANY_VERSION: none
              8  version answered, 0: none
              9.. value asked for: a record; of ADD, the delta
              .. record answered

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from datastore.native.errors import NearstateError
 from datastore.store.statuses import ABSENT
+from datastore.verification.expiry import with_expiry
 from datastore.verification.explanation import explain
 from datastore.verification.history import History
 from datastore.verification.model import KINDS, MUTATING, OUTCOMES, Operation, Record, describe, unanswered
@@ -90,7 +91,7 @@ def check_keys(
     """Check operations that are sorted into keys already."""
     started, refused, results = time.perf_counter(), 0, []
     for recorded in keys:
-        operations = list(relevant(recorded))
+        operations = list(relevant(with_expiry(recorded)))
         refused += sum(not unanswered(operation) and operation.status not in OUTCOMES for operation in recorded)
         if operations:
             results.append(check_key(operations, value_bytes, max_width))

@@ -11,7 +11,7 @@ The model is the store's contract (`datastore.store.operations`) without its mec
 
 A version never goes back for a key, but a record made anew may start at any version above all the key ever had: it starts
 above every version that was removed from its *partition*, so other keys have a say. Hence a state holds a set of versions:
-one, or all from one on. It becomes one as soon as an answer shows it. Expiry is not modelled: histories are recorded without.
+one, or all from one on. It becomes one as soon as an answer shows it. Expiry is a deletion by one more client (`expiry.py`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Operation(NamedTuple):
     value: bytes = b""
     """PUT, INSERT: the record, in full length. ADD: the delta, 8 bytes little-endian."""
     expected: int = ANY_VERSION
-    """PUT, DELETE: the version asked for."""
+    """PUT, DELETE: the version asked for. INSERT: the second of CLOCK_MONOTONIC at which it expires, ANY_VERSION: never."""
     offset: int = 0
     """ADD: which byte of the record the field begins at."""
     status: int = UNANSWERED
@@ -192,6 +192,8 @@ def describe(operation: Operation) -> tuple[str, str]:
         asked += f" {delta:+d}" + (f" at byte {operation.offset}" if operation.offset else "")
     if kind in (PUT, DELETE) and operation.expected != ANY_VERSION:
         asked += f" if version {operation.expected}"
+    if kind == INSERT and operation.expected != ANY_VERSION:
+        asked += f" until second {operation.expected}"
     if operation.status == UNANSWERED:
         return asked, "no answer"
     status = operation.status

@@ -376,7 +376,8 @@ class ClientHost(Actor):
         self.sequence += 1
         key = self.world.some_key()
         kind = rng.choices((GET, PUT, INSERT, ADD, DELETE), (40, 3, 2, 4, 1) if self.number % 2 else (5, 3, 2, 4, 1))[0]
-        expected = ANY_VERSION if rng.random() < 0.5 else self.versions.get(key, 1)
+        known = ANY_VERSION if rng.random() < 0.5 else self.versions.get(key, 1)
+        expected = known if kind in (PUT, DELETE) else ANY_VERSION
         value = rng.randrange(1, 1 << 16).to_bytes(8, "little") + (bytes(8) if kind in (PUT, INSERT) else b"")
         self.pending = Operation(self.number, self.sequence, *key, kind, value if kind in (PUT, INSERT, ADD) else b"", expected,
                                  invoked_ns=self.world.now)  # fmt: skip

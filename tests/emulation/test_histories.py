@@ -8,23 +8,24 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datastore.replication.routed import RoutedClient
+from datastore.store.layout import VALUE
 from datastore.store.table import Table
 from datastore.verification.history import read_history
-from datastore.verification.linearizability import LINEARIZABLE, check_history
+from datastore.verification.linearizability import LINEARIZABLE, VIOLATION, check_history
 from experiments.harness.bench import COORDINATOR_PORT, STORE_PORT, Bench
 from experiments.harness.spec import Experiment, Trial
 from tests.rack import emulation_of, working_rack
-from tests.recorded import work
+from tests.recorded import HIGH, KEYS, read_all, record_key, work
 from topologies.emulation import system
 from topologies.emulation.journal import Journal
 from topologies.emulation.processes import Launcher
@@ -36,6 +37,8 @@ OPERATIONS = (1_000_000 if LONG else 25_000) // CLIENTS
 """Of each client, for each number of replicas: two runs make 50,000 operations and 50 faults."""
 LEASE_MS = 250.0
 VALUE_BYTES = 16
+HOOKS = {"input": "iifname", "output": "oifname"}
+"""Where packets of one direction pass in a host, and what the interface is called there."""
 ONE_WAY = """
 table inet nearstate_cut {{
   chain {hook} {{
@@ -53,70 +56,100 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journa
 
 
 class Faults:
-    """Things that happen to a bench's stores, one at a time, chosen by a seed. What is killed is filled again before the next."""
+    """Things that happen to a bench's stores, chosen by a seed.
+
+    What passes (a stop, a cut) strikes up to two hosts at a time. A kill waits until all copies are there, and until they are
+    again: the last one is not to be killed.
+    """
 
     def __init__(self, bench: Bench, seed: int) -> None:
         self.bench, self.chance = bench, random.Random(seed)
-        self.kinds = (self.kill, self.stop, self.stop, self.stop, self.cut, self.cut_one_way, self.cut_one_way, self.move,
-                      self.restart_coordinator)  # fmt: skip
+        self.kinds = (self.kill, self.move, self.restart_coordinator, *[self.pass_by] * 7)
+        self.passing = (self.stop, self.stop, self.cut, self.cut_one_way, self.cut_one_way)
+        self.under_way: dict[str, threading.Thread] = {}
         self.done: list[str] = []
 
     def strike(self) -> None:
-        """Do one of them to one host."""
-        host, kind = self.chance.choice(list(self.bench.stores)), self.chance.choice(self.kinds)
-        self.done.append(f"{kind.__name__} {host}")
-        kind(host)
+        """Do one of them to one host that none passes at."""
+        self.chance.choice(self.kinds)(self.chance.choice([host for host in self.bench.stores if host not in self._struck()]))
+
+    def restart_all(self) -> None:
+        """Kill and restart every store, one after the other."""
+        for host in self.bench.stores:
+            self.kill(host)
 
     def kill(self, host: str) -> None:
-        self.bench.wait_full()  # the last copy is not to be killed
+        self.pass_over()
+        self.done.append(f"kill {host}")
+        self.bench.wait_full()
         self.bench.stores[host].kill()
         while any(host in g["members"] + g["learners"] for g in self.bench.status()["map"]["groups"]):
             time.sleep(0.02)
         self.bench.restart_store(host)
         self.bench.wait_full()
 
-    def stop(self, host: str) -> None:
-        pause_s = self.chance.choice((0.05, 0.2, 0.5, 5.0 if LONG else 1.0))
-        self.bench.stores[host].signal(signal.SIGSTOP)
-        time.sleep(pause_s)
-        self.bench.stores[host].signal(signal.SIGCONT)
-
-    def cut(self, host: str) -> None:
-        self.bench.network.cut(host, "storage")
-        time.sleep(self.chance.uniform(0.05, 0.8))
-        self.bench.network.mend(host, "storage")
-
-    def cut_one_way(self, host: str) -> None:
-        hook, side = self.chance.choice((("input", "iifname"), ("output", "oifname")))
-        self._nft(host, ["nft", "-f", "-"], ONE_WAY.format(hook=hook, side=side))
-        time.sleep(self.chance.uniform(0.05, 0.8))
-        self._nft(host, ["nft", "delete", "table", "inet", "nearstate_cut"], "")
-
     def move(self, host: str) -> None:
+        self.done.append(f"move to {host}")
         self.bench.ask_coordinator({"move": {"partitions": self.chance.sample(range(256), 64), "target": host}})
-        time.sleep(0.2)
 
     def restart_coordinator(self, _: str) -> None:
+        self.done.append("restart coordinator")
         assert self.bench.coordinator
         self.bench.coordinator.kill()
         time.sleep(self.chance.uniform(0, 0.3))
         self.bench.restart_coordinator()
 
+    def pass_by(self, host: str) -> None:
+        """Begin a fault that passes; return at once, or when one of two others has passed."""
+        begin, seconds, hook = (
+            self.chance.choice(self.passing),
+            0.05 * 100 ** self.chance.random(),
+            self.chance.choice(tuple(HOOKS)),
+        )
+        self.done.append(f"{begin.__name__} {host} {hook if begin == self.cut_one_way else ''} {seconds:.2f} s")
+        while len(self._struck()) > 1:
+            time.sleep(0.005)
+        self.under_way[host] = threading.Thread(target=begin, args=(host, seconds, hook), daemon=True)
+        self.under_way[host].start()
+
+    def pass_over(self) -> None:
+        """Wait until nothing passes any more."""
+        for thread in self.under_way.values():
+            thread.join()
+
+    def stop(self, host: str, seconds: float, _: str) -> None:
+        self.bench.stores[host].signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.bench.stores[host].signal(signal.SIGCONT)
+
+    def cut(self, host: str, seconds: float, _: str) -> None:
+        self.bench.network.cut(host, "storage")
+        time.sleep(seconds)
+        self.bench.network.mend(host, "storage")
+
+    def cut_one_way(self, host: str, seconds: float, hook: str) -> None:
+        self._nft(host, ["nft", "-f", "-"], ONE_WAY.format(hook=hook, side=HOOKS[hook]))
+        time.sleep(seconds)
+        self._nft(host, ["nft", "delete", "table", "inet", "nearstate_cut"], "")
+
+    def _struck(self) -> list[str]:
+        return [host for host, thread in self.under_way.items() if thread.is_alive()]
+
     def _nft(self, host: str, command: list[str], text: str) -> None:
-        pid = str(self.bench.network.hosts[host].pid)
-        subprocess.run(["nsenter", "-t", pid, "-n", *command], input=text, text=True, check=True, timeout=20)
+        with system.network_namespace(self.bench.network.hosts[host].pid):
+            system.run(command, dict(os.environ), text)
 
 
-def record(bench: Bench, folder: Path, number: int, stop: threading.Event) -> None:
-    """Work as recorded client `number` on the host `control`."""
+def connection(bench: Bench, number: int) -> RoutedClient:
+    """Return client `number` of the bench's stores."""
     addresses = {host: (bench.storage_address(host), STORE_PORT) for host in bench.stores}
-    coordinator = (bench.storage_address("control"), COORDINATOR_PORT)
+    return RoutedClient(addresses, (bench.storage_address("control"), COORDINATOR_PORT), number, VALUE_BYTES, bench.cluster_id)
 
-    def connect(number: int) -> RoutedClient:
-        return RoutedClient(addresses, coordinator, number, VALUE_BYTES, bench.cluster_id)
 
+def record(bench: Bench, folder: Path, number: int, stop: threading.Event, least: int = OPERATIONS) -> None:
+    """Work as recorded client `number` on the host `control`."""
     with system.network_namespace(bench.network.hosts["control"].pid):
-        work(connect, folder, number, stop, VALUE_BYTES, OPERATIONS)
+        work(partial(connection, bench), folder, number, stop, VALUE_BYTES, least)
 
 
 def copies(bench: Bench) -> dict[tuple[int, int], set[tuple[int, bytes]]]:
@@ -144,36 +177,45 @@ def test_histories_under_faults_are_linearizable(emulation, tmp_path, replicas):
         for client in clients:
             client.start()
         faults = Faults(bench, seed=replicas)
+        faults.restart_all()
         while len(faults.done) < FAULTS:
             time.sleep(faults.chance.uniform(0.02, 0.1))
             faults.strike()
+        faults.pass_over()
         bench.wait_full()
+        stop.set()
         for client in clients:
             client.join(600)
-        stop.set()
-        bench.wait_full()
+        with system.network_namespace(bench.network.hosts["control"].pid):
+            read_all(partial(connection, bench), folder, CLIENTS + 1, VALUE_BYTES, times=2 * replicas)
         history = read_history(folder)
         result = check_history(history)
         assert result.verdict == LINEARIZABLE, "\n".join([*faults.done, *result.explanation])
-        assert result.operations >= 0.9 * CLIENTS * OPERATIONS
+        assert len(history) >= CLIENTS * OPERATIONS
+        assert len(history.files) == CLIENTS + 1
         time.sleep(0.1)
         assert all(len(seen) == 1 for seen in copies(bench).values())
 
 
 def test_a_planted_wrong_answer_is_noticed(emulation, tmp_path):
-    """The same clients; one record of one backup is changed behind the protocol's back."""
+    """The same clients; the backups' copies of records are changed behind the protocol's back."""
     settings = {"coordinated": True, "lease_ms": LEASE_MS, "value_bytes": VALUE_BYTES, "capacity": 8192}
     trial = Trial("test", "rack", "", "integrated", 2, {}, settings, 0, 1)
     experiment = Experiment("?", "throughput", ({},), network={"nf_hosts": 3})
     with working_rack(emulation, trial, experiment) as (bench, _):
-        folder = tmp_path / "histories"
-        record(bench, folder, 1, threading.Event())
+        stopped, folder = threading.Event(), tmp_path / "histories"
+        stopped.set()
+        record(bench, folder, 1, stopped, least=500)
+        groups, changed = bench.status()["map"]["groups"], 0
         for host in bench.stores:
             table = Table.attach(bench.table_name(host))
-            words = table.words
-            for found_record in list(table.records()):
-                at = np.flatnonzero(words == np.uint64(found_record.low))
-                words[at + 3] += np.uint64(1 << 40)
+            for low in map(record_key, range(KEYS)):
+                if groups[low & 0xFF]["members"][1] == host:
+                    slots = np.flatnonzero((table.words[:-VALUE] == low) & (table.words[1 : 1 - VALUE] == HIGH))
+                    table.words[slots + VALUE] += np.uint64(1 << 40)
+                    changed += len(slots)
             table.close()
-        record(bench, folder, 2, threading.Event())
-        assert check_history(read_history(folder)).verdict != LINEARIZABLE
+        assert changed > 0
+        with system.network_namespace(bench.network.hosts["control"].pid):
+            read_all(partial(connection, bench), folder, 2, VALUE_BYTES, times=4)
+        assert check_history(read_history(folder)).verdict == VIOLATION

@@ -137,6 +137,46 @@ def test_two_inserts_of_one_key():
     assert verdict(insert(0, 10, 1, 5), op(INSERT, 1, 11, EXISTS, 1, 5, value=6, client=2)) == LINEARIZABLE
 
 
+def lease(called, answered, version, value, until_s, **more):
+    """Return an insert that expires. Times are seconds here and in `leased`."""
+    return insert(called, answered, version, value, **more)._replace(expected=until_s)
+
+
+def leased(*history: Operation) -> str:
+    """Return the verdict on operations whose times are given in seconds."""
+    times = [each._replace(invoked_ns=int(each.invoked_ns * 1e9),
+                           answered_ns=NEVER_NS if each.answered_ns == NEVER_NS else int(each.answered_ns * 1e9))
+             for each in history]  # fmt: skip
+    return check(times, VALUE_BYTES).verdict
+
+
+def test_a_lease_is_one_clients_until_it_expires_or_is_given_back():
+    first = lease(1, 2, 1, 5, until_s=10)
+    assert leased(first, lease(11, 12, 2, 6, until_s=20, client=2)) == LINEARIZABLE
+    assert leased(first, lease(9.5, 10.5, 2, 6, until_s=20, client=2)) == LINEARIZABLE, "in its last instant"
+    assert leased(first, lease(8, 9, 2, 6, until_s=20, client=2)) == VIOLATION
+    assert leased(first, missing(8, 9)) == VIOLATION, "gone before it expired"
+    assert leased(first, missing(11, 12), get(13, 14, 1, 5)) == VIOLATION, "back again"
+    back = op(DELETE, 3, 4, version=1, shown=5, expected=1)
+    assert leased(first, back, lease(8, 9, 2, 6, until_s=20, client=2)) == LINEARIZABLE
+    perhaps = op(DELETE, 3, expected=1)
+    assert leased(first, perhaps, lease(8, 9, 2, 6, until_s=20, client=2)) == LINEARIZABLE
+    assert leased(first, perhaps, lease(2.5, 2.9, 2, 6, until_s=20, client=2)) == VIOLATION
+
+
+def test_a_lease_without_an_answer_expires_too():
+    unheard = lease(1, NEVER_NS, 0, 5, until_s=10)._replace(answer=None)
+    assert leased(unheard, get(2, 3, 1, 5), lease(11, 12, 2, 6, until_s=20, client=2)) == LINEARIZABLE
+    assert leased(unheard, get(2, 3, 1, 5), lease(8, 9, 2, 6, until_s=20, client=2)) == VIOLATION
+    assert leased(unheard, lease(8, 9, 2, 6, until_s=20, client=2)) == LINEARIZABLE, "nobody saw it"
+    assert leased(unheard, get(2, 3, 1, 5), missing(4, 5)) == VIOLATION
+
+
+def test_leases_do_not_share_a_key_with_puts():
+    with pytest.raises(NearstateError, match="record leases on keys that are only inserted"):
+        leased(lease(1, 2, 1, 5, until_s=10), put(3, 4, 2, 6))
+
+
 def test_an_add_applied_twice():
     assert verdict(add(0, 10, 1, 1), add(20, 30, 3, 3)) == VIOLATION
     assert verdict(add(0, 10, 1, 1), add(20, 30, 2, 3)) == VIOLATION
