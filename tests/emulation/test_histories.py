@@ -191,8 +191,7 @@ def test_histories_under_faults_are_linearizable(emulation, tmp_path, replicas):
         history = read_history(folder)
         result = check_history(history)
         assert result.verdict == LINEARIZABLE, "\n".join([*faults.done, *result.explanation])
-        assert len(history) >= CLIENTS * OPERATIONS
-        assert len(history.files) == CLIENTS + 1
+        assert sum(file.operations >= OPERATIONS for file in history.files) == CLIENTS, "every client got through"
         time.sleep(0.1)
         assert all(len(seen) == 1 for seen in copies(bench).values())
 
