@@ -14,10 +14,12 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from datastore.native.errors import NearstateError
+from datastore.replication import etcd
 from datastore.replication.coordinator import Coordinator, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
 from datastore.replication.messages import LineSocket, grant_message, read_beat
@@ -28,7 +30,16 @@ BACKLOG = 64
 
 
 class StateStore(Protocol):
-    """Where a coordinator's state outlives it."""
+    """Where a coordinator's state outlives it, and which of several coordinators leads."""
+
+    def campaign(self, give_up: Callable[[], bool]) -> bool:
+        """Wait until this coordinator leads; False when `give_up` says so before."""
+
+    def leads(self) -> bool:
+        """Tell whether no other coordinator can lead now."""
+
+    def close(self) -> None:
+        """Lead no longer."""
 
     def load(self) -> dict[str, Any] | None:
         """Return what was saved last, or None. Raises NearstateError when it cannot be read."""
@@ -38,10 +49,19 @@ class StateStore(Protocol):
 
 
 class FileState:
-    """A file, replaced as a whole: a crash leaves the old or the new one."""
+    """A file, replaced as a whole: a crash leaves the old or the new one. There is one coordinator, and it leads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def campaign(self, give_up: Callable[[], bool]) -> bool:
+        return True
+
+    def leads(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
 
     def load(self) -> dict[str, Any] | None:
         try:
@@ -71,12 +91,20 @@ class FileState:
             ) from None
 
 
+def open_state(config: dict[str, Any]) -> StateStore:
+    """Return where the state of a coordinator with this configuration is. Raises NearstateError for an address that is none."""
+    if str(config["state"]).startswith(etcd.SCHEME):
+        return etcd.EtcdState(config["state"], f"{config['address']}:{config['port']}")
+    return FileState(Path(config["state"]))
+
+
 class Coordination:
     """A coordinator on a listening socket. config: see `main`."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], state: StateStore | None = None) -> None:
+        """state: in which this coordinator leads; None: as the configuration says."""
         timing = Timing.of(config.get("lease_ms"))
-        self.state: StateStore = FileState(Path(config["state"]))
+        self.state = state or open_state(config)
         self.trouble = ""
         document, now_ns = self.state.load(), time.monotonic_ns()
         if document is None:
@@ -212,6 +240,8 @@ class Coordination:
         try:
             if "beat" in message:
                 beat = read_beat(message["beat"])
+                if not self.state.leads():
+                    return grant_message(Grant(beat.incarnation, beat.sent_ns, 0, 0, None, "this coordinator leads no longer"))
                 grant = coordinator.hear(time.monotonic_ns(), beat)
                 if not grant.refusal:
                     self._hosts[beat.host] = line
@@ -243,6 +273,8 @@ class Coordination:
     def publish(self) -> bool:
         """Save what was decided and tell every store; False when it could not be saved, and is taken back."""
         coordinator = self.coordinator
+        if not self.state.leads():
+            return False
         if coordinator.dirty:
             coordinator.dirty = False
             document = coordinator.save()
@@ -295,31 +327,54 @@ def main(config: dict[str, Any], control: Any) -> None:
     """Run a coordinator under the launcher: target of `Launcher.spawn`.
 
     config: {"address", "port", "cluster": id, "replicas": n, "hosts": [names], "placement": hosts of each partition, "state":
-    path, "lease_ms": optional}, and where packets are to follow the map, "steering": {"instances": [NF hosts], "steering": the
-    instance of each partition now, "aligned": whether the stores are on those hosts, "controller": path of its socket, or ""}.
-    Sends {"ready": true, "port": n} or {"error": line}; answers commands; ends at {"stop": true}, SIGTERM, or when the other
-    side is gone.
+    path, or etcd://host:port/prefix for one of several coordinators, "lease_ms": optional}, and where packets are to follow
+    the map, "steering": {"instances": [NF hosts], "steering": the instance of each partition now, "aligned": whether the
+    stores are on those hosts, "controller": path of its socket, or ""}. Sends {"ready": true, "port": n}, with "leads": false
+    while it stands by, or {"error": line}; answers commands; ends at {"stop": true}, SIGTERM, or when the other side is gone.
     """
     with contextlib.suppress(OSError):  # on a machine of its own it would not wait behind packets; here it shares a few cores
         os.nice(-10)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
+    told: list[str] = []
+
+    def stand_by() -> bool:
+        """While another one leads: tell so once, and whether to give up."""
+        if not told:
+            told.append("standing by")
+            control.send({"ready": True, "port": config["port"], "leads": False})
+        return bool(stopping or (control.receive(0) or {}).get("stop"))
+
+    state: StateStore | None = None
     try:
-        process = Coordination(config)
+        state = open_state(config)
+        while not stopping and state.campaign(stand_by):
+            process = Coordination(config, state)
+            if not told:
+                told.append("leading")
+                control.send({"ready": True, "port": process.port})
+            if _lead(process, control, stopping):
+                return
+    except EOFError:
+        pass
     except (NearstateError, OSError) as error:
         control.send({"error": str(error)})
-        return
-    control.send({"ready": True, "port": process.port})
+    finally:
+        if state:
+            state.close()
+
+
+def _lead(process: Coordination, control: Any, stopping: Sequence[int]) -> bool:
+    """Coordinate until told to stop (then True), or until this coordinator leads no longer. Raises EOFError."""
     process.selector.register(control, selectors.EVENT_READ)
     try:
-        while not stopping:
+        while not stopping and process.state.leads():
             process.turn(process.coordinator.timing.heartbeat_ns / 3e9)
             message = control.receive(0)
             if message and message.get("stop"):
-                return
+                return True
             if message:
                 control.send(process.command(message))
-    except EOFError:
-        pass
+        return bool(stopping)
     finally:
         process.close()

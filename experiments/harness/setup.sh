@@ -16,7 +16,7 @@
 # The interpreter of the distribution, whatever `python3` on the PATH may be: Mininet is installed for that one.
 PYTHON=/usr/bin/python3
 OVS_CTL=/usr/share/openvswitch/scripts/ovs-ctl
-UNIT_PACKAGES=(python3 python3-venv mininet libxdp1)
+UNIT_PACKAGES=(python3 python3-venv mininet libxdp1 etcd-server)
 EMULATION_PACKAGES=("${UNIT_PACKAGES[@]}"
   openvswitch-switch nftables redis-server ethtool iproute2 iputils-ping procps kmod util-linux
   nginx curl wrk iperf3 openssh-server openssh-client dnsmasq-base bind9-dnsutils traceroute tcpdump
@@ -68,7 +68,8 @@ set_up() {  # set_up emulation|unit
 # Installing these would start a service, and at every boot from then on; the emulation needs only their programs. The mark
 # names the services that we brought, also to the next call when this one is interrupted. Those that were there, by whatever
 # package, are left alone.
-declare -A SERVICES=([redis-server]=redis-server [nginx]=nginx [openssh-server]=ssh [conntrackd]=conntrackd)
+declare -A SERVICES=([redis-server]=redis-server [nginx]=nginx [openssh-server]=ssh [conntrackd]=conntrackd
+  [etcd-server]=etcd)
 SERVICES_MARK=.venv/services-installed-by-us
 UNITS=/lib/systemd/system
 POLICY=/usr/sbin/policy-rc.d  # invoke-rc.d(8) and deb-systemd-invoke(1p) ask it before they start a service

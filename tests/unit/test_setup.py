@@ -20,7 +20,7 @@ import pytest
 from datastore.native import ROOT
 
 SETUP = "experiments/harness/setup.sh"
-PACKAGES = ["python3", "python3-venv", "mininet", "libxdp1", "openvswitch-switch", "nftables", "redis-server"]
+PACKAGES = ["python3", "python3-venv", "mininet", "libxdp1", "etcd-server", "openvswitch-switch", "nftables", "redis-server"]
 PACKAGES += ["ethtool", "iproute2", "iputils-ping", "procps", "kmod", "util-linux", "nginx", "curl", "wrk", "iperf3"]
 PACKAGES += ["openssh-server", "openssh-client", "dnsmasq-base", "bind9-dnsutils", "traceroute", "tcpdump", "conntrackd"]
 # Builds what `venv_is_complete` looks for without pip, so that the decisions around it run as they are.
@@ -195,7 +195,8 @@ def test_missing_packages_are_installed_by_root_and_named_to_others(tree: Tree, 
     assert tree.set_up() == (0, "", "")
 
 
-SERVICES = {"redis-server": "redis-server", "nginx": "nginx", "openssh-server": "ssh", "conntrackd": "conntrackd"}
+SERVICES = {"redis-server": "redis-server", "nginx": "nginx", "openssh-server": "ssh", "conntrackd": "conntrackd",
+            "etcd-server": "etcd"}  # fmt: skip
 
 
 def tree_without_services(tree: Tree, then: str) -> None:
