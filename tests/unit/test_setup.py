@@ -176,7 +176,7 @@ def test_settings_of_other_pythons_do_not_reach_the_build(tree: Tree) -> None:
 
 
 def test_missing_packages_are_installed_by_root_and_named_to_others(tree: Tree, tmp_path: Path) -> None:
-    tree.installed("python3", "python3-venv", "libxdp1")
+    tree.installed("python3", "python3-venv", "libxdp1", "etcd-server")
     tree.program("apt-get", f"env >'{tmp_path}/apt'; echo 'mininet installed' >>'{tmp_path}/installed'")
     status, output, complaints = tree.set_up()
     if os.geteuid() != 0:
