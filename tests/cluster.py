@@ -62,7 +62,7 @@ class Cluster:
 
     def __init__(self, folder: Path, replicas: int, state: str = "") -> None:
         """state: of the coordinator; "": a file in `folder`."""
-        self.folder, self.ports = folder, {host: free_port() for host in (*HOSTS, "control")}
+        self.folder, self.ports = folder, {host: free_port() for host in (*HOSTS, "control", "standby")}
         self.tables: list[str] = []
         placement = [[HOSTS[(p + r) % len(HOSTS)] for r in range(replicas)] for p in range(PARTITIONS)]
         self.coordinator_config = {
@@ -78,8 +78,8 @@ class Cluster:
         return Process(server.main, {
             "host": host, "table": self.tables[-1], "capacity": 4096, "value_bytes": VALUE_BYTES, "address": "127.0.0.1",
             "port": self.ports[host], "cluster": CLUSTER, "create": True,
-            "replication": {"coordinator": ["127.0.0.1", self.ports["control"]], "secret": 5, "peers": peers,
-                            "asynchronous": False, "lease_ms": LEASE_MS},
+            "replication": {"coordinators": [["127.0.0.1", self.ports[name]] for name in ("control", "standby")], "secret": 5,
+                            "peers": peers, "asynchronous": False, "lease_ms": LEASE_MS},
         })  # fmt: skip
 
     def client(self, number: int) -> RoutedClient:

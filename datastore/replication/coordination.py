@@ -215,6 +215,7 @@ class Coordination:
             for message in line.receive():
                 if "instance" in message:
                     self._hear_instance(line, message["instance"])
+                    line.send({"heard": True})
                     continue
                 answer = self._answer(line, message)
                 self.publish()
@@ -274,6 +275,7 @@ class Coordination:
         """Save what was decided and tell every store; False when it could not be saved, and is taken back."""
         coordinator = self.coordinator
         if not self.state.leads():
+            self.trouble = self.trouble or "this coordinator leads no longer"
             return False
         if coordinator.dirty:
             coordinator.dirty = False
@@ -343,13 +345,18 @@ def main(config: dict[str, Any], control: Any) -> None:
         if not told:
             told.append("standing by")
             control.send({"ready": True, "port": config["port"], "leads": False})
-        return bool(stopping or (control.receive(0) or {}).get("stop"))
+        message = control.receive(0)
+        if message and not message.get("stop"):
+            control.send({"error": "this coordinator stands by: another one leads, or etcd is away"})
+        return bool(stopping or (message or {}).get("stop"))
 
     state: StateStore | None = None
     try:
         state = open_state(config)
         while not stopping and state.campaign(stand_by):
-            process = Coordination(config, state)
+            process = _begin(config, state)
+            if process is None:
+                continue
             if not told:
                 told.append("leading")
                 control.send({"ready": True, "port": process.port})
@@ -362,6 +369,15 @@ def main(config: dict[str, Any], control: Any) -> None:
     finally:
         if state:
             state.close()
+
+
+def _begin(config: dict[str, Any], state: StateStore) -> Coordination | None:
+    """Take over the state; None: it could not be had, and by now somebody else may lead. Raises NearstateError, OSError."""
+    try:
+        return Coordination(config, state)
+    except etcd.Unavailable as error:
+        print(error, file=sys.stderr, flush=True)
+        return None
 
 
 def _lead(process: Coordination, control: Any, stopping: Sequence[int]) -> bool:

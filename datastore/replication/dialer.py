@@ -1,4 +1,4 @@
-"""How is a connection made without waiting for it?"""
+"""How is a connection made without waiting for it, to whichever of some addresses listens?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 import select
 import socket
 import time
+from collections.abc import Sequence
+from typing import Any
 
 AGAIN_S = 0.02
 """Pause between two attempts."""
@@ -14,10 +16,11 @@ PATIENCE_S = 0.2
 
 
 class Dialer:
-    """Attempts to connect to one address, one after the other, a step at each `dial`."""
+    """Attempts to connect, one after the other and to each address in turn, a step at each `dial`."""
 
-    def __init__(self, address: tuple[str, int]) -> None:
-        self.address = address
+    def __init__(self, *addresses: Sequence[Any]) -> None:
+        """addresses: (host, port) of each."""
+        self.addresses = [(str(host), int(port)) for host, port in addresses]
         self._attempt: socket.socket | None = None
         self._tried_at = 0.0
 
@@ -29,10 +32,10 @@ class Dialer:
         assert attempt is not None
         if not select.select([], [attempt], [], 0)[1]:
             if time.monotonic() - self._tried_at > PATIENCE_S:
-                self.close()
+                self.turn_away()
             return None
         if attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.close()
+            self.turn_away()
             return None
         self._attempt = None
         return attempt
@@ -44,11 +47,16 @@ class Dialer:
         self._tried_at = time.monotonic()
         attempt = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         attempt.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if attempt.connect_ex(self.address) not in (0, errno.EINPROGRESS):
-            attempt.close()
-            return False
         self._attempt = attempt
+        if attempt.connect_ex(self.addresses[0]) not in (0, errno.EINPROGRESS):
+            self.turn_away()
+            return False
         return True
+
+    def turn_away(self) -> None:
+        """Give up the attempt under way, or a connection that came of it: the next one is to the next address."""
+        self.close()
+        self.addresses = self.addresses[1:] + self.addresses[:1]
 
     def close(self) -> None:
         """Give up the attempt under way."""

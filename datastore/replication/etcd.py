@@ -22,6 +22,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,8 +38,31 @@ REQUEST_S = 0.25
 CAMPAIGN_S, KEEP_ALIVE_S = 0.1, 0.4
 
 
+def now_s() -> float:
+    """Return the time by a clock that goes on while the machine sleeps, as etcd's does."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def _coded(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
+
+
+class Unavailable(NearstateError):
+    """etcd did not answer, or somebody else leads: to be tried again."""
+
+
+@dataclass
+class Term:
+    """One time of leading."""
+
+    lease: int
+    """etcd's, which the leader's key goes with."""
+    made: int
+    """etcd's revision that made the key."""
+    until_s: float
+    """When etcd may think that it is over, by `now_s`."""
+    over: bool = False
+    """Known to be, for good."""
 
 
 class Gateway:
@@ -59,7 +83,7 @@ class Gateway:
                 self.close()
                 self.endpoints = self.endpoints[1:] + self.endpoints[:1]
         tried = ", ".join(f"{host}:{port}" for host, port in self.endpoints)
-        raise NearstateError(f"etcd does not answer at {tried} ({reason}): is it running?")
+        raise Unavailable(f"etcd does not answer at {tried} ({reason}): is it running?")
 
     def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if self._connection is None:
@@ -93,8 +117,9 @@ class EtcdState:
             raise NearstateError(f"coordinator's state {url!r}: write {SCHEME}host:port[,host:port]/prefix") from None
         self.name, self._gateway, self._keeper = name, Gateway(endpoints), Gateway(list(endpoints))
         self._leader, self._state = (_coded(f"{parts.path[1:]}/{key}") for key in ("leader", "state"))
-        self._lease, self._made, self._revision = 0, 0, 0
-        self._until_s = self._pause_s = 0.0
+        self._lease = self._revision = 0
+        self._pause_s = 0.0
+        self._term = Term(0, 0, 0.0, over=True)
         self._closed = threading.Event()
         self._keeping: threading.Thread | None = None
 
@@ -103,21 +128,24 @@ class EtcdState:
     def campaign(self, give_up: Callable[[], bool]) -> bool:
         """Try to lead until this coordinator does; False when `give_up` says so before."""
         self._lease = 0  # one of before is left alone: kept alive it would keep a leader's key of before
+        self._term.over = True
+        if self._keeping:
+            self._keeping.join()  # it ends with its term
         while True:
             try:
                 if self._try_to_lead():
-                    self._keeping = threading.Thread(target=self._keep_alive, name="etcd", daemon=True)
+                    self._keeping = threading.Thread(target=self._keep_alive, args=(self._term,), name="etcd", daemon=True)
                     self._keeping.start()
                     return True
-            except NearstateError:
-                pass  # etcd is away: nobody can lead
+            except NearstateError:  # etcd is away: nobody can lead
+                self._lease = 0  # it may have made us leader and not told: that key must go before anybody leads
             if give_up():
                 return False
             time.sleep(CAMPAIGN_S)
 
     def _try_to_lead(self) -> bool:
-        sent_s = time.monotonic()
-        if not self._lease or not self._renew(self._gateway):
+        sent_s = now_s()
+        if not self._lease or not self._renew(self._gateway, self._lease):
             self._lease = int(self._gateway.ask("lease/grant", {"TTL": TTL_S})["ID"])
         answer = self._gateway.ask("kv/txn", {
             "compare": [{"key": self._leader, "target": "CREATE", "create_revision": "0"}],
@@ -125,28 +153,29 @@ class EtcdState:
         })  # fmt: skip
         if not answer.get("succeeded"):
             return False
-        self._made = int(answer["header"]["revision"])
-        self._until_s = sent_s + TTL_S - MARGIN_S
+        self._term = Term(self._lease, int(answer["header"]["revision"]), sent_s + TTL_S - MARGIN_S)
         return True
 
-    def _renew(self, gateway: Gateway) -> bool:
-        """Keep the etcd lease alive; False when it is over."""
-        return int(gateway.ask("lease/keepalive", {"ID": str(self._lease)})["result"].get("TTL", 0)) > 0
+    @staticmethod
+    def _renew(gateway: Gateway, lease: int) -> bool:
+        """Keep an etcd lease alive; False when it is over."""
+        answer = gateway.ask("lease/keepalive", {"ID": str(lease)})
+        return int(answer.get("result", {}).get("TTL", 0)) > 0
 
-    def _keep_alive(self) -> None:
-        while not self._closed.wait(KEEP_ALIVE_S) and self.leads():
-            sent_s = time.monotonic()
+    def _keep_alive(self, term: Term) -> None:
+        while not self._closed.wait(KEEP_ALIVE_S) and not term.over and now_s() < term.until_s:
+            sent_s = now_s()
             try:
-                if not self._renew(self._keeper):
-                    self._until_s = 0.0
-                    return
-                self._until_s = sent_s + TTL_S - MARGIN_S
+                if self._renew(self._keeper, term.lease):
+                    term.until_s = sent_s + TTL_S - MARGIN_S
+                else:
+                    term.over = True
             except NearstateError:
                 pass  # until the lease is over by our own clock
 
     def leads(self) -> bool:
         """Tell whether no other coordinator can lead now."""
-        return time.monotonic() < self._until_s
+        return not self._term.over and now_s() < self._term.until_s
 
     # ---- the state ----------------------------------------------------------------------------------------------------
 
@@ -160,9 +189,9 @@ class EtcdState:
     def save(self, document: dict[str, Any]) -> None:
         """Save, so that no crash of a minority of etcd's members can undo it. Raises NearstateError, also when not leading."""
         if not self.leads():
-            raise NearstateError(f"coordinator {self.name} leads no longer: it was not confirmed by etcd for {TTL_S} s")
+            raise Unavailable(f"coordinator {self.name} leads no longer: it was not confirmed by etcd for {TTL_S} s")
         answer = self._unless_away("kv/txn", {
-            "compare": [{"key": self._leader, "target": "CREATE", "create_revision": str(self._made)},
+            "compare": [{"key": self._leader, "target": "CREATE", "create_revision": str(self._term.made)},
                         {"key": self._state, "target": "MOD", "mod_revision": str(self._revision)}],
             "success": [{"request_put": {"key": self._state, "value": _coded(json.dumps(document))}}],
             "failure": [{"request_range": {"key": self._leader}}, {"request_range": {"key": self._state}}],
@@ -171,26 +200,26 @@ class EtcdState:
             self._revision = int(answer["header"]["revision"])
             return
         leader, state = (part["response_range"].get("kvs", []) for part in answer["responses"])
-        if not leader or int(leader[0]["create_revision"]) != self._made:
-            self._until_s = 0.0
+        if not leader or int(leader[0]["create_revision"]) != self._term.made:
+            self._term.over = True
             name = base64.b64decode(leader[0]["value"]).decode() if leader else "nobody yet"
-            raise NearstateError(f"another coordinator leads: {name}")
+            raise Unavailable(f"another coordinator leads: {name}")
         self._revision = int(state[0]["mod_revision"]) if state else 0  # a save whose answer was lost had been done
-        raise NearstateError("etcd had done what it was thought not to have: once more")
+        raise Unavailable("etcd had done what it was thought not to have: once more")
 
     def _unless_away(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Ask, but not again right after nobody answered: each attempt keeps heartbeats waiting."""
-        if time.monotonic() < self._pause_s:
-            raise NearstateError("etcd did not answer a moment ago: the decision is taken back")
+        if now_s() < self._pause_s:
+            raise Unavailable("etcd did not answer a moment ago: the decision is taken back")
         try:
             return self._gateway.ask(path, body)
         except NearstateError:
-            self._pause_s = time.monotonic() + 4 * REQUEST_S
+            self._pause_s = now_s() + 4 * REQUEST_S
             raise
 
     def close(self) -> None:
         """Lead no longer; the key goes with its lease."""
-        self._until_s = 0.0
+        self._term.over = True
         self._closed.set()
         if self._keeping:
             self._keeping.join(timeout=2 * REQUEST_S)

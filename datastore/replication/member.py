@@ -18,15 +18,20 @@ from datastore.replication.shipping import Shipping
 from datastore.store.layout import EPOCH, LEASE_NS
 from datastore.store.table import Table
 
+SILENCE_LEASES = 5
+"""A coordinator that is silent for so many leases is left for the next one: it is stopped, or its machine is gone."""
+
 
 class Member:
     """What `store/server.py` calls between turns of its compiled loop. It never waits."""
 
     def __init__(
-        self, host: str, table: Table, owner: int, cluster: int, peers: Sequence[dict[str, Any]], coordinator: tuple[str, int],
-        shipping: Shipping, links: Links, address: tuple[str, int], timing: Timing | None = None,
+        self, host: str, table: Table, owner: int, cluster: int, peers: Sequence[dict[str, Any]],
+        coordinators: Sequence[Sequence[Any]], shipping: Shipping, links: Links,
+        address: tuple[str, int], timing: Timing | None = None,
     ) -> None:  # fmt: skip
-        """peers: {"host", "address", "port"} of the other stores. address: this store's; datagrams go to the same port.
+        """peers: {"host", "address", "port"} of the other stores. coordinators: (host, port) of each; one leads and listens.
+        address: this store's; datagrams go to the same port.
 
         Raises OSError when that port is not free.
         """
@@ -39,8 +44,8 @@ class Member:
         self.gossip = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self.gossip.bind(address)
         self._line: LineSocket | None = None
-        self._dialer = Dialer(coordinator)
-        self._beat_ns = self._ping_ns = 0
+        self._dialer = Dialer(*coordinators)
+        self._beat_ns = self._ping_ns = self._heard_ns = 0
 
     def fileno(self) -> int:
         """Return the descriptor whose input is a reason to call `work`, or -1."""
@@ -66,12 +71,13 @@ class Member:
             self._ping()
         if self._line is None:
             connection = self._dialer.dial()
-            self._line = LineSocket(connection) if connection else None
+            self._line, self._heard_ns = LineSocket(connection) if connection else None, now_ns
         if self._line is None:
             return
         try:
             changed = False
             for message in self._line.receive():
+                self._heard_ns = now_ns
                 changed |= self.replica.hear(now_ns, read_grant(message["grant"]))
             if changed:
                 self.table.words[EPOCH] = self.replica.map.epoch
@@ -80,9 +86,12 @@ class Member:
                 self._beat_ns = time.monotonic_ns()
                 self._line.send(beat_message(self.replica.beat(self._beat_ns)))
             self._line.flush()
+            if now_ns - self._heard_ns > SILENCE_LEASES * self.timing.lease_ns:
+                raise TimeoutError
         except (OSError, KeyError):
             self._line.close()
             self._line = None
+            self._dialer.turn_away()
 
     def _ping(self) -> None:
         self._ping_ns = time.monotonic_ns()

@@ -2,7 +2,7 @@
 
 store  -> coordinator   {"beat": {...}}      coordinator -> store    {"grant": {...}}     also unasked, with a new map
 anyone -> coordinator   {"map": epoch}       coordinator -> anyone   {"map": {...}}       null: that epoch is the newest
-instance -> coordinator {"instance": {...}}  coordinator -> instance {"orders": {...}}    also unasked: `switchover.py`
+instance -> coordinator {"instance": {...}}  coordinator -> instance {"heard": true}; unasked {"orders": {...}}
 people -> coordinator   {"status": true}, {"move": {"partitions": [...], "target": host}} ...
 """
 

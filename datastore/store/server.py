@@ -519,7 +519,7 @@ class StoreProcess:
         )  # fmt: skip
         serve(self.state, self.owner, 0)  # compiled before anybody is told that the store is ready
         self.member = Member(
-            self.host, self.table, self.owner, config["cluster"], peers, tuple(replication["coordinator"]), self.state.shipping,
+            self.host, self.table, self.owner, config["cluster"], peers, replication["coordinators"], self.state.shipping,
             self.state.links, (address, self.port), Timing.of(replication.get("lease_ms")),
         ) if replication else None  # fmt: skip
 
@@ -555,8 +555,8 @@ def main(config: dict[str, Any], control: Any) -> None:
 
     config: {"host": name in the map, "table": name, "capacity": records, "value_bytes": n, "address": IPv4, "port": n,
     "cluster": id, "map": PartitionMap as JSON, "create": bool, "keep": bool (optional: leave the table behind)}, and optionally
-    "replication": {"coordinator": [address, port], "secret": n, "peers": [{"host", "address", "port"}], "asynchronous": bool,
-    "lease_ms": optional}: then it follows the coordinator's maps, and "map" is not looked at.
+    "replication": {"coordinators": [[address, port], ...], "secret": n, "peers": [{"host", "address", "port"}],
+    "asynchronous": bool, "lease_ms": optional}: then it follows the coordinator's maps, and "map" is not looked at.
     control: `send(dict)`, `receive(timeout_s)`, `fileno()`. Sends {"ready": true, "port": n} (or {"error": line}); answers
     {"statistics": true} and {"map": ...}; ends at {"stop": true}, SIGTERM, or when the other side is gone.
     """

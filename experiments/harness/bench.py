@@ -204,7 +204,7 @@ class Bench:
         """Return what a store's configuration says of replication."""
         peers = [{"host": name, "address": self.storage_address(name), "port": STORE_PORT}
                  for name in self.stores_of(stage) if name != host]  # fmt: skip
-        return {"coordinator": [self.storage_address("control"), COORDINATOR_PORT], "secret": self.cluster_id, "peers": peers,
+        return {"coordinators": [[self.storage_address("control"), COORDINATOR_PORT]], "secret": self.cluster_id, "peers": peers,
                 "asynchronous": self.settings["asynchronous"], "lease_ms": self.settings["lease_ms"] or None}  # fmt: skip
 
     def _start_stores(self) -> None:
@@ -288,7 +288,8 @@ class Bench:
 
     def _following(self, number: int) -> dict[str, Any]:
         """Return what the configuration of an NF process says in a cluster. No two processes ever share a client id."""
-        return {"coordinator": [self.storage_address("control"), COORDINATOR_PORT], "lease_ms": self.settings["lease_ms"] or None,
+        return {"coordinators": [[self.storage_address("control"), COORDINATOR_PORT]],
+                "lease_ms": self.settings["lease_ms"] or None,
                 "client_id": self.instances << 8 | number + 1}  # fmt: skip
 
     def change_settings(self, functions: Mapping[str, Mapping[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from datastore.replication.coordinator import Timing
 from datastore.replication.dialer import Dialer
+from datastore.replication.member import SILENCE_LEASES
 from datastore.replication.messages import LineSocket
 
 
@@ -28,14 +29,16 @@ class Follower:
     """Tells and hears until closed. `orders`: what was heard and not yet carried out, oldest first."""
 
     def __init__(
-        self, coordinator: tuple[str, int], report: Callable[[Sequence[int]], dict[str, Any]], call: Callable[[], None],
+        self, coordinators: Sequence[Sequence[Any]], report: Callable[[Sequence[int]], dict[str, Any]], call: Callable[[], None],
         timing: Timing,
     ) -> None:  # fmt: skip
-        """report: given the watched partitions, what to tell ({"instance": ...} of `coordination.py`). call: wakes the loop."""
+        """coordinators: (host, port) of each; one leads and listens. report: given the watched partitions, what to tell
+        ({"instance": ...} of `coordination.py`). call: wakes the loop.
+        """
         self.orders: deque[dict[str, Any]] = deque()
         self._report, self._call = report, call
-        self._pause_s = timing.heartbeat_ns / 1e9
-        self._dialer = Dialer(coordinator)
+        self._pause_s, self._silence_s = timing.heartbeat_ns / 1e9, SILENCE_LEASES * timing.lease_ns / 1e9
+        self._dialer = Dialer(*coordinators)
         self._watch: list[int] = []
         self._told = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = threading.Event()
@@ -56,12 +59,15 @@ class Follower:
             with contextlib.suppress(OSError):
                 self._converse(line)
             line.close()
+            self._dialer.turn_away()
 
     def _converse(self, line: LineSocket) -> None:
         """Speak on a connection until it is lost, which is an OSError."""
-        due_s = 0.0
+        due_s, heard_s = 0.0, time.monotonic()
         while not self._closed.is_set():
             now_s = time.monotonic()
+            if now_s - heard_s > self._silence_s:
+                raise TimeoutError
             if now_s >= due_s:
                 line.send({"instance": self._report(self._watch)})
                 due_s = now_s + (self._pause_s / 8 if self._watch else self._pause_s)
@@ -72,6 +78,7 @@ class Follower:
                 due_s = 0.0
             if line not in ready:
                 continue
+            heard_s = time.monotonic()
             for message in line.receive():
                 orders = message.get("orders")
                 if orders:

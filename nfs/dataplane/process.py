@@ -61,7 +61,7 @@ class Process:
     inside, outside: interface names. port_kind: afxdp, afpacket, auto. value_bytes. capacity: records of a
     private table. map: PartitionMap as JSON, or None: all state is private. table: shared memory name of the store on this
     host, or None. stores: [{"host", "address", "port"}]. cluster, client_id: numbers, the latter of this process alone. spin_us.
-    coordinator: [address, port], if the map can change (then `stores` names the store on this host, too); lease_ms.
+    coordinators: [[address, port], ...], if the map can change (then `stores` names the store on this host, too); lease_ms.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -72,21 +72,21 @@ class Process:
         self.opened: list[OpenPort] = open_ports(interfaces, self.frames, config.get("port_kind", "auto"))
         self.table, self.stores, primary, epoch = self._find_state()
         self.owner = self.table.register_owner()
-        self.coordinator = config.get("coordinator")
-        self.bell = self.table.bell(self.owner) if self.coordinator else None
+        self.coordinators = config.get("coordinators")
+        self.bell = self.table.bell(self.owner) if self.coordinators else None
         value_words = config["value_bytes"] // 8
         self.client = Client([(store["address"], store["port"]) for store in self.stores], config["client_id"],
                              config["value_bytes"], config["cluster"], epoch, timeout_s=CONNECT_S)  # fmt: skip
         self.engine: Engine = make_engine(self.chain, self.frames, primary, self.owner, epoch, value_words,
                                           len(self.stores), spin_us=config.get("spin_us", 5.0),
-                                          replicates=bool(self.coordinator),
+                                          replicates=bool(self.coordinators),
                                           bells=self.bell.state if self.bell else None)  # fmt: skip
         self.epoch, self.tried_at = epoch, 0.0
         self._dialling: dict[int, Future[Any]] = {}
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
-        self.follower = Follower(tuple(self.coordinator), self.report, self.call, Timing.of(config.get("lease_ms"))
-                                 ) if self.coordinator else None  # fmt: skip
+        self.follower = Follower(self.coordinators, self.report, self.call, Timing.of(config.get("lease_ms"))
+                                 ) if self.coordinators else None  # fmt: skip
 
     def _find_state(self) -> tuple[Table, list[dict[str, Any]], np.ndarray, int]:
         """Return the table on this host, the remote stores, the primaries by partition, and the map's epoch."""
@@ -96,7 +96,7 @@ class Process:
             return table, [], np.full(PARTITIONS, HERE), 1
         partition_map = PartitionMap.from_json(config["map"])
         table = Table.attach(config["table"]) if config["table"] else Table.private(PARTITIONS * 8, config["value_bytes"])
-        reached = [store for store in config["stores"] if config.get("coordinator") or not self._is_here(store["host"])]
+        reached = [store for store in config["stores"] if config.get("coordinators") or not self._is_here(store["host"])]
         numbers = {store["host"]: number for number, store in enumerate(reached)}
         primary = [HERE if self._is_here(group[0]) else numbers[group[0]] for group in partition_map.replicas]
         return table, reached, np.array(primary), partition_map.epoch

@@ -54,7 +54,7 @@ def opened(rig: Rig, clients: list[End] = CLIENTS) -> dict[End, End]:
 
 def reader(rig: Rig) -> Reader:
     """Return a reader of the shared counters, wherever they are."""
-    return Reader(rig.table, rig.client, rig.primary, 1)
+    return Reader(rig.table, rig.client, rig.primary, rig.engine.control)
 
 
 def counted(rig: Rig, backend: int) -> list[int]:

@@ -8,12 +8,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from datastore.native.errors import NearstateError
 from datastore.replication import coordination
-from datastore.replication.etcd import MARGIN_S, TTL_S, EtcdState
+from datastore.replication.etcd import MARGIN_S, TTL_S, EtcdState, now_s
 from datastore.replication.routed import RoutedClient
 from datastore.store.operations import ADD
 from datastore.store.statuses import OK
@@ -76,7 +77,7 @@ def test_what_was_saved_is_loaded_by_the_next_leader(etcd):
     assert second.campaign(lambda: False)
     assert second.load() == {"number": 2}
     second.save({"number": 3})
-    first._until_s = time.monotonic() + 100  # it has not noticed
+    first._term.over, first._term.until_s = False, now_s() + 100  # it has not noticed
     with pytest.raises(NearstateError, match="another coordinator leads: second"):
         first.save({"number": 9})
     assert not first.leads()
@@ -125,26 +126,85 @@ def add(client: RoutedClient, key: int) -> None:
     assert answer.status == OK
 
 
-def test_a_standby_goes_on_while_the_leader_sleeps(etcd, tmp_path):
-    cluster, standby = Cluster(tmp_path, 2, etcd.url), None
+@pytest.fixture
+def pair(etcd: Etcd, tmp_path: Path) -> Iterator[tuple[Cluster, Process]]:
+    """A cluster of two copies, and a coordinator beside its own that stands by."""
+    cluster = Cluster(tmp_path, 2, etcd.url)
+    processes: list[Process] = []
     try:
         cluster.wait_until_full()
-        standby = Process(coordination.main, {**cluster.coordinator_config, "port": free_port()})
+        standby = Process(coordination.main, {**cluster.coordinator_config, "port": cluster.ports["standby"]})
+        processes.append(standby)
         assert standby.ready is not None
         assert standby.ready.get("leads") is False
-        with cluster.client(1) as client:
-            add(client, 3)
-            cluster.coordinator.signal(signal.SIGSTOP)
-            time.sleep(TTL_S + 5 * MARGIN_S)
-            for key in range(32):  # stores go on meanwhile
-                add(client, key)
-        standby.control.send({"status": True})
-        assert (standby.control.receive(5) or {})["status"]["map"]["epoch"] >= 1  # it leads
+        yield cluster, standby
+    finally:
+        for process in processes:
+            process.kill()
+        cluster.end()
+
+
+def asked(process: Process) -> dict[str, Any]:
+    """Return what a coordinator answers when it is asked for its status beside the network."""
+    process.control.send({"status": True})
+    return process.control.receive(5) or {}
+
+
+def wait_until_led(standby: Process, hosts: int) -> dict[str, Any]:
+    """Wait until the standby leads and so many stores hold leases of it; return its status."""
+    deadline = time.monotonic() + 20
+    while True:
+        answer = asked(standby)
+        if "status" in answer and sum(host["lease_ms"] > 0 for host in answer["status"]["hosts"].values()) >= hosts:
+            return dict(answer["status"])
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.05)
+
+
+def test_a_standby_goes_on_while_the_leader_sleeps_who_then_grants_nothing(pair):
+    cluster, standby = pair
+    assert "stands by" in asked(standby)["error"]
+    with cluster.client(1) as client:
+        add(client, 3)
+        cluster.coordinator.signal(signal.SIGSTOP)
+        for key in range(32):  # stores go on meanwhile, by their promises
+            add(client, key)
+        assert wait_until_led(standby, 3)["map"]["epoch"] >= 1
         cluster.coordinator.signal(signal.SIGCONT)
         time.sleep(0.5)
         with pytest.raises(NearstateError, match="no coordinator answers"):  # who slept leads no more, and does not listen
             cluster.status()
+        for key in range(32):
+            add(client, key)
+
+
+def test_a_standby_takes_over_from_a_killed_leader_and_acts_on_the_next_loss(pair):
+    cluster, standby = pair
+    with cluster.client(1) as client:
+        for key in range(32):
+            add(client, key)
+        cluster.coordinator.kill()
+        epoch = wait_until_led(standby, 3)["map"]["epoch"]
+        client.coordinator = ("127.0.0.1", cluster.ports["standby"])
+        cluster.stores["nf2"].kill()
+        for key in range(32):  # also those whose primary was on the host that is gone
+            add(client, key)
+        assert wait_until_led(standby, 2)["map"]["epoch"] > epoch
+
+
+def test_when_etcd_dies_under_a_leader_stores_go_on_and_it_leads_again_afterwards(etcd, tmp_path):
+    cluster = Cluster(tmp_path, 2, etcd.url)
+    try:
+        cluster.wait_until_full()
+        with cluster.client(1) as client:
+            add(client, 3)
+            etcd.kill()
+            time.sleep(TTL_S + 5 * MARGIN_S)
+            for key in range(32):
+                add(client, key)
+            etcd.start()
+            wait_until_led(cluster.coordinator, 3)
+            cluster.wait_until_full()
+            add(client, 3)
     finally:
         cluster.end()
-        if standby:
-            standby.kill()
