@@ -50,16 +50,22 @@ chosen=$#
 # Beside the other checks, on the second core: it compiles the packet loop once more, and no test without root is timed.
 start_bounds_checked() {
   beside=$(mktemp --tmpdir nearstate-bounds.XXXXXX)
+  trap 'end_beside' EXIT
+  trap 'exit 130' INT TERM HUP
   NUMBA_BOUNDSCHECK=1 setsid .venv/bin/python -m pytest tests/unit -m bounds -o cache_dir=.pytest_cache/bounds "$@" \
     >"$beside" 2>&1 </dev/null &
-  bounds_checked=$!  # a process group of its own, which ends with this script
-  trap 'kill -TERM -- "-$bounds_checked" 2>/dev/null || true; rm -f "$beside"' EXIT
-  trap 'exit 130' INT TERM HUP
+  bounds_checked=$!
+}
+
+end_beside() {  # it is a process group of its own, or about to be one, which ends with this script
+  [[ -z ${!:-} || -n ${ended:-} ]] || kill -TERM -- "-$!" "$!" 2>/dev/null || true
+  rm -f "$beside"
 }
 
 end_bounds_checked() {
   local status=0
   wait "$bounds_checked" || status=$?
+  ended=1
   cat "$beside"
   ((status == 5 && chosen)) || return "$status"
 }

@@ -72,12 +72,13 @@ class Cluster:
         self.coordinator = Process(coordination.main, self.coordinator_config)
         self.stores = {host: self.start(host) for host in HOSTS}
 
-    def start(self, host: str) -> Process:
+    def start(self, host: str, port: int = 0) -> Process:
+        """Start a store process; port: 0 is the host's own."""
         self.tables.append(f"nearstate-test-{os.getpid()}-{host}-{len(self.tables)}")
         peers = [{"host": name, "address": "127.0.0.1", "port": self.ports[name]} for name in HOSTS if name != host]
         return Process(server.main, {
             "host": host, "table": self.tables[-1], "capacity": 4096, "value_bytes": VALUE_BYTES, "address": "127.0.0.1",
-            "port": self.ports[host], "cluster": CLUSTER, "create": True,
+            "port": port or self.ports[host], "cluster": CLUSTER, "create": True,
             "replication": {"coordinators": [["127.0.0.1", self.ports[name]] for name in ("control", "standby")], "secret": 5,
                             "peers": peers, "asynchronous": False, "lease_ms": LEASE_MS},
         })  # fmt: skip

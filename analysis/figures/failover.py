@@ -20,6 +20,7 @@ EXPERIMENT = "failover"
 HEADLINES = tuple(Headline(metric) for metric in ("outage_ms", "restored_ms", "packets_lost", "connections_broken"))
 PARTS = ("detection_ms", "recovery_ms")
 COUNTS = {"packets_lost": "packets lost", "broken_ratio": "connections broken (share)", "records_lost": "records lost"}
+PIECES = {"host": "host", "function": "NF process", "store": "store process", "link": "link"}
 BIN_MS = 10.0
 """Of the courses: a millisecond of 10 kpps is ten packets, too few for a rate."""
 ABREAST = 5
@@ -27,18 +28,28 @@ ABREAST = 5
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     """Pairs of panels, one pair a placement: what the lost host's flows get delivered, and their latency, around the loss at
-    time 0; median of the repeats and their range. Below: the outage in its parts, and what was lost; 95 % intervals."""
-    lines = frame[frame["metric"] == "delivered"]
+    time 0; median of the repeats and their range. Below: the outage in its parts, what was lost, and the outage where only a
+    part of the host is lost; 95 % intervals."""
+    whole = of_hosts(frame)
+    lines = whole[whole["metric"] == "delivered"]
     if lines.empty:
         return
     nf = style.order_nfs(lines["nf"])[0]
     shown = cases(lines[lines["nf"] == nf])
-    bars = [metric for metric in ("outage_ms", *COUNTS) if (frame["metric"] == metric).any()]
-    below = all_courses(sheet, shown, len(bars), "ms after the loss")
+    bars = [metric for metric in ("outage_ms", *COUNTS) if (whole["metric"] == metric).any()]
+    parts = frame[~frame.index.isin(whole.index) & (frame["nf"] == nf)]
+    below = all_courses(sheet, shown, len(bars) + (not parts.empty), "ms after the loss")
     for axes, metric in zip(below, bars):
-        lost(sheet, axes, frame[frame["nf"] == nf], shown, metric)
+        lost(sheet, axes, whole[whole["nf"] == nf], shown, metric)
+    if not parts.empty:
+        lost_parts(sheet, below[-1], pd.concat([whole[whole["nf"] == nf], parts]))
     sheet.legend_of([Patch(facecolor=style.COMPONENTS[part][1], hatch=style.COMPONENTS[part][2], edgecolor="black", linewidth=0.4)
                      for part in PARTS], [style.COMPONENTS[part][0] for part in PARTS])  # fmt: skip
+
+
+def of_hosts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of trials that lost a whole host."""
+    return frame if "lost" not in frame else frame[frame["lost"].isna()]
 
 
 def cases(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
@@ -127,8 +138,23 @@ def lost(sheet: Sheet, axes: Axes, frame: pd.DataFrame, shown: list[tuple[str, i
         axes.set_ylim(0, 1.15 * ended.max())
 
 
+def lost_parts(sheet: Sheet, axes: Axes, frame: pd.DataFrame) -> None:
+    """Draw the outage by what was lost of the host, for the placement and copies that it was measured for."""
+    placement, replicas = frame.loc[~frame["lost"].isna(), ["placement", "replicas"]].iloc[-1]
+    here = frame[(frame["placement"] == placement) & (frame["replicas"] == replicas)]
+    kinds = [kind for kind in PIECES if (here["lost"].fillna("host") == kind).any()]
+    for position, kind in enumerate(kinds):
+        rows = here[here["lost"].fillna("host") == kind]
+        sheet.stack(axes, position, {part: rows[rows["metric"] == part] for part in PARTS}, placement, f"lost: {kind}")
+    axes.set_xticks(range(len(kinds)), [PIECES[kind] for kind in kinds], rotation=30, ha="right", rotation_mode="anchor",
+                    fontsize=6.5)  # fmt: skip
+    axes.grid(axis="x", visible=False)
+    axes.set(title=f"outage (ms), {label(placement, replicas)}", ylim=(0, None))
+
+
 def answer(frame: pd.DataFrame) -> str:
     """Say each case's outage, until the first packet and until the rate is back, and what was lost and broken."""
+    frame = of_hosts(frame)
     outages = frame[(frame["metric"] == "outage_ms") & frame["valid"]]
     if outages.empty:
         return missing("the loss of a host")

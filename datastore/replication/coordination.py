@@ -27,6 +27,8 @@ from datastore.replication.switch import Switch
 from datastore.replication.switchover import Switchover, check_steering
 
 BACKLOG = 64
+RIVAL_NS = 1_000_000_000
+"""For how long status tells of a second process of a host's name."""
 
 
 class StateStore(Protocol):
@@ -172,6 +174,7 @@ class Coordination:
         if self.switchover:
             if self.switch:
                 self.switchover.confirmed = self.switch.follow(self.switchover.steering) or self.switchover.confirmed
+                self.switchover.see(now_ns, self.switch.down)
             else:
                 self.switchover.confirmed = list(self.switchover.steering)
             self.switchover.plan(now_ns, self.coordinator)
@@ -304,14 +307,16 @@ class Coordination:
         """Return map, hosts, leases and trouble, as a JSON object."""
         now_ns = time.monotonic_ns()
         hosts = {name: {"lease_ms": max(state.granted_until_ns - now_ns, 0) / 1e6, "epoch": state.epoch, "lag": state.lag,
-                        "heard_ms_ago": (now_ns - state.heard_ns) / 1e6 if state.heard_ns else None}
+                        "heard_ms_ago": (now_ns - state.heard_ns) / 1e6 if state.heard_ns else None,
+                        "rival": 0 < now_ns - state.rival_ns < RIVAL_NS and state.rival_ns > 0}
                  for name, state in self.coordinator.hosts.items()}  # fmt: skip
         instances = self.switchover.instances if self.switchover else {}
         groups = [group.to_json() for group in self.coordinator.map.groups]
         return {"map": {"epoch": self.coordinator.map.epoch, "groups": groups}, "hosts": hosts,
                 "moves": self.coordinator.moves, "trouble": self.trouble,
                 "steering": self.switchover.confirmed if self.switchover else [],
-                "instances": {name: {"heard_ms_ago": (now_ns - instance.heard_ns) / 1e6 if instance.heard_ns else None}
+                "instances": {name: {"heard_ms_ago": (now_ns - instance.heard_ns) / 1e6 if instance.heard_ns else None,
+                                     "link": not instance.cut_ns}
                               for name, instance in instances.items()},
                 "replicas": self.coordinator.replicas, "log": self.coordinator.log[-20:]}  # fmt: skip
 

@@ -56,15 +56,22 @@ class Timing:
         return cls(*(int(getattr(cls, name) * factor) for name in cls.__dataclass_fields__))
 
 
+LOG_LINES = 100
+
+
 @dataclass
 class HostState:
-    """What the coordinator knows of a host. granted_until_ns: on its own clock, margin included. lag: as in its heartbeat."""
+    """What the coordinator knows of a host. granted_until_ns: on its own clock, margin included. lag: as in its heartbeat. rival:
+    another process of its name, that asked since `rival_since_ns`, and last at `rival_ns` while this one was still there."""
 
     granted_until_ns: int
     incarnation: int = 0
     epoch: int = 0
     heard_ns: int = 0
     lag: int = 0
+    rival: int = 0
+    rival_since_ns: int = 0
+    rival_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,14 +155,7 @@ class Coordinator:
             return Grant(beat.incarnation, beat.sent_ns, 0, self.map.epoch, None, refusal)
         state = self.hosts[beat.host]
         if state.incarnation != beat.incarnation and not self._admit(now_ns, beat):
-            return Grant(
-                beat.incarnation,
-                beat.sent_ns,
-                0,
-                self.map.epoch,
-                None,
-                f"{beat.host} restarted: waiting for its old lease to end",
-            )
+            return Grant(beat.incarnation, beat.sent_ns, 0, self.map.epoch, None, self._too_early(now_ns, beat))
         state.epoch, state.heard_ns, state.lag = max(state.epoch, beat.epoch), now_ns, beat.lag
         self._listen(now_ns, beat)
         self.advance(now_ns)
@@ -188,6 +188,18 @@ class Coordinator:
         self.dirty = True
         self._note(f"{beat.host} joins")
         return True
+
+    def _too_early(self, now_ns: int, beat: Heartbeat) -> str:
+        """Say why a process is not taken for its host: another one has a lease, and may be dead, or not."""
+        state = self.hosts[beat.host]
+        if state.rival != beat.incarnation:
+            state.rival, state.rival_since_ns = beat.incarnation, now_ns
+        if state.heard_ns <= state.rival_since_ns + 2 * self.timing.heartbeat_ns:
+            return f"{beat.host} restarted: waiting for its old lease to end"
+        if state.rival_ns < state.rival_since_ns:
+            self._note(f"two processes call themselves {beat.host}: the later one is refused")
+        state.rival_ns = now_ns
+        return f"two processes call themselves {beat.host}: the later one is refused; give each host its own name"
 
     def _bury(self, host: str) -> None:
         """The copies of `host` are gone, and it has no rights any more."""
@@ -368,6 +380,14 @@ class Coordinator:
             self.moves[partition] = target
         self.dirty = True
 
+    def give_up(self, target: str) -> None:
+        """Let all that was to move to a host stay where it is, because packets cannot follow."""
+        stay = [partition for partition, wanted in self.moves.items() if wanted == target]
+        for partition in stay:
+            del self.moves[partition]
+        self.dirty = True
+        self._note(f"{len(stay)} partitions stay where they are: packets cannot reach {target}")
+
     # ---- inside -------------------------------------------------------------------------------------------------------
 
     def _new_map(self, groups: dict[int, Group]) -> None:
@@ -380,3 +400,4 @@ class Coordinator:
 
     def _note(self, line: str) -> None:
         self.log.append(f"map {self.map.epoch}: {line}")
+        del self.log[:-LOG_LINES]

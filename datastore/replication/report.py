@@ -62,4 +62,8 @@ def troubles(status: dict[str, Any]) -> list[str]:
     lines = [f"{len(found)} partition{'s' * (len(found) > 1)} {what}: {ranges(found)}" for what, found in kinds.items() if found]
     lines += [f"NF process of {name}: not heard for {instance['heard_ms_ago'] / 1000:.1f} s"
               for name, instance in status["instances"].items() if (instance["heard_ms_ago"] or 0) > SILENT_MS]  # fmt: skip
+    lines += [f"two processes call themselves {name}: the later one is refused; give each host its own name"
+              for name, host in status["hosts"].items() if host["rival"]]  # fmt: skip
+    lines += [f"NF process of {name}: one of its links is down"
+              for name, instance in status["instances"].items() if not instance["link"]]  # fmt: skip
     return [status["trouble"]] * bool(status["trouble"]) + lines

@@ -12,7 +12,8 @@ order-preserving):
     hand over the source retires, the target is primary and goes on with what it kept      `coordinator.py`
 
 So each packet is processed by one instance, and those of the source before those of the target. An instance that is silent for a
-lease is dead: its packets go to another one at once, and its host's partitions move after them.
+lease, or one of whose links the switch sees down for as long, is dead: its packets go to another one at once, and its host's
+partitions move after them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Instance:
     """What is known of an NF process: when it was heard, the map it follows, what it parks, what it says is drained."""
 
     heard_ns: int = 0
+    cut_ns: int = 0
+    """Since when one of its links is down; 0: none is."""
     epoch: int = 0
     parked: frozenset[int] = frozenset()
     quiet: frozenset[int] = frozenset()
@@ -72,9 +75,16 @@ class Switchover:
         instance.quiet = frozenset(map(int, report["quiet"])) & self.watched.keys()
         return name
 
+    def see(self, now_ns: int, down: frozenset[str]) -> None:
+        """Take from the switch which instances have a link that is down."""
+        for name, instance in self.instances.items():
+            instance.cut_ns = (instance.cut_ns or now_ns) if name in down else 0
+
     def dead(self, now_ns: int, span_ns: int) -> set[str]:
-        """Return the instances that were heard once and then not for `span_ns`."""
-        return {name for name, instance in self.instances.items() if 0 < instance.heard_ns <= now_ns - span_ns}
+        """Return the instances that were heard once and then not for `span_ns`, or had a link down for as long."""
+        since = now_ns - span_ns
+        return {name for name, instance in self.instances.items()
+                if 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since}  # fmt: skip
 
     def plan(self, now_ns: int, coordinator: Coordinator) -> None:
         """Bring every move one step further and work out the steering; tells the coordinator which primaries may hand over."""
@@ -117,6 +127,8 @@ class Switchover:
         for partition, target in list(self.under_way.items()):
             if groups[partition].primary == target or coordinator.moves.get(partition) != target or target in dead:
                 del self.under_way[partition]
+        for target in dead & set(coordinator.moves.values()):
+            coordinator.give_up(target)
         for partition, target in coordinator.moves.items():
             if len(self.under_way) >= BATCH:
                 return

@@ -20,6 +20,7 @@ from datastore import placements
 from datastore.native.errors import NearstateError, unknown
 from datastore.placements import Cluster
 from datastore.store.partitions import PARTITIONS
+from datastore.store.table import Record, Table
 from experiments.harness import accounting, spec
 from experiments.harness.spec import Experiment, Trial, peer_names
 from experiments.workloads import timeline
@@ -197,6 +198,7 @@ class Bench:
                 took, groups = time.monotonic() - began, self.status()["map"]["groups"]
                 if all(groups[p]["members"][:1] == [target] for p in partitions):
                     return took
+                raise NearstateError(f"partitions were not moved to {target}: {self.status()['log'][-1:]}")
             time.sleep(0.005)
         raise NearstateError(f"{len(partitions)} partitions are not at {target} after {timeout_s:g} s")
 
@@ -232,12 +234,26 @@ class Bench:
         self._start_store(host, next(stage for stage in self.stages if host in self.stores_of(stage)))
         self.wait_ready([self.stores[host]])
 
+    def return_host(self, name: str) -> None:
+        """Bring a lost host back: its links, and a store process with an empty table, which joins as a backup."""
+        self.lost.discard(name)
+        self.network.mend(name)
+        self.restart_store(name)
+
     def restart_coordinator(self) -> None:
         """Start a killed coordinator again, from the state it saved."""
         assert self._coordinator_config
         host, target = self.network.hosts["control"], "datastore.replication.coordination:main"
         self.coordinator = self.launcher.spawn("coordinator", host, target, self._coordinator_config)
         self.wait_ready([self.coordinator])
+
+    def records(self, host: str) -> list[Record]:
+        """Return the records of a store's table, whatever is happening to it."""
+        table = Table.attach(self.table_name(host))
+        try:
+            return list(table.records())
+        finally:
+            table.close()
 
     def storage_address(self, host: str) -> str:
         """Return a host's address on the storage network; where there is none, its store listens for nobody on loopback."""
@@ -264,12 +280,21 @@ class Bench:
                 self.network.steer([p for p in range(PARTITIONS) if ways[p] == (forward, back)], forward, back)
 
     def _start_functions(self) -> None:
-        for number, host in enumerate(self.nf_hosts):
-            self.instances += 1
-            self.functions[host.name] = self.launcher.spawn(
-                f"nf-{host.name}", host, "nfs.dataplane.process:main", self.function_config(host.name, number)
-            )
+        for host in self.nf_hosts:
+            self._start_function(host.name)
         self.wait_ready(list(self.functions.values()))
+
+    def _start_function(self, host: str) -> None:
+        number = [each.name for each in self.nf_hosts].index(host)
+        self.instances += 1
+        self.functions[host] = self.launcher.spawn(
+            f"nf-{host}", self.nf_hosts[number], "nfs.dataplane.process:main", self.function_config(host, number)
+        )
+
+    def restart_function(self, host: str) -> None:
+        """Start a killed NF process again; it works on the table of the store that its host has now."""
+        self._start_function(host)
+        self.wait_ready([self.functions[host]])
 
     def function_config(self, host: str, number: int) -> dict[str, Any]:
         """Return the configuration of the NF process on `host`: its stage's functions, their settings and their state."""
@@ -381,6 +406,22 @@ class Bench:
         self.sink.send({"tell": self.steps})
         return timeline.Told.of(self.sink.receive(READY_S) or {})
 
+    def lose(self, what: str, host: str) -> int:
+        """Lose a host, or one thing of it (LOSSES), at once; returns when, in ns of CLOCK_MONOTONIC. Raises NearstateError."""
+        if what == "host":
+            return self.lose_host(host)
+        processes = {"function": self.functions, "store": self.stores}
+        if what in processes and host not in processes[what]:
+            raise NearstateError(f"{host} has no {what} that could be lost")
+        lost_ns = time.monotonic_ns()
+        if what == "link":
+            self.network.cut(host, "inside")
+        elif what == "store":
+            self.stores[host].signal(signal.SIGKILL)
+        else:  # what it counted is lost with it
+            self.functions.pop(host).signal(signal.SIGKILL)
+        return lost_ns
+
     def lose_host(self, name: str) -> int:
         """Lose a host at once: its processes stop where they are, its interfaces go down, so that no reset of a connection tells
         the others, then the processes are killed. To cut three interfaces takes the kernel some 5 ms; hence the stop first.
@@ -460,5 +501,8 @@ which NF host answers come back, the network functions' own settings by function
 recorded (which costs speed: a recorded trial is no repeat of one that is not); whether a coordinator keeps the map although there
 is one replica of all; whether packets leave before their changes are committed; the lease, 0 for the default of 80 ms."""
 
-CHOICES_OF: Mapping[str, tuple[str, ...]] = {"paths": PATHS, "port_kind": ("auto", *KINDS)}
+LOSSES = ("host", "function", "store", "link")
+"""What can be lost: a whole host, its NF process, its store process, the link by which packets reach it."""
+
+CHOICES_OF: Mapping[str, tuple[str, ...]] = {"paths": PATHS, "port_kind": ("auto", *KINDS), "lost": LOSSES}
 """The values of settings that are one of a few words."""

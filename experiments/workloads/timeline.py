@@ -145,6 +145,12 @@ def _unpacked(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int64)
 
 
+def packed(start_ms: float, bin_ms: float, columns: Mapping[str, list[Any]]) -> str:
+    """Return columns, an element a bin, as a point's "time_lines" has them (docs/results.md)."""
+    content = {"start_ms": start_ms, "bin_ms": bin_ms, **columns}
+    return base64.b64encode(zlib.compress(json.dumps(content).encode())).decode()
+
+
 @dataclass(frozen=True)
 class Told:
     """A time line as the sink told it. bin_ns, origin_ns and all times in ns of CLOCK_MONOTONIC; arrays int64, by bin: received,
@@ -216,9 +222,8 @@ class Told:
         shown = (starts_ms >= from_ms) & (starts_ms < to_ms)
         latencies = {f"{name}_us": getattr(self, f"{name}_ns") // 1000 for name in ("p50", "p99", "highest")}
         columns = {"received": self.received, "watched": self.watched, **latencies}
-        content = {"start_ms": float(starts_ms[shown][0]) if shown.any() else 0.0, "bin_ms": self.bin_ns / 1e6,
-                   **{name: column[shown].tolist() for name, column in columns.items()}}  # fmt: skip
-        return base64.b64encode(zlib.compress(json.dumps(content).encode())).decode()
+        start_ms = float(starts_ms[shown][0]) if shown.any() else 0.0
+        return packed(start_ms, self.bin_ns / 1e6, {name: column[shown].tolist() for name, column in columns.items()})
 
 
 def warm() -> None:

@@ -212,7 +212,7 @@ class Process:
                 "missing_frames": conserved(self.engine, self.frames, [opened.port for opened in self.opened]),
                 "free_frames": int(free_frames(self.frames)), "devices": device_drops(),
                 "fetches": int(control[FETCHES]), "writes": int(control[WRITES]), "conflicts": int(control[CONFLICTS]),
-                "down": int(control[DOWN]), "port_kind": self.opened[0].kind,
+                "down": int(control[DOWN]), "records": self.table.count(), "port_kind": self.opened[0].kind,
                 "rss_kbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from datastore.native.errors import NearstateError
 from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from experiments.harness.bench import Bench
@@ -85,6 +87,30 @@ def test_a_move_under_load_loses_and_overtakes_nothing(emulation, replicas):
         assert bench.network.steering().count("nf1") == len(EVEN)
         bench.wait_full()
     assert sum(counts["ledger"]["uncommitted"] for counts in statistics.values()) == 0
+
+
+@pytest.mark.parametrize("side", ["inside", "outside"])
+def test_a_function_whose_link_is_down_hands_its_host_over(emulation, side):
+    with rack(emulation, "traffic_counter", "integrated", 2) as (bench, _):
+        bench.start_workload()
+        bench.offer(RATE_KPPS, 3.0)
+        bench.network.cut("nf1", side)
+        point = bench.finish()
+        assert point["ledger"]["received"] > 0.8 * point["ledger"]["sent"]
+        status = bench.status()
+        assert set(bench.network.steering()) == {"nf2"}
+        assert {group["members"][0] for group in status["map"]["groups"]} == {"nf2"}
+        assert status["hosts"]["nf1"]["lease_ms"] > 0
+        assert not status["instances"]["nf1"]["link"]
+        with pytest.raises(NearstateError, match="packets cannot reach nf1"):
+            bench.move(EVEN, "nf1")
+        bench.network.mend("nf1", side)
+        while not bench.status()["instances"]["nf1"]["link"]:
+            time.sleep(0.01)
+        bench.move(EVEN, "nf1")  # it can be given its share again
+        assert bench.network.steering().count("nf1") == len(EVEN)
+        again = bench.step(RATE_KPPS, 1.0)
+        assert again["ledger"]["received"] == again["ledger"]["sent"]
 
 
 def test_a_dead_function_hands_its_host_over(emulation):

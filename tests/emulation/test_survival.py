@@ -70,11 +70,14 @@ def test_downloads_through_the_loss_of_their_host(emulation, tmp_path, placement
     trial = Trial("test", "rack", "nat", placement, replicas, {}, SETTINGS, 0, 1)
     experiment = Experiment("?", "throughput", ({},), network={"nf_hosts": 2})
     with working_rack(emulation, trial, experiment) as (bench, _):
+        if placement == "nftables":  # as conntrackd has it: what is not known is not taken up in its middle, by luck of the ports
+            for host in bench.nf_hosts:
+                subprocess.run(_on(host.pid, "sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_loose=0"), check=True, timeout=10)
         on_lost, right = downloads_survive(bench, tmp_path)
         assert 0.3 * DOWNLOADS < on_lost < 0.7 * DOWNLOADS
         if survive:
             assert right == DOWNLOADS
-        else:  # the kernel takes up a connection in its middle; few get their old port by it
-            assert DOWNLOADS - on_lost <= right < DOWNLOADS - on_lost / 2
+        else:
+            assert right == DOWNLOADS - on_lost
         if bench.coordinator:
             assert set(bench.network.steering()) == {"nf2"}

@@ -17,12 +17,13 @@ from datastore import __main__ as command_line
 from datastore.native.errors import NearstateError
 from datastore.replication import coordination
 from datastore.replication.maps import ClusterMap
+from datastore.replication.report import troubles
 from datastore.replication.routed import ask
 from datastore.store.operations import ADD, GET
 from datastore.store.statuses import OK
 from datastore.verification.history import read_history
 from datastore.verification.linearizability import LINEARIZABLE, check_history
-from tests.cluster import HOSTS, LEASE_MS, PARTITIONS, VALUE_BYTES, Cluster, Process
+from tests.cluster import HOSTS, LEASE_MS, PARTITIONS, VALUE_BYTES, Cluster, Process, free_port
 from tests.recorded import work
 
 
@@ -133,6 +134,24 @@ def test_a_coordinator_that_cannot_save_changes_nothing_and_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("cluster", [2, 3], indirect=True)
+def test_a_second_process_of_a_name_is_refused_and_told(cluster):
+    cluster.wait_until_full()
+    impostor = cluster.start("nf1", port=free_port())
+    try:
+        deadline = time.monotonic() + 10
+        while not cluster.status()["hosts"]["nf1"]["rival"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert "two processes call themselves nf1" in "\n".join(cluster.status()["log"])
+        assert any("two processes call themselves nf1" in line for line in troubles(cluster.status()))
+        with cluster.client(1) as client:
+            answer = client.do(ADD, 3 << 32 | 3, 9, (1).to_bytes(8, "little"))
+            assert answer is not None
+            assert answer.status == OK
+    finally:
+        impostor.kill()
+
+
 def test_histories_under_kills_and_stops_are_linearizable(cluster, tmp_path):
     chance, stop = random.Random(7), threading.Event()
     folder = tmp_path / "histories"

@@ -27,22 +27,24 @@ def course(silent: range) -> str:
     return timeline.Told.of(timeline.report(line)).encode(100 * MS, -100, 200)
 
 
-def trial(placement: str, replicas: int, outage_ms: float | None, broken: float, repeat: int = 0) -> dict[str, Any]:
+def trial(placement: str, replicas: int, outage_ms: float | None, broken: float, repeat: int = 0, **sweep: Any) -> dict[str, Any]:
     """Return a trial whose host was lost at 100 ms; outage None: for good."""
     until = 200 if outage_ms is None else outage_ms
     metrics = {"outage_ms": until, "detection_ms": 80, "recovery_ms": until - 80, "restored_ms": until + 20, "packets_lost": 10,
                "broken_ratio": broken, "recovered_ratio": float(outage_ms is not None)}  # fmt: skip
     point = {"sweep": {}, "metrics": metrics, "histograms": {}, "valid": True, "invalid_reasons": [],
              "time_lines": {"delivered": course(range(100, 100 + int(until)))}}  # fmt: skip
-    return {"trial": f"failover/{placement}/{replicas}/{repeat}", "experiment": "failover", "topology": "rack", "nf": "nat",
-            "placement": placement, "replicas": replicas, "sweep": {}, "repeat": repeat, "seed": 1, "valid": True,
+    name = f"failover/{placement}/{replicas}/{sweep}/{repeat}"
+    return {"trial": name, "experiment": "failover", "topology": "rack", "nf": "nat",
+            "placement": placement, "replicas": replicas, "sweep": sweep, "repeat": repeat, "seed": 1, "valid": True,
             "invalid_reasons": [], "points": [point]}  # fmt: skip
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     trials = [trial("integrated", 1, None, 1.0), trial("integrated", 2, 100, 0.0), trial("integrated", 2, 120, 0.0, 1),
-              trial("nftables", 1, 110, 0.25)]  # fmt: skip
+              trial("nftables", 1, 110, 0.25), trial("integrated", 2, 90, 0.0, lost="store"),
+             trial("integrated", 2, 50, 0.0, lost="link")]  # fmt: skip
     (tmp_path / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in trials))
     return tmp_path
 
@@ -55,7 +57,13 @@ def test_the_figure_shows_course_and_parts(run: Path) -> None:
     assert goodput["y"].to_dict() == {at: 10.0 * (at < 0 or at >= 120) + 5.0 * (at in (100, 110)) for at in range(-100, 200, 10)}
     assert (goodput.loc[100, "low"], goodput.loc[100, "high"]) == (0, 10), "the repeats' range"
     parts = points.query("mark == 'recovery_ms'").set_index("panel")["y"]
-    assert dict(parts) == {"integrated, R = 1": 120, "integrated, R = 2": 30, "nftables (kernel)": 30}
+    assert {panel: y for panel, y in parts.items() if not panel.startswith("lost")} == {
+        "integrated, R = 1": 120,
+        "integrated, R = 2": 30,
+        "nftables (kernel)": 30,
+    }
+    pieces = points[points["panel"].str.startswith("lost")].groupby("panel")["y"].sum()
+    assert dict(pieces) == {"lost: host": 110, "lost: store": 90, "lost: link": 50}
     broken = points.query("y_name == 'broken_ratio'").set_index("x")["y"]
     assert dict(broken) == {"integrated, R = 1": 1, "integrated, R = 2": 0, "nftables (kernel)": 0.25}
 
@@ -73,7 +81,7 @@ def test_the_answer_tells_what_never_recovers(run: Path) -> None:
 def test_time_lines_are_no_scalars(run: Path) -> None:
     frame = measurements([read_run(run)])
     kept = frame[frame["metric"] == "delivered"]
-    assert len(kept) == 4
+    assert len(kept) == 6
     assert time_line(kept["histogram"].iloc[0])["ms"].tolist() == list(range(-100, 200))
     assert "delivered" not in set(summarize(frame)["metric"])
 

@@ -132,10 +132,10 @@ FIRST_SEED = {
     "breaks its promises": 9,
     "promises whatever map others follow": 9,
     "applies frames of deposed primaries": 13,
-    "ignores that its lease ran out": 27,
+    "ignores that its lease ran out": 58,
     "trusts its own old completion records": 28,
     "answers after it was deposed": 23,
-    "promotes before the lease is over": 14,
+    "promotes before the lease is over": 20,
 }
 """Seeds known to catch a mutant, tried first to save time."""
 ONLY_CUTS = Faults(0.02, 0, 0, 1, NEVER, NEVER, cut_s=0.04, move_s=NEVER, coordinator_s=NEVER, drift=0)

@@ -125,3 +125,33 @@ def test_reports_and_steerings_that_are_wrong_say_why():
         check_steering(["nf1"] * 3, list(HOSTS), 4)
     with pytest.raises(NearstateError, match="unknown instance 'nf3'"):
         check_steering(["nf3"] * 4, list(HOSTS), 4)
+
+
+def test_an_instance_whose_link_is_down_is_left_until_it_is_up_again():
+    cluster = Cluster()
+    switchover = cluster.switchover
+    switchover.see(cluster.now_ns, frozenset({"nf1"}))
+    cluster.beat()
+    assert switchover.steering == ["nf1", "nf2", "nf1", "nf2"]  # a short interruption is none
+    for _ in range(10):
+        cluster.now_ns += SPAN_NS // 10
+        switchover.see(cluster.now_ns, frozenset({"nf1"}))
+        cluster.beat()
+    assert switchover.steering == ["nf2"] * 4
+    assert cluster.coordinator.moves == {0: "nf2", 2: "nf2"}  # the store lives: its partitions follow, with all that they hold
+    switchover.see(cluster.now_ns, frozenset())
+    cluster.beat()
+    assert not switchover.dead(cluster.now_ns, SPAN_NS)
+
+
+def test_a_move_to_a_dead_instance_is_given_up():
+    cluster = Cluster()
+    for _ in range(10):
+        cluster.now_ns += SPAN_NS // 10
+        cluster.switchover.see(cluster.now_ns, frozenset({"nf2"}))
+        cluster.beat()
+    cluster.coordinator.moves.clear()
+    cluster.coordinator.move([0], "nf2")
+    cluster.plan()
+    assert cluster.coordinator.moves.get(0) != "nf2"
+    assert "1 partitions stay where they are: packets cannot reach nf2" in cluster.coordinator.log[-1]

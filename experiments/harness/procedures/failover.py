@@ -1,6 +1,7 @@
 """The loss of an NF host under load: for how long is nothing delivered, what is lost, what breaks?
 
-One host of the steering is lost at once, with its processes and all it remembers (`Bench.lose_host`), in the middle of a load.
+One host of the steering is lost at once, with its processes and all it remembers (`Bench.lose_host`), in the middle of a load; or
+only its NF process, its store process, or the link by which packets reach it.
 
       load |-------------------|lost.....noticed.....first packet.....90 % of the rate----------|
                                |<-------- outage --->|
@@ -28,8 +29,8 @@ from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
 from experiments.harness.bench import COMMON_SETTINGS, Bench
 
-SETTINGS = {**COMMON_SETTINGS, "victim": "nf1", "offered_kpps": 20.0, "lost_at_s": 0.6, "seconds": 2.0, "bin_us": 1000.0,
-            "shown_ms": (200.0, 800.0), "lateness_limit_us": 0.0}  # fmt: skip
+SETTINGS = {**COMMON_SETTINGS, "victim": "nf1", "lost": "host", "offered_kpps": 20.0, "lost_at_s": 0.6, "seconds": 2.0,
+            "bin_us": 1000.0, "shown_ms": (200.0, 800.0), "lateness_limit_us": 0.0}  # fmt: skip
 PATIENCE_S = 1.0
 """How long a coordinator's decision is waited for: ten times what it should take."""
 ASKED_EVERY_S = 0.004
@@ -38,8 +39,9 @@ ASKED_EVERY_S = 0.004
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """Return one point: outage and its parts, what was lost and what broke, and the time line around the loss.
 
-    lost_at_s: when within the load of `seconds`. shown_ms: of the time line, how much before and after the loss is kept. The
-    flows are few enough that each sends some 20 packets after the outage, or one may seem broken that is only slow.
+    lost: what of the victim, "host", "function", "store" or "link". lost_at_s: when within the load of `seconds`. shown_ms: of
+    the time line, how much before and after the loss is kept. The flows are few enough that each sends some 20 packets after the
+    outage, or one may seem broken that is only slow.
     """
     settings = bench.settings
     victim, survivor = ends(bench)
@@ -52,10 +54,11 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     carried = [partition for partition, host in enumerate(steered) if host == victim]
     if not carried:  # a busy machine: it was not heard for a lease, and replaced
         raise NearstateError(f"before any loss: {victim} carries nothing; its place was taken while the trial began")
+    known = records_of(bench, carried)
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], {"bin_us": settings["bin_us"], "watch": carried})
     until_ns = began_ns + int(settings["seconds"] * 1e9)
     _sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))
-    lost_ns = bench.lose_host(victim)
+    lost_ns = bench.lose(settings["lost"], victim)
     watch = _watched if bench.coordinator else _stand_in
     noticed_ns, steered_ns = watch(bench, victim, survivor, carried, lost_ns)
     point = bench.finish()
@@ -71,9 +74,24 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         "restored_ms": (restored_ns - lost_ns) / 1e6, "recovery_ms": (end - noticed_ns) / 1e6,
         "packets_lost": point["metrics"]["lost"], "flows": flows,
         "connections_broken": broken, "broken_ratio": broken / max(1, flows)}  # fmt: skip
+    if not bench.is_peer:
+        point["metrics"]["records_lost"] = len(known - records_of(bench, carried))
     before_ms, after_ms = settings["shown_ms"]
     point["time_lines"] = {"delivered": line.encode(lost_ns, -before_ms, after_ms)}
     return [point]
+
+
+def records_of(bench: Bench, partitions: list[int]) -> set[tuple[int, ...]]:
+    """Return the keys of partitions' records that can be had: of the stores that rule them, or of the NF processes themselves."""
+    if not bench.stores:
+        kept = bench.function_statistics()
+        return {(number, *name.encode()) for name, counts in kept.items() for number in range(counts["records"])}
+    wanted, mapped = set(partitions), bench.map_of(bench.stages[0])
+    rulers = [group["members"][:1] for group in bench.status()["map"]["groups"]] if bench.coordinator else \
+        [group[:1] for group in mapped["replicas"]] if mapped else []  # fmt: skip
+    living = [host for host, store in bench.stores.items() if store.poll() is None]
+    return {(record.low, record.high) for host in living for record in bench.records(host)
+            if record.low & 0xFFFF in wanted and rulers[record.low & 0xFFFF] == [host]}  # fmt: skip
 
 
 def ends(bench: Bench) -> tuple[str, str]:

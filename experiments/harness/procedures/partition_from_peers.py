@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 from datastore.native.errors import NearstateError
-from datastore.store.table import Table
 from experiments.harness.bench import COMMON_SETTINGS, Bench
 
 SETTINGS = {**COMMON_SETTINGS, "victim": "", "offered_kpps": 10.0, "cut_at_s": 0.6, "mended_at_s": 1.8, "seconds": 3.0,
@@ -79,11 +78,9 @@ def differing(bench: Bench) -> int:
     groups = bench.status()["map"]["groups"]
     copies: dict[tuple[int, int], set[tuple[str, int, bytes]]] = {}
     for host in bench.stores:
-        table = Table.attach(bench.table_name(host))
-        for record in table.records():
+        for record in bench.records(host):
             if host in groups[record.low & 0xFFFF]["members"]:
                 copies.setdefault((record.low, record.high), set()).add((host, record.version, record.value))
-        table.close()
     return sum(len({seen[1:] for seen in found}) > 1 or len(found) < len(groups[low & 0xFFFF]["members"])
                for (low, _), found in copies.items())  # fmt: skip
 

@@ -1,0 +1,18 @@
+"""What does it cost the packets when a host comes back and is filled with 100,000 records?"""
+
+from experiments.harness.spec import Experiment
+
+GRID = {"topology": ("rack",), "nf": ("traffic_counter", "firewall"), "placement": ("integrated",), "replicas": (2,)}
+
+EXPERIMENT = Experiment(
+    question="How long until a host that comes back is a backup again, what bounds it, and what do packets lose by it?",
+    procedure="rejoin",
+    sweeps=(GRID,),
+    traffic={"flows": 100_000, "frame_bytes": 64},
+    seed=1,
+    profiles={
+        "smoke": {"sweeps": ({**GRID, "nf": ("traffic_counter",)},), "traffic": {"flows": 10_000}},
+        "quick": {"sweeps": ({**GRID, "nf": ("traffic_counter",)},)},
+        "paper": {"repeats": 5, "network": {"nf_hosts": 3}},
+    },
+)  # fmt: skip
