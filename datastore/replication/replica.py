@@ -28,6 +28,8 @@ from datastore.store.locking import role_word
 from datastore.store.statuses import NAMES, OK
 
 FOR_EVER_NS = 1 << 62
+LEARNERS_PATIENCE = 5
+"""By how much longer than a member a learner may owe an acknowledgment: no packet waits for it."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,11 @@ class Replica:
         found = []
         for peer, host in enumerate(self.peers):
             links = self.shipping.links[peer]
-            owing = (links[:, ship.MODE] != ship.OUT) & (links[:, ship.OWING_NS] != 0)
-            if np.any(now_ns - links[owing, ship.OWING_NS] > self.timing.unreachable_ns):
-                found.append(host)
+            for mode, patience in ((ship.COUNTED, 1), (ship.LEARNING, LEARNERS_PATIENCE)):
+                owing = (links[:, ship.MODE] == mode) & (links[:, ship.OWING_NS] != 0)
+                if np.any(now_ns - links[owing, ship.OWING_NS] > patience * self.timing.unreachable_ns):
+                    found.append(host)
+                    break
         return found
 
     # ---- maps ---------------------------------------------------------------------------------------------------------

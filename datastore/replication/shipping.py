@@ -104,6 +104,9 @@ EPOCH, SERIAL, JOINED = range(3)
 NEWS_AFTER_NS = 2_000_000
 """News wait so long for a frame that they can travel with: sent at once they would double frames and wake-ups, for reads at
 backups that find a record clean a little earlier."""
+IMAGES_AT_ONCE = 16
+"""Under way to a peer that learns. Measured: a refill of 100,000 records under 60 kpps takes 150, 270, 400 ms with 64, 16, 4 at a
+time, and costs 16, 10, 5 % of the packets meanwhile."""
 DONE_QUEUE = 1024
 """Completion records of a partition that can be on their way; more, and the peer gets an image."""
 LOW16, LOW32 = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF)
@@ -457,12 +460,20 @@ def ship_all(
 ) -> int:  # fmt: skip
     """Write the frames that are due for a peer, as many as fit into `out[at:end]`; return where they end.
 
-    Partitions take turns in being first, so that a small buffer starves none.
+    Partitions take turns in being first, so that a small buffer starves none. Images of those that learn are few at a time:
+    commits of the others queue behind them.
     """
     partitions = shipping.done_end.size
-    first = shipping.control[NEXT_FIRST] % partitions
+    first, images = shipping.control[NEXT_FIRST] % partitions, 0
+    for partition in range(partitions):
+        if shipping.links[peer, partition, UNDER_WAY] != 0 and shipping.links[peer, partition, SENT_IMAGE] != 0:
+            images += 1
     for n in range(partitions):
         partition = (first + n) % partitions
+        if shipping.links[peer, partition, MODE] == LEARNING and shipping.links[peer, partition, WANTS_IMAGE] != 0:
+            if images >= IMAGES_AT_ONCE:
+                continue
+            images += 1
         written = ship(shipping, words, owner, peer, partition, now_ns, out, at + FRAME_HEADER_WORDS, end)
         if written > 0:
             write_frame_header(out, at, 1, written, REPLICATES, words[EPOCH_OF_MAP], U0, words[CLUSTER])

@@ -235,8 +235,9 @@ class Bench:
         self.wait_ready([self.stores[host]])
 
     def return_host(self, name: str) -> None:
-        """Bring a lost host back: its links, and a store process with an empty table, which joins as a backup."""
+        """Bring a lost host back: its links, and a store process with an empty table, which joins as a backup; no NF process."""
         self.lost.discard(name)
+        self.functions.pop(name, None)
         self.network.mend(name)
         self.restart_store(name)
 

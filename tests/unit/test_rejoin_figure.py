@@ -16,7 +16,7 @@ from experiments.harness.procedures.rejoin import Sample, course
 from experiments.workloads import timeline
 
 MS = 1_000_000
-SAMPLES = [Sample(ms * MS, min(max(ms - 50, 0) / 100, 1.0), 1000.0 * ms, 0.0005 * ms) for ms in range(0, 200, 10)]
+SAMPLES = [Sample(ms * MS, 0, min(max(ms - 50, 0) / 100, 1.0), 1000.0 * ms, 0.0005 * ms) for ms in range(0, 200, 10)]
 """Partitions get their copies from 50 to 150 ms on; 8 Mbit/s, half a core."""
 
 

@@ -66,7 +66,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     begin, end, ended = line.outage(until_ns)
     flows, broken = line.broken(lost_ns, until_ns)
     noticed_ns = min(noticed_ns, end)
-    restored_ns = line.restored_ns(lost_ns, until_ns) or until_ns
+    restored_ns = max(line.restored_ns(lost_ns, until_ns) or until_ns, end)
     point["sweep"] = {}
     point["metrics"] |= {
         "outage_ms": (end - lost_ns) / 1e6, "recovered_ratio": float(ended), "silence_ms": (end - begin) / 1e6,

@@ -19,7 +19,7 @@ from experiments.harness.bench import COMMON_SETTINGS, Bench
 from experiments.harness.procedures.failover import ends
 from experiments.workloads import timeline
 
-SETTINGS = {**COMMON_SETTINGS, "capacity": 1 << 18, "victim": "nf2", "offered_kpps": 0.0, "lost_at_s": 0.6, "back_at_s": 1.6,
+SETTINGS = {**COMMON_SETTINGS, "capacity": 1 << 18, "victim": "nf2", "offered_kpps": 60.0, "lost_at_s": 0.6, "back_at_s": 1.6,
             "seconds": 4.0, "bin_us": 10000.0, "shown_ms": (1600.0, 2000.0), "lateness_limit_us": 0.0}  # fmt: skip
 SAMPLED_EVERY_S = 0.01
 PATIENCE_S = 10.0
@@ -28,9 +28,11 @@ SETTLED_NS = 100_000_000
 
 
 class Sample(NamedTuple):
-    """What is looked at meanwhile: the time, the share of partitions with all copies, bytes sent for storage, CPU of stores."""
+    """What is looked at meanwhile: the time, how many partitions have learners, the share of those with all copies, bytes sent
+    for storage, CPU of the stores."""
 
     ns: int
+    learning: int
     full_ratio: float
     storage_bytes: float
     store_cpu_s: float
@@ -59,7 +61,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     samples = watch(bench, until_ns)
     point = bench.finish()
     line = bench.time_line()
-    filling = [sample.ns for sample in samples if 0 < sample.full_ratio < 1] or [back_ns]
+    filling = [sample.ns for sample in samples if sample.learning] or [back_ns]
     full = next((sample.ns for sample in samples if sample.full_ratio == 1), 0)
     if not full:
         raise NearstateError(f"{victim} was no backup again {(until_ns - back_ns) / 1e9:.1f} s after it was back")
@@ -88,7 +90,8 @@ def watch(bench: Bench, until_ns: int) -> list[Sample]:
     while time.monotonic_ns() < until_ns and not (samples and samples[-1].full_ratio == 1):
         groups = bench.status()["map"]["groups"]
         full = sum(len(group["members"]) >= bench.trial.replicas for group in groups) / len(groups)
-        samples.append(Sample(time.monotonic_ns(), full, float(sum(bench.network.sent_bytes("storage").values())),
+        learning = sum(bool(group["learners"]) for group in groups)
+        samples.append(Sample(time.monotonic_ns(), learning, full, float(sum(bench.network.sent_bytes("storage").values())),
                               sum(store.cpu_seconds() for store in bench.stores.values())))  # fmt: skip
         time.sleep(SAMPLED_EVERY_S)
     return samples
@@ -104,7 +107,7 @@ def rate(line: timeline.Told, begin_ns: int, end_ns: int) -> float:
 def course(samples: list[Sample], zero_ns: int) -> str:
     """Return the samples as a time line: share of partitions with all copies, storage network in Mbit/s, stores' CPU in cores."""
     bin_ms = SAMPLED_EVERY_S * 1e3
-    at, full, sent, cpu = np.array(samples).T
+    at, _, full, sent, cpu = np.array(samples).T
     ms = (at - zero_ns) / 1e6
     bins = np.arange(ms[0], ms[-1] + bin_ms, bin_ms)
     sent, cpu = (np.diff(np.interp(bins, ms, values), append=values[-1]) for values in (sent, cpu))
