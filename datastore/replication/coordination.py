@@ -122,7 +122,7 @@ class Coordination:
             self.coordinator = Coordinator.start(document, now_ns, timing)
         self.switchover, self.switch = self._steering(config.get("steering"))
         self._ordered: dict[str, dict[str, Any]] = {}
-        self._switch_descriptor = -1
+        self._switch_descriptors: set[int] = set()
         self._instances: dict[str, LineSocket] = {}
         self._saved = self.coordinator.save()
         self._published = self.coordinator.map.epoch
@@ -145,7 +145,9 @@ class Coordination:
     def turn(self, timeout_s: float) -> None:
         """Wait for messages, answer them, and do what is due."""
         self._watch_switch()
-        for key, _ in self.selector.select(timeout_s):
+        self.selector.select(timeout_s)
+        looked_ns = time.monotonic_ns()  # what was said before is heard before anybody is taken for silent, however late this is
+        for key, _ in self.selector.select(0):
             if key.fileobj is self.listener:
                 self._accept()
             elif isinstance(key.data, LineSocket):
@@ -155,29 +157,31 @@ class Coordination:
                 line.flush()
             except OSError:
                 self._drop(line)
-        self._advance()
+        self._advance(looked_ns)
         self.publish()
 
     def _watch_switch(self) -> None:
         """Wake up when the controller answers."""
-        descriptor = self.switch.fileno() if self.switch else -1
-        if descriptor != self._switch_descriptor:
-            if self._switch_descriptor >= 0:
-                self.selector.unregister(self._switch_descriptor)
-            if descriptor >= 0:
-                self.selector.register(descriptor, selectors.EVENT_READ)
-            self._switch_descriptor = descriptor
+        descriptors = self.switch.filenos() if self.switch else set()
+        for descriptor in self._switch_descriptors - descriptors:
+            self.selector.unregister(descriptor)
+        for descriptor in descriptors - self._switch_descriptors:
+            self.selector.register(descriptor, selectors.EVENT_READ)
+        self._switch_descriptors = descriptors
 
-    def _advance(self) -> None:
+    def _advance(self, now_ns: int) -> None:
         """Do what is due, steering included."""
-        now_ns = time.monotonic_ns()
-        if self.switchover:
-            if self.switch:
-                self.switchover.confirmed = self.switch.follow(self.switchover.steering) or self.switchover.confirmed
-                self.switchover.see(now_ns, self.switch.down)
-            else:
-                self.switchover.confirmed = list(self.switchover.steering)
-            self.switchover.plan(now_ns, self.coordinator)
+        switchover = self.switchover
+        if switchover and self.switch:
+            self.switch.hear()
+            switchover.confirmed = self.switch.confirmed or switchover.confirmed
+            switchover.see(now_ns, self.switch.down, self.switch.settled_ns)
+            switchover.plan(now_ns, self.coordinator)
+            self.switch.tell(switchover.steering, switchover.unsettled())
+        elif switchover:
+            switchover.confirmed = list(switchover.steering)
+            switchover.see(now_ns, frozenset(), now_ns)
+            switchover.plan(now_ns, self.coordinator)
         self.coordinator.advance(now_ns)
 
     def _give_orders(self) -> None:

@@ -158,7 +158,7 @@ class Coordinator:
             return Grant(beat.incarnation, beat.sent_ns, 0, self.map.epoch, None, self._too_early(now_ns, beat))
         state.epoch, state.heard_ns, state.lag = max(state.epoch, beat.epoch), now_ns, beat.lag
         self._listen(now_ns, beat)
-        self.advance(now_ns)
+        self._go_on(now_ns)
         if beat.epoch == self.map.epoch:
             state.granted_until_ns = max(state.granted_until_ns, now_ns + self.timing.lease_ns + self.timing.margin_ns)
             return Grant(beat.incarnation, beat.sent_ns, self.timing.lease_ns, self.map.epoch)
@@ -270,8 +270,11 @@ class Coordinator:
     # ---- what time brings ---------------------------------------------------------------------------------------------
 
     def advance(self, now_ns: int) -> None:
-        """Do what is due: failures, removals that are known, moves, fillings. Call it often."""
+        """Do what is due: failures, removals that are known, moves, fillings. Call it often, when all that arrived is heard."""
         self._fail(now_ns)
+        self._go_on(now_ns)
+
+    def _go_on(self, now_ns: int) -> None:
         self._finish_leaving(now_ns)
         self._move(now_ns)
         self._fill(now_ns)

@@ -1,8 +1,8 @@
-"""The coordinator's line to the controller of the switch: which instance is to get each partition's packets, and whose links are
-down.
+"""The coordinator's line to the controller of the switch: which instance is to get each partition's packets, and what the switch
+says: whether it does so, whether packets have settled on their new way, whose links are down.
 
-One command at a time, never waited for; the newest wish goes out when the one before is answered. The controller's socket is a
-file, so that it can be reached from the network namespace of the `control` host: switches have a management network of their own.
+Nothing is ever waited for; the newest wish goes out when the one before is answered. The controller's socket is a file, so that
+it can be reached from the network namespace of the `control` host: switches have a management network of their own.
 """
 
 from __future__ import annotations
@@ -20,55 +20,48 @@ PORTS_S = 0.03
 """How often the controller is asked for links that are down."""
 
 
-class Switch:
-    """What the switch was told, and what it said."""
+class Line:
+    """A connection to the controller for one command at a time, made again when it is lost."""
 
-    def __init__(self, controller: Path) -> None:
-        self._path = controller
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._line: LineSocket | None = None
-        self._asked: list[str] | None = None
-        self._confirmed: list[str] | None = None
-        self._waiting = False
-        self._tried_s = self._looked_s = 0.0
-        self.down: frozenset[str] = frozenset()
-        """The instances one of whose links the switch sees down."""
+        self._tried_s = 0.0
+        self.is_waiting = False
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when the controller answered, or -1."""
         return self._line.fileno() if self._line else -1
 
-    def follow(self, steering: list[str]) -> list[str] | None:
-        """Have the switch steer as `steering` says; return what it last confirmed, None before the first time."""
+    def ask(self, command: dict[str, Any]) -> bool:
+        """Send a command, if none is unanswered and the controller is there; tell whether it was."""
+        if self.is_waiting:
+            return False
         try:
             line = self._connected()
             if line is None:
-                return self._confirmed
-            for answer in line.receive():
-                self._take(answer)
-            now_s = time.monotonic()
-            if self._waiting:
-                pass
-            elif steering != self._confirmed and now_s - self._tried_s > AGAIN_S:
-                self._asked, self._waiting = list(steering), True
-                line.send({"command": "follow", "instances": self._asked})
-            elif now_s - self._looked_s > PORTS_S:
-                self._looked_s, self._waiting = now_s, True
-                line.send({"command": "ports"})
+                return False
+            line.send(command)
         except OSError as error:
-            print(f"controller: {error}", file=sys.stderr, flush=True)
-            self.close()
-        return self._confirmed
+            self._lose(error)
+            return False
+        self.is_waiting = True
+        return True
 
-    def _take(self, answer: dict[str, Any]) -> None:
-        """Take the answer to what was asked last."""
-        if "error" in answer:
-            print(f"controller: {answer['error']}", file=sys.stderr, flush=True)
-            self._tried_s = self._looked_s = time.monotonic()
-        elif "down" in answer:
-            self.down = frozenset(interface.partition(".")[0] for interface in answer["down"])
-        else:
-            self._confirmed = self._asked
-        self._waiting = False
+    def answer(self) -> dict[str, Any] | None:
+        """Return the answer to the command asked last, once; None: not yet. One that was lost is {"error": why}."""
+        if self._line is None or not self.is_waiting:
+            return None
+        try:
+            for answer in self._line.receive():
+                self.is_waiting = False
+                if "error" in answer:
+                    print(f"controller: {answer['error']}", file=sys.stderr, flush=True)
+                return answer
+        except OSError as error:
+            self._lose(error)
+            return {"error": str(error)}
+        return None
 
     def _connected(self) -> LineSocket | None:
         if self._line is None and time.monotonic() - self._tried_s > AGAIN_S:
@@ -80,11 +73,70 @@ class Switch:
                 connection.close()
                 raise
             self._line = LineSocket(connection)
-            self._tried_s = 0.0
         return self._line
 
+    def _lose(self, error: OSError) -> None:
+        print(f"controller: {error}", file=sys.stderr, flush=True)
+        self.close()
+
     def close(self) -> None:
-        """Close the line; what was asked is asked again."""
+        """Close the connection; what was asked gets no answer."""
         if self._line:
             self._line.close()
-        self._line, self._waiting = None, False
+        self._line, self.is_waiting = None, False
+
+
+class Switch:
+    """What the switch was told, and what it said.
+
+    confirmed: the steering that its rules say, None before the first time. settled_ns: what was confirmed by then, no packet goes
+    otherwise any more. down: the instances one of whose links it sees down.
+    """
+
+    def __init__(self, controller: Path) -> None:
+        self._rules, self._flows = Line(controller), Line(controller)
+        self._asked: list[str] | None = None
+        self._refused_s = self._looked_s = 0.0
+        self._settling_ns = 0
+        self.confirmed: list[str] | None = None
+        self.settled_ns = 0
+        self.down: frozenset[str] = frozenset()
+
+    def filenos(self) -> set[int]:
+        """Return the descriptors that are readable when the controller answered."""
+        return {line.fileno() for line in (self._rules, self._flows)} - {-1}
+
+    def hear(self) -> None:
+        """Take what the switch has said."""
+        self._take(self._rules.answer())
+        told = self._flows.answer()
+        if told and "settled" in told:
+            self.settled_ns = self._settling_ns
+
+    def tell(self, steering: list[str], unsettled: bool) -> None:
+        """Have it steer as `steering` says. unsettled: it is to say when packets have settled."""
+        now_s = time.monotonic()
+        if steering != self.confirmed and now_s - self._refused_s > AGAIN_S:
+            if self._rules.ask({"command": "follow", "instances": list(steering)}):
+                self._asked = list(steering)
+        elif now_s - self._looked_s > PORTS_S and self._rules.ask({"command": "ports"}):
+            self._looked_s = now_s
+        asked_ns = time.monotonic_ns()
+        if unsettled and self._flows.ask({"command": "settled"}):
+            self._settling_ns = asked_ns
+
+    def _take(self, answer: dict[str, Any] | None) -> None:
+        """Take the answer to a wish, or of whose links are down."""
+        if answer is None:
+            return
+        if "down" in answer:
+            self.down = frozenset(interface.partition(".")[0] for interface in answer["down"])
+        elif "steered" in answer:
+            self.confirmed = self._asked
+        else:
+            self._refused_s = time.monotonic()
+
+    def close(self) -> None:
+        """Close the lines; what was asked is asked again."""
+        self._rules.close()
+        self._flows.close()

@@ -8,7 +8,7 @@ order-preserving):
     learn     the target gets a full copy                                                  `coordinator.py`
     park      the target's instance keeps what comes of the partition
     steer     the switch sends its packets there
-    drain     the source's instance says that none come or wait any more
+    drain     the switch says that none go the old way any more, and the source's instance that none come or wait there
     hand over the source retires, the target is primary and goes on with what it kept      `coordinator.py`
 
 So each packet is processed by one instance, and those of the source before those of the target. An instance that is silent for a
@@ -26,11 +26,6 @@ from datastore.replication.coordinator import Coordinator
 
 BATCH = 32
 """Moves between `park` and `hand over` at a time: a parked packet waits until its whole batch has been steered and drained."""
-
-
-SETTLE_NS = 6_000_000
-"""How long after the switch confirmed a change packets may still come the old way: a userspace switch keeps what it decided for a
-flow until it looks again (measured: up to 5 ms at 24 kpps, 7 ms once)."""
 
 
 @dataclass
@@ -56,6 +51,8 @@ class Switchover:
     under_way: dict[int, str] = field(default_factory=dict)
     watched: dict[int, int] = field(default_factory=dict)
     """Partitions whose packets go to their new place: since when."""
+    settled_ns: int = 0
+    """Packets of partitions that are watched since before do not go the old way any more."""
     _planned: tuple[int, frozenset[str], frozenset[str]] = (0, frozenset(), frozenset())
     """The map, dead instances and stores heard of, that the last plan was made for."""
 
@@ -75,8 +72,9 @@ class Switchover:
         instance.quiet = frozenset(map(int, report["quiet"])) & self.watched.keys()
         return name
 
-    def see(self, now_ns: int, down: frozenset[str]) -> None:
-        """Take from the switch which instances have a link that is down."""
+    def see(self, now_ns: int, down: frozenset[str], settled_ns: int) -> None:
+        """Take from the switch which instances have a link that is down, and by when what was confirmed has come true."""
+        self.settled_ns = settled_ns
         for name, instance in self.instances.items():
             instance.cut_ns = (instance.cut_ns or now_ns) if name in down else 0
 
@@ -108,7 +106,7 @@ class Switchover:
         if self.aligned:
             self._watch(now_ns)
             self._follow_packets(coordinator, dead)
-            coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, now_ns, coordinator, dead)}
+            coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead)}
 
     def _living(self, partition: int, wanted: str, members: tuple[str, ...], dead: set[str]) -> str:
         """Return `wanted`, or in place of a dead instance another one, if possible where a copy of the state is."""
@@ -141,13 +139,20 @@ class Switchover:
         for instance in self.instances.values():
             instance.quiet &= self.watched.keys()
 
-    def _may_hand_over(self, partition: int, now_ns: int, coordinator: Coordinator, dead: set[str]) -> bool:
+    def unsettled(self) -> bool:
+        """Tell whether anybody waits for packets to go their new way."""
+        return any(since >= self.settled_ns for since in self.watched.values())
+
+    def _may_hand_over(self, partition: int, coordinator: Coordinator, dead: set[str]) -> bool:
         """Tell whether a partition's primary may retire: nothing of it comes or waits at its host any more."""
         source = coordinator.map.groups[partition].primary
         if not source or not self._speaks(source, dead) or not self._speaks(coordinator.moves[partition], dead):
             return True
-        settled = now_ns - self.watched.get(partition, now_ns) >= SETTLE_NS
-        return settled and partition in self.instances[source].quiet
+        return self._is_settled(partition) and partition in self.instances[source].quiet
+
+    def _is_settled(self, partition: int) -> bool:
+        """Tell whether the switch sends no packet of a partition to its old place any more."""
+        return self.watched.get(partition, self.settled_ns) < self.settled_ns
 
     def _follow_packets(self, coordinator: Coordinator, dead: set[str]) -> None:
         """Move the partitions of stores whose instance is dead to where their packets went."""
@@ -160,7 +165,7 @@ class Switchover:
         """Return what an instance is to do."""
         groups = coordinator.map.groups
         park = [p for p, target in self.under_way.items() if target == name and groups[p].primary != name]
-        watch = [p for p in self.watched if groups[p].primary == name]
+        watch = [p for p in self.watched if groups[p].primary == name and self._is_settled(p)]
         newest = coordinator.map if self.instances[name].epoch != coordinator.map.epoch else None
         return {"map": newest.to_json() if newest else None, "park": sorted(park), "watch": sorted(watch)}
 

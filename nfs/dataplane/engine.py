@@ -758,7 +758,6 @@ def take_step(engine: Engine, words: np.ndarray, client: ClientState, index: int
     if engine.steps[step, KEY] != NONE:
         if engine.control[REPLICATES]:
             partition = np.int64(engine.packets[index].partition)
-            engine.held.seen_ns[partition] = engine.control[NOW_NS]
             if engine.held.queues[partition, PARKED_COUNT] > 0 or not reachable(engine, words, partition):
                 return park(engine, index, step, partition)
         return access(engine, words, client, index, step)

@@ -33,22 +33,20 @@ class Held(NamedTuple):
     """packets: int64[frames, 8]. queues: int64[partitions, 4]. active: int64[2 * partitions], those with a queue (in a pass, each
     can come up anew once).
 
-    parking: int64[partitions], 1 where packets are to be parked, by order. seen_ns: int64[partitions], when the last packet came.
+    parking: int64[partitions], 1 where packets are to be parked, by order.
     """
 
     packets: np.ndarray
     queues: np.ndarray
     active: np.ndarray
     parking: np.ndarray
-    seen_ns: np.ndarray
 
 
 def make_held(frames: int, partitions: int) -> Held:
     """Return empty queues for so many packets and partitions."""
     queues = np.zeros((partitions, 4), np.int64)
     queues[:, HEAD] = queues[:, TAIL] = -1
-    return Held(np.zeros((frames, 8), np.int64), queues, np.zeros(2 * partitions, np.int64), np.zeros(partitions, np.int64),
-                np.zeros(partitions, np.int64))  # fmt: skip
+    return Held(np.zeros((frames, 8), np.int64), queues, np.zeros(2 * partitions, np.int64), np.zeros(partitions, np.int64))
 
 
 @inline

@@ -9,6 +9,9 @@ A port takes every frame of its interface. With AF_XDP none of them reaches the 
 
 from __future__ import annotations
 
+import fcntl
+import struct
+import termios
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +115,18 @@ def rx_burst(port: Port, frames: Frames, addresses: np.ndarray, lengths: np.ndar
     if count > 0:
         store_release(port.rx_consumer, 0, np.uint32(np.int64(consumer) + count))
     return count
+
+
+def mark(port: Port) -> int:
+    """Return a mark behind the frames that have arrived so far, for `has_passed`."""
+    return int(port.rx_producer[0])
+
+
+def has_passed(port: Port, marked: int) -> bool:
+    """Tell whether all frames before a mark have been taken: with AF_XDP; with AF_PACKET, whether there are none to take."""
+    if port.control[KIND] == AFPACKET:
+        return not struct.unpack("i", fcntl.ioctl(int(port.control[FD]), termios.FIONREAD, bytes(4)))[0]
+    return (int(port.rx_consumer[0]) - marked) & 0xFFFFFFFF < 1 << 31
 
 
 @jit

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from nfs.dataplane.frames import Frames, free_frames, make_frames
 from nfs.dataplane.held import HEAD
 from nfs.dataplane.housekeeping import Housekeeper, Reader
 from nfs.dataplane.ledger import device_drops, to_counts
-from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports, refill
+from nfs.dataplane.port import TX_REFUSED, OpenPort, has_passed, mark, open_ports, refill
 from nfs.dataplane.steps import load_chain
 
 SLICE_NS = 50_000_000
@@ -46,12 +47,21 @@ SLICE_NS = 50_000_000
 RECONNECT_S = 0.05
 CONNECT_S = 0.5
 """Longest wait for a store to answer, in a thread: the packet loop goes on meanwhile."""
-QUIET_NS = 3_000_000
-"""A partition of which no packet came for so long, after its steering changed, gets none here any more: what is on its way in
-the switch and the rings has arrived by then."""
+ARRIVAL_NS = 1_000_000
+"""How long a frame may take from the switch into this process' ring: what it sent before it said that it sends no more."""
 READ_S = 1.0
 READER_CLIENTS = 1 << 16
 """Client ids of housekeeping begin here."""
+
+
+@dataclass
+class Drain:
+    """What is known of a partition whose packets the switch sends elsewhere since `since_ns`: marks in the rings behind the last
+    of them, and whether the loop is past these."""
+
+    since_ns: int
+    marks: list[int] = field(default_factory=list)
+    is_done: bool = False
 
 
 class Process:
@@ -84,6 +94,7 @@ class Process:
         self.epoch, self.tried_at = epoch, 0.0
         self._dialling: dict[int, Future[Any]] = {}
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
+        self._drains: dict[int, Drain] = {}
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
         self.follower = Follower(self.coordinators, self.report, self.call, Timing.of(config.get("lease_ms"))
                                  ) if self.coordinators else None  # fmt: skip
@@ -146,14 +157,16 @@ class Process:
         """Return what the coordinator is told of this instance; from another thread."""
         held = self.engine.held
         return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.epoch,
-                "parked": np.flatnonzero(held.parking).tolist(), "quiet": [p for p in watched if self._is_quiet(p)]}  # fmt: skip
+                "parked": np.flatnonzero(held.parking).tolist(), "quiet": self._quiet(watched)}  # fmt: skip
 
-    def _is_quiet(self, partition: int) -> bool:
-        """Tell whether no packet of a partition is here, and none seems to be on its way."""
-        held, engine = self.engine.held, self.engine
-        flying = (engine.flights[:, PHASE] > 0) & (engine.flight_keys[:, 1] & 0xFFFF == partition)
-        recent = time.monotonic_ns() - int(held.seen_ns[partition]) < QUIET_NS
-        return not (recent or held.queues[partition, HEAD] >= 0 or flying.any())
+    def _quiet(self, watched: Sequence[int]) -> list[int]:
+        """Return the partitions of which no packet is here, nor on its way."""
+        engine, drains = self.engine, dict(self._drains)
+        drained = [p for p in watched if p in drains and drains[p].is_done]
+        if len(drained) < len(watched):
+            self.call()  # to look at its rings between two bursts
+        flying = {int(low) & 0xFFFF for low in engine.flight_keys[engine.flights[:, PHASE] > 0, 1]}
+        return [p for p in drained if engine.held.queues[p, HEAD] < 0 and p not in flying]
 
     def follow(self) -> None:
         """Carry out the coordinator's orders."""
@@ -165,6 +178,19 @@ class Process:
             parking = np.zeros(PARTITIONS, np.int64)
             parking[orders["park"]] = 1
             self.engine.held.parking[:] = parking
+            self._drains = {p: self._drains.get(p) or Drain(time.monotonic_ns()) for p in orders["watch"]}
+            self.follower.tell()
+        self._drain()
+
+    def _drain(self) -> None:
+        """See of the partitions that are sent elsewhere now whether all their packets have been through the loop."""
+        ports, done = [opened.port for opened in self.opened], False
+        for drain in self._drains.values():
+            if not drain.is_done and not drain.marks and time.monotonic_ns() - drain.since_ns >= ARRIVAL_NS:
+                drain.marks = [mark(port) for port in ports]
+            if not drain.is_done and drain.marks and all(map(has_passed, ports, drain.marks)):
+                drain.is_done = done = True
+        if done and self.follower:
             self.follower.tell()
 
     def _adopt(self, new: ClusterMap) -> None:

@@ -9,7 +9,7 @@ import pytest
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Coordinator, Heartbeat, HostState, Timing
 from datastore.replication.maps import ClusterMap
-from datastore.replication.switchover import BATCH, SETTLE_NS, Switchover, check_steering
+from datastore.replication.switchover import BATCH, Switchover, check_steering
 
 HOSTS = ("nf1", "nf2")
 TIMING = Timing()
@@ -66,11 +66,14 @@ def test_a_move_takes_its_steps_in_order():
     assert cluster.orders("nf1")["watch"] == []
     switchover.confirmed = list(switchover.steering)
     cluster.plan()
-    assert cluster.orders("nf1")["watch"] == [0]
-    cluster.report("nf1", quiet=(0,))
+    assert switchover.unsettled()
+    assert cluster.orders("nf1")["watch"] == []  # packets may still come the old way
+    switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
     cluster.plan()
-    assert cluster.successor(0) is None  # packets may still come the old way
-    cluster.now_ns += SETTLE_NS
+    assert not switchover.unsettled()
+    assert cluster.orders("nf1")["watch"] == [0]
+    assert cluster.successor(0) is None
+    cluster.report("nf1", quiet=(0,))
     cluster.plan()
     assert cluster.successor(0) == "nf2"
     cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf1", 1, 1, cluster.coordinator.map.epoch, cluster.now_ns, released=(0,)))
@@ -130,16 +133,16 @@ def test_reports_and_steerings_that_are_wrong_say_why():
 def test_an_instance_whose_link_is_down_is_left_until_it_is_up_again():
     cluster = Cluster()
     switchover = cluster.switchover
-    switchover.see(cluster.now_ns, frozenset({"nf1"}))
+    switchover.see(cluster.now_ns, frozenset({"nf1"}), 0)
     cluster.beat()
     assert switchover.steering == ["nf1", "nf2", "nf1", "nf2"]  # a short interruption is none
     for _ in range(10):
         cluster.now_ns += SPAN_NS // 10
-        switchover.see(cluster.now_ns, frozenset({"nf1"}))
+        switchover.see(cluster.now_ns, frozenset({"nf1"}), 0)
         cluster.beat()
     assert switchover.steering == ["nf2"] * 4
     assert cluster.coordinator.moves == {0: "nf2", 2: "nf2"}  # the store lives: its partitions follow, with all that they hold
-    switchover.see(cluster.now_ns, frozenset())
+    switchover.see(cluster.now_ns, frozenset(), 0)
     cluster.beat()
     assert not switchover.dead(cluster.now_ns, SPAN_NS)
 
@@ -148,7 +151,7 @@ def test_a_move_to_a_dead_instance_is_given_up():
     cluster = Cluster()
     for _ in range(10):
         cluster.now_ns += SPAN_NS // 10
-        cluster.switchover.see(cluster.now_ns, frozenset({"nf2"}))
+        cluster.switchover.see(cluster.now_ns, frozenset({"nf2"}), 0)
         cluster.beat()
     cluster.coordinator.moves.clear()
     cluster.coordinator.move([0], "nf2")

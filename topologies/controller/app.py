@@ -14,6 +14,7 @@ Commands, one JSON object a line, each answered by one line:
                              "connected": true}                                with stages "nf1|nf2", from inside to outside
     {"command": "where"} -> {"instances": [...], "returns": [...]}           without asking the switch, which takes half a second
     {"command": "ports"} -> {"down": ["nf1.inside", ...]}                    instances' interfaces whose link the switch sees down
+    {"command": "settled"} -> {"settled": true}                     once no flow's packets go as before the last change confirmed
     {"command": "ready"} -> {"rules": 3107}                                          once all rules are confirmed
 A command that is wrong is answered {"error": reason} and changes nothing.
 """
@@ -40,7 +41,7 @@ from os_ken.controller.handler import CONFIG_DISPATCHER, DEAD_DISPATCHER, MAIN_D
 from os_ken.lib import hub
 from os_ken.ofproto import ofproto_v1_3, ofproto_v1_3_parser
 
-from topologies.controller import steering
+from topologies.controller import revalidation, steering
 
 CONFIRM_S = 5.0
 """Longest wait for a barrier reply: 3,100 rules are confirmed in 0.4 s on two busy cores."""
@@ -169,7 +170,8 @@ class Steering(OSKenApp):
     def _obey(self, request: Any) -> dict[str, Any]:
         """Return the answer to a command. Raises ValueError with the reason when it is wrong."""
         commands = {"steer": self._steer, "chain": self._chain, "show": self._show, "ready": self._ready,
-                    "where": self._where, "follow": self._follow, "ports": self._ports}  # fmt: skip
+                    "where": self._where, "follow": self._follow, "ports": self._ports,
+                    "settled": self._settled}  # fmt: skip
         if not isinstance(request, dict) or request.get("command") not in commands:
             raise ValueError(f"unknown command {str(request)[:100]}; valid are {', '.join(commands)}")
         return commands[request["command"]](request)
@@ -238,6 +240,20 @@ class Steering(OSKenApp):
         return {"down": [f"{name}.{side}" for name, numbers in self.ports.instances.items()
                          for side, number in zip(("inside", "outside"), numbers, strict=True)
                          if number not in known or known[number].state & ofproto_v1_3.OFPPS_LINK_DOWN]}  # fmt: skip
+
+    def _settled(self, _: dict[str, Any]) -> dict[str, Any]:
+        revalidation.settle(self._nudge)
+        return {"settled": True}
+
+    def _nudge(self) -> None:
+        """Make a change that changes nothing, unless there is one under way."""
+        datapath = self.datapath
+        if datapath and self.changing.acquire(blocking=False):
+            try:
+                rule = steering.partition_rules(self.ports, self.stages, 0, self.forward[0], self.back[0])[0]
+                datapath.send(self._flow_mod(datapath, rule))
+            finally:
+                self.changing.release()
 
     def _refused_packets(self) -> int:
         """Return how many frames the table-miss rule dropped: neither IP nor ARP, unknown storage addresses."""
