@@ -201,6 +201,24 @@ def test_a_switch_over_loses_no_packet_and_then_all_go_to_the_new_instance(rack:
         tap.close()
 
 
+def test_once_settled_no_packet_goes_the_old_way(rack: Network) -> None:
+    mac = [rack.hosts[name].interfaces["net"].mac for name in ("server", "client")]
+    frames = [packet(kind, p, True, (mac[0], mac[1])) for p in range(PARTITIONS) for kind in ("udp", "tcp")]
+    for name in ("nf1", "nf2") * 5:
+        taps = Taps(rack, [("nf1", "inside"), ("nf2", "inside"), ("client", "net")])
+        for _ in range(3):  # whatever the switch keeps of a flow, it keeps of these
+            for frame in frames:
+                taps.sockets["client", "net"].send(frame)
+        rack.follow([name] * PARTITIONS)
+        rack.settle()
+        taps.collect(len(frames) * 3)
+        for frame in frames[::8]:
+            taps.sockets["client", "net"].send(frame)
+        assert {end for arrivals in taps.collect(len(frames) // 8).values() for end in arrivals} == {(name, "inside")}
+        for tap in taps.sockets.values():
+            tap.close()
+
+
 def test_a_cut_cable_is_seen_at_the_switch(rack: Network) -> None:
     assert rack.ports_down() == []
     for cut, wanted in ((rack.cut, ["nf2.inside"]), (rack.mend, [])):

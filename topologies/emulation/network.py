@@ -508,6 +508,10 @@ class Network:
             return 0
         return int(self._command({"command": "follow", "instances": list(instances)})["steered"])
 
+    def settle(self) -> None:
+        """Wait until the switch does for every flow as its rules say since the last `steer` or `follow`."""
+        self._command({"command": "settled"})
+
     def ports_down(self) -> list[str]:
         """Return the NF hosts' interfaces, as "nf1.inside", whose link the switch sees down."""
         return list(self._command({"command": "ports"})["down"])
