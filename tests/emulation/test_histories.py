@@ -5,6 +5,7 @@ Long mode (NEARSTATE_LONG=1): 1,000,000 operations and 1,000 faults.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import signal
@@ -168,6 +169,8 @@ def copies(bench: Bench) -> dict[tuple[int, int], set[tuple[int, bytes]]]:
 
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_histories_under_faults_are_linearizable(emulation, tmp_path, replicas):
+    if LONG:
+        faulthandler.cancel_dump_traceback_later()  # pytest's limit is for tests of CI's length
     settings = {"coordinated": True, "lease_ms": LEASE_MS, "value_bytes": VALUE_BYTES, "capacity": 8192}
     trial = Trial("test", "rack", "", "integrated", replicas, {}, settings, 0, 1)
     experiment = Experiment("?", "throughput", ({},), network={"nf_hosts": 3})
