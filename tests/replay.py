@@ -21,11 +21,12 @@ from datastore.store.partitions import PARTITIONS
 from datastore.store.table import VALUE, Table, abort_record, open_record
 from nfs.dataplane import steps
 from nfs.dataplane.declaration import MAX_RECORD_BYTES, NetworkFunction, load
-from nfs.dataplane.engine import EPOCH, HERE, NOW_NS, OWNER, Engine, make_engine, receive_now
+from nfs.dataplane.engine import EPOCH, HERE, NOW_NS, OWNER, Engine, make_engine
 from nfs.dataplane.frames import FRAME_BYTES, Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE, PACKET, parse
 from nfs.dataplane.keys import NONE, make_key
 from nfs.dataplane.ledger import FORWARDED, RECEIVED, to_counts
+from nfs.dataplane.loop import receive_now
 from nfs.dataplane.port import IN_FLIGHT, PENDING, TX_PRODUCER, Port
 from nfs.dataplane.steps import make_chain
 from tests.rig import SLOTS, memory_port

@@ -11,10 +11,11 @@ from datastore.store.client import Client
 from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from nfs.dataplane import NetworkFunction
-from nfs.dataplane.engine import HERE, make_engine, run, waiting
+from nfs.dataplane.engine import HERE, make_engine
 from nfs.dataplane.frames import free_frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import INSIDE, OUTSIDE
 from nfs.dataplane.ledger import imbalance, to_counts
+from nfs.dataplane.loop import run, waiting
 from nfs.dataplane.port import AFXDP, FD, IN_FLIGHT, KIND, RESERVE, Port
 from nfs.dataplane.steps import make_chain
 

@@ -21,7 +21,7 @@ from nfs.dataplane import declaration
 
 PATTERNS = ("datastore/*/*.py", "nfs/dataplane/*.py", "experiments/workloads/*.py", "topologies/emulation/*.py")
 """Where compiled code lives, apart from the network functions."""
-LONGEST = ("nfs.dataplane.engine", "datastore.store.server")
+LONGEST = ("nfs.dataplane.loop", "datastore.store.server")
 """The steps that take longest go first, so that no process is left with one of them when the other is done."""
 WORKERS = 2
 """A compiling process takes about half a gigabyte."""

@@ -24,9 +24,11 @@ from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from experiments.workloads.generator import Source, make_source, write_frame
 from experiments.workloads.traffic import Traffic
-from nfs.dataplane.engine import HERE, INSIDE, NOW_NS, Engine, make_engine, receive_now
+from nfs.dataplane.engine import HERE, NOW_NS, Engine, make_engine
 from nfs.dataplane.frames import FRAME_BYTES, FREE, Frames, make_frames
+from nfs.dataplane.headers import INSIDE
 from nfs.dataplane.ledger import FORWARDED
+from nfs.dataplane.loop import receive_now
 from nfs.dataplane.port import BURST, IN_FLIGHT, PENDING, Port, closed_port
 from nfs.dataplane.steps import load_chain
 

@@ -1,4 +1,4 @@
-"""What a network function is written with; see `declaration.py`. The engine that runs it is `engine.py`."""
+"""What a network function is written with; see `declaration.py`. The packet loop that runs it is `loop.py`."""
 
 from nfs.dataplane.declaration import DROP, FORWARD, TURN, NetworkFunction, kind_of, load, network_function, record
 from nfs.dataplane.headers import ACK, FIN, ICMP, ICMPV6, INSIDE, OUTSIDE, PACKET, RST, SYN, TCP, UDP

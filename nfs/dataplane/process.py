@@ -19,26 +19,13 @@ from datastore.store.client import Client, give_up
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.statuses import NOT_PRIMARY
 from datastore.store.table import Table
-from nfs.dataplane.engine import (
-    CALLED,
-    CONFLICTS,
-    DOWN,
-    EPOCH,
-    FETCHES,
-    HERE,
-    PHASE,
-    WRITES,
-    Engine,
-    conserved,
-    make_engine,
-    run,
-    waiting,
-)
+from nfs.dataplane.engine import CALLED, CONFLICTS, DOWN, EPOCH, FETCHES, HERE, PHASE, WRITES, Engine, make_engine
 from nfs.dataplane.follower import Follower
 from nfs.dataplane.frames import Frames, free_frames, make_frames
 from nfs.dataplane.held import HEAD
 from nfs.dataplane.housekeeping import Housekeeper, Reader
 from nfs.dataplane.ledger import device_drops, to_counts
+from nfs.dataplane.loop import conserved, run, waiting
 from nfs.dataplane.port import TX_REFUSED, OpenPort, has_passed, mark, open_ports, refill
 from nfs.dataplane.steps import load_chain
 
