@@ -486,6 +486,11 @@ def settings(trial: Trial, experiment: Experiment) -> dict[str, Any]:
     return {**procedure.SETTINGS, **experiment.settings, **trial.settings, **trial.sweep}
 
 
+def sleep_until(when_ns: int) -> None:
+    """Sleep until a time of CLOCK_MONOTONIC; not at all when it is over."""
+    time.sleep(max(0, when_ns - time.monotonic_ns()) / 1e9)
+
+
 def busy_seconds() -> float:
     """Return the CPU seconds the whole machine has spent busy since it started."""
     fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]

@@ -27,7 +27,7 @@ from typing import Any
 
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
-from experiments.harness.bench import COMMON_SETTINGS, Bench
+from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 
 SETTINGS = {**COMMON_SETTINGS, "victim": "nf1", "lost": "host", "offered_kpps": 20.0, "lost_at_s": 0.6, "seconds": 2.0,
             "bin_us": 1000.0, "shown_ms": (200.0, 800.0), "lateness_limit_us": 0.0}  # fmt: skip
@@ -57,7 +57,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     known = records_of(bench, carried)
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], {"bin_us": settings["bin_us"], "watch": carried})
     until_ns = began_ns + int(settings["seconds"] * 1e9)
-    _sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))
+    sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))
     lost_ns = bench.lose(settings["lost"], victim)
     watch = _watched if bench.coordinator else _stand_in
     noticed_ns, steered_ns = watch(bench, victim, survivor, carried, lost_ns)
@@ -112,7 +112,7 @@ def detection_ns(seed: int, timing: Timing | None = None) -> int:
 
 def _stand_in(bench: Bench, victim: str, survivor: str, carried: list[int], lost_ns: int) -> tuple[int, int]:
     """Notice the loss as a coordinator would, and act; returns when it was noticed, and when the switch had confirmed."""
-    _sleep_until(lost_ns + detection_ns(bench.trial.seed))
+    sleep_until(lost_ns + detection_ns(bench.trial.seed))
     noticed_ns = time.monotonic_ns()
     if take_over := getattr(bench.peer, "take_over", None):
         take_over(victim, survivor)
@@ -140,7 +140,3 @@ def _watched(bench: Bench, victim: str, survivor: str, carried: list[int], lost_
             return noticed_ns, now_ns
         time.sleep(ASKED_EVERY_S)
     return noticed_ns or now_ns, now_ns
-
-
-def _sleep_until(when_ns: int) -> None:
-    time.sleep(max(0, when_ns - time.monotonic_ns()) / 1e9)

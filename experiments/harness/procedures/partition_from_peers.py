@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from datastore.native.errors import NearstateError
-from experiments.harness.bench import COMMON_SETTINGS, Bench
+from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 
 SETTINGS = {**COMMON_SETTINGS, "victim": "", "offered_kpps": 10.0, "cut_at_s": 0.6, "mended_at_s": 1.8, "seconds": 3.0,
             "bin_us": 1000.0, "shown_ms": (300.0, 2200.0), "lateness_limit_us": 0.0}  # fmt: skip
@@ -37,10 +37,10 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     load = {"bin_us": settings["bin_us"], "watch": concerned}
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], load)
     until_ns = began_ns + int(settings["seconds"] * 1e9)
-    _sleep_until(began_ns + int(settings["cut_at_s"] * 1e9))
+    sleep_until(began_ns + int(settings["cut_at_s"] * 1e9))
     cut_ns = time.monotonic_ns()
     bench.network.cut(victim, "storage")
-    _sleep_until(began_ns + int(settings["mended_at_s"] * 1e9))
+    sleep_until(began_ns + int(settings["mended_at_s"] * 1e9))
     bench.network.mend(victim, "storage")
     point = bench.finish()
     line = bench.time_line()
@@ -83,7 +83,3 @@ def differing(bench: Bench) -> int:
                 copies.setdefault((record.low, record.high), set()).add((host, record.version, record.value))
     return sum(len({seen[1:] for seen in found}) > 1 or len(found) < len(groups[low & 0xFFFF]["members"])
                for (low, _), found in copies.items())  # fmt: skip
-
-
-def _sleep_until(when_ns: int) -> None:
-    time.sleep(max(0, when_ns - time.monotonic_ns()) / 1e9)

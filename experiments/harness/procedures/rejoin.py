@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datastore.native.errors import NearstateError
-from experiments.harness.bench import COMMON_SETTINGS, Bench
+from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 from experiments.harness.procedures.failover import ends
 from experiments.workloads import timeline
 
@@ -53,9 +53,9 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     bench.warm_up()
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], {"bin_us": settings["bin_us"]})
     until_ns = began_ns + int(settings["seconds"] * 1e9)
-    _sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))
+    sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))
     lost_ns = bench.lose_host(victim)
-    _sleep_until(began_ns + int(settings["back_at_s"] * 1e9))
+    sleep_until(began_ns + int(settings["back_at_s"] * 1e9))
     bench.return_host(victim)
     back_ns = time.monotonic_ns()
     samples = watch(bench, until_ns)
@@ -114,7 +114,3 @@ def course(samples: list[Sample], zero_ns: int) -> str:
     return timeline.packed(float(bins[0]), bin_ms, {
         "full_ratio": np.interp(bins, ms, full).round(4).tolist(), "storage_mbps": (sent * 8e-3 / bin_ms).round(2).tolist(),
         "store_cores": (cpu * 1e3 / bin_ms).round(3).tolist()})  # fmt: skip
-
-
-def _sleep_until(when_ns: int) -> None:
-    time.sleep(max(0, when_ns - time.monotonic_ns()) / 1e9)

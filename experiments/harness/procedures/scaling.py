@@ -16,7 +16,7 @@ from hdrh.histogram import HdrHistogram
 
 from datastore.native.errors import NearstateError
 from datastore.store.partitions import PARTITIONS
-from experiments.harness.bench import COMMON_SETTINGS, Bench
+from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 from experiments.workloads import timeline
 
 SETTINGS = {**COMMON_SETTINGS, "flows": 0, "offered_kpps": 20.0, "out_at_s": 0.6, "in_at_s": 1.4, "seconds": 2.2,
@@ -42,7 +42,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], {"bin_us": settings["bin_us"], "watch": half})
     moves = []
     for at_s, target in ((settings["out_at_s"], joining), (settings["in_at_s"], home)):
-        time.sleep(max(0, began_ns + int(at_s * 1e9) - time.monotonic_ns()) / 1e9)
+        sleep_until(began_ns + int(at_s * 1e9))
         moves.append(move(bench, half, target))
     point = bench.finish()
     line = bench.time_line()
