@@ -19,11 +19,12 @@ from analysis.summary import typical
 EXPERIMENT = "failover"
 HEADLINES = tuple(Headline(metric) for metric in ("outage_ms", "restored_ms", "packets_lost", "connections_broken"))
 PARTS = ("detection_ms", "recovery_ms")
-COUNTS = {"packets_lost": "packets lost", "broken_ratio": "connections broken (share)", "records_lost": "records lost"}
+COUNTS = {"packets_lost": "packets lost", "broken_ratio": "broken flows (share)", "records_lost": "records lost"}
 PIECES = {"host": "host", "function": "NF process", "store": "store process", "link": "link"}
+SMALL_PT = 7.5
 BIN_MS = 10.0
 """Of the courses: a millisecond of 10 kpps is ten packets, too few for a rate."""
-ABREAST = 5
+ABREAST = 6
 
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
@@ -95,7 +96,8 @@ def courses(sheet: Sheet, panels: list[Axes], placement: str, name: str, rows: p
     for axes in panels:
         axes.axvline(0, color="black", linewidth=0.6, linestyle=":")
         axes.set_xlim(goodput.index.min(), goodput.index.max())
-    above.set(title=name, ylim=(0, None))
+    above.set_title(name, fontsize=SMALL_PT)
+    above.set_ylim(0, None)
     above.tick_params(labelbottom=False)
     below.set_yscale("log")
 
@@ -127,12 +129,11 @@ def lost(sheet: Sheet, axes: Axes, frame: pd.DataFrame, shown: list[tuple[str, i
                           transform=axes.get_xaxis_transform())  # fmt: skip
         elif (here["metric"] == metric).any():
             sheet.bar(axes, position, here[here["metric"] == metric], placement, COUNTS[metric], name, 0.7)
-    axes.set_xticks(range(len(shown)), [label(placement, replicas) for placement, replicas, _ in shown], rotation=30, ha="right",
-                    rotation_mode="anchor", fontsize=6.5)  # fmt: skip
+    axes.set_xticks(range(len(shown)), [label(placement, replicas) for placement, replicas, _ in shown], rotation=50, ha="right",
+                    rotation_mode="anchor", fontsize=6)  # fmt: skip
     axes.grid(axis="x", visible=False)
-    axes.set(
-        title="outage (ms)" if metric == "outage_ms" else COUNTS[metric], ylim=(0, 1.02 if metric == "broken_ratio" else None)
-    )
+    axes.set_title("outage (ms)" if metric == "outage_ms" else COUNTS[metric], fontsize=SMALL_PT)
+    axes.set_ylim(0, 1.02 if metric == "broken_ratio" else None)
     ended = frame[frame["trial"].isin(recovered) & (frame["metric"] == "outage_ms")]["value"]
     if metric == "outage_ms" and len(ended):  # what does not end would leave no room for what does
         axes.set_ylim(0, 1.15 * ended.max())
@@ -146,10 +147,11 @@ def lost_parts(sheet: Sheet, axes: Axes, frame: pd.DataFrame) -> None:
     for position, kind in enumerate(kinds):
         rows = here[here["lost"].fillna("host") == kind]
         sheet.stack(axes, position, {part: rows[rows["metric"] == part] for part in PARTS}, placement, f"lost: {kind}")
-    axes.set_xticks(range(len(kinds)), [PIECES[kind] for kind in kinds], rotation=30, ha="right", rotation_mode="anchor",
-                    fontsize=6.5)  # fmt: skip
+    axes.set_xticks(range(len(kinds)), [PIECES[kind] for kind in kinds], rotation=50, ha="right", rotation_mode="anchor",
+                    fontsize=6)  # fmt: skip
     axes.grid(axis="x", visible=False)
-    axes.set(title=f"outage (ms), {label(placement, replicas)}", ylim=(0, None))
+    axes.set_title(f"outage, R = {replicas} (ms)", fontsize=SMALL_PT)
+    axes.set_ylim(0, None)
 
 
 def answer(frame: pd.DataFrame) -> str:

@@ -32,7 +32,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
                 sheet.bar(axes, position, frame[here], placement, metric, label(placement, replicas), 0.7)
         axes.set_xticks(range(len(shown)), [label(placement, replicas) for placement, replicas, _ in shown], rotation=25,
                         ha="right", rotation_mode="anchor")  # fmt: skip
-        axes.set_ylabel(name)
+        axes.set(ylabel=name, ylim=(0, None if frame.loc[frame["metric"] == metric, "value"].max() > 0 else 1))
         axes.grid(axis="x", visible=False)
 
 

@@ -13,8 +13,9 @@ from analysis.summary import typical
 
 EXPERIMENT = "rejoin"
 HEADLINES = tuple(Headline(metric) for metric in ("refill_ms", "foreground_cost_ratio", "goodput_during_kpps"))
-COURSES = {"full_ratio": "partitions with all copies (share)", "storage_mbps": "storage network (Mbit/s)",
-           "store_cores": "CPU of the stores (cores)"}  # fmt: skip
+COURSES = {"full_ratio": "all copies (share)", "storage_mbps": "storage (Mbit/s)", "store_cores": "stores' CPU (cores)"}
+SHOWN_MS = (-300, 700)
+"""Of the time around the store's return: as much again before and after a refill as it takes."""
 
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
@@ -24,9 +25,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     if lines.empty:
         return
     nfs = style.order_nfs(lines["nf"])
-    grid = sheet.panels(1 + len(COURSES), max(2, len(nfs)), 1.2 * (1 + len(COURSES)), sharex=True)
-    for spare in grid[:, len(nfs) :].flat:
-        spare.remove()
+    grid = sheet.panels(1 + len(COURSES), len(nfs), 1.15 * (1 + len(COURSES)), sharex=True)
     for column, nf in enumerate(nfs):
         here = frame[frame["nf"] == nf]
         placement = str(here["placement"].iloc[0])
@@ -43,7 +42,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
         began = ended - here.loc[here["metric"] == "refill_ms", "value"].median()
         for axes in grid[:, column]:
             axes.axvspan(began, ended, color="#DDDDDD", zorder=0, linewidth=0)
-            axes.set_ylim(0, None)
+            axes.set(xlim=SHOWN_MS, ylim=(0, None))
         grid[0, column].set_title(title(nf))
         grid[-1, column].set_xlabel("ms after the store is back")
     grid[0, 0].set_ylabel("delivered\n(kpps)")

@@ -39,7 +39,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
             axes.set_ylim(0)
             axes.set_title(title(nf))
             axes.set_xticks(sorted(set(frame["replicas"])))
-        row[0].set_ylabel(name)
+        row[0].set_ylabel(name.replace(" (", "\n("))
     for axes in panels[-1]:
         axes.set_xlabel("copies (open: not waited for)")
     sheet.legend([placement for placement, _ in by_placement(frame)])
