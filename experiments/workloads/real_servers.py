@@ -47,7 +47,7 @@ http {{
   access_log off; sendfile on; tcp_nopush on; keepalive_timeout 60; keepalive_requests 100000000;
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
   uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  server {{ listen {address}:80 backlog=4096; root {folder}/files; }}
+  server {{ listen {address}:80 backlog=4096; root {folder}/files; limit_rate {rate_bytes}; }}
 }}
 """
 # Only files can be copied, and only below one folder; a login shell of this machine is never started.
@@ -71,7 +71,8 @@ SHADOW = "root:*:19000:0:99999:7:::\n"
 
 def main(config: dict[str, Any], control: Any) -> None:
     """Process target. config: address to serve at; files {name: bytes} to serve, of random content by `seed`; services: which
-    of the servers to start, all without it.
+    of the servers to start, all without it; rate_bytes: a second, the most the web server sends on a connection, without a
+    limit if absent.
 
     Answers {"connections": true} with {"connections": established at the web server}.
     """
@@ -79,7 +80,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     raise_open_files()
     system.private_folder(str(FOLDER), FOLDER_MBYTES)
     served = write_files(config["files"], int(config["seed"]))
-    write_configurations(config["address"])
+    write_configurations(config["address"], int(config.get("rate_bytes", 0)))
     started = commands(config["address"])
     processes = {name: start(started[name]) for name in config.get("services", started)}
     await_listening(processes)
@@ -116,11 +117,11 @@ def write_files(sizes: Mapping[str, int], seed: int) -> dict[str, str]:
     return sums
 
 
-def write_configurations(address: str) -> None:
-    """Write what the servers read, with keys for this run only."""
+def write_configurations(address: str, rate_bytes: int) -> None:
+    """Write what the servers read, with keys for this run only. rate_bytes: 0 is no limit."""
     (FOLDER / "sshd").mkdir(mode=0o755)
     (FOLDER / "uploads").mkdir(mode=0o755)
-    filled = {"folder": FOLDER, "address": address, "open_files": OPEN_FILES // 2, "port": SSH_PORT}
+    filled = {"folder": FOLDER, "address": address, "open_files": OPEN_FILES // 2, "port": SSH_PORT, "rate_bytes": rate_bytes}
     (FOLDER / "nginx.conf").write_text(NGINX.format(**filled))
     (FOLDER / "sshd.conf").write_text(SSHD.format(**filled))
     (FOLDER / "shadow").write_text(SHADOW)
