@@ -312,7 +312,7 @@ class Coordination:
         now_ns = time.monotonic_ns()
         hosts = {name: {"lease_ms": max(state.granted_until_ns - now_ns, 0) / 1e6, "epoch": state.epoch, "lag": state.lag,
                         "heard_ms_ago": (now_ns - state.heard_ns) / 1e6 if state.heard_ns else None,
-                        "rival": 0 < now_ns - state.rival_ns < RIVAL_NS and state.rival_ns > 0}
+                        "rival": state.rival_ns > 0 and now_ns - state.rival_ns < RIVAL_NS}
                  for name, state in self.coordinator.hosts.items()}  # fmt: skip
         instances = self.switchover.instances if self.switchover else {}
         groups = [group.to_json() for group in self.coordinator.map.groups]

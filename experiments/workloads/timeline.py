@@ -204,16 +204,26 @@ class Told:
 
     def restored_ns(self, lost_ns: int, until_ns: int, share: float = 0.9, window: int = 10) -> int | None:
         """Return when watched packets came again at `share` of their rate before `lost_ns`, over `window` bins; None: never."""
-        first, last = ((when - self.origin_ns) // self.bin_ns for when in (lost_ns, until_ns))
+        first, last = self.bin_of(lost_ns), self.bin_of(until_ns)
         at_rest = self.watched[: max(first, 0)]
         rate = at_rest[np.flatnonzero(at_rest)[0] :].mean() if at_rest.any() else np.inf
         sums = np.convolve(self.watched[first:last], np.ones(window), "valid")
         back = np.flatnonzero(sums >= share * rate * window)
         return int(self.origin_ns + (first + back[0]) * self.bin_ns) if len(back) else None
 
+    def bin_of(self, when_ns: int) -> int:
+        """Return the number of the bin that a time is in; negative before the first."""
+        return (when_ns - self.origin_ns) // self.bin_ns
+
+    def rate_kpps(self, begin_ns: int, end_ns: int) -> float:
+        """Return what arrived between two times, watched or not, in kpps; 0 outside the bins."""
+        first, last = self.bin_of(begin_ns), self.bin_of(end_ns)
+        bins = self.received[max(first, 0) : max(last, first + 1)]
+        return float(bins.mean() / (self.bin_ns / 1e6)) if len(bins) else 0.0
+
     def highest_within_ns(self, begin_ns: int, end_ns: int) -> int:
         """Return the highest latency, in ns, of watched packets that arrived in the bins from one time to another; 0 for none."""
-        first, last = ((when - self.origin_ns) // self.bin_ns for when in (begin_ns, end_ns))
+        first, last = self.bin_of(begin_ns), self.bin_of(end_ns)
         return int(self.highest_ns[max(first, 0) : last + 1].max(initial=0))
 
     def encode(self, zero_ns: int, from_ms: float, to_ms: float) -> str:

@@ -158,12 +158,9 @@ def copies(bench: Bench) -> dict[tuple[int, int], set[tuple[int, bytes]]]:
     groups = bench.status()["map"]["groups"]
     found: dict[tuple[int, int], set[tuple[int, bytes]]] = {}
     for host in bench.stores:
-        table = Table.attach(bench.table_name(host))
-        for found_record in table.records():
-            if host in groups[found_record.low & 0xFFFF]["members"]:
-                key = (found_record.low, found_record.high)
-                found.setdefault(key, set()).add((found_record.version, found_record.value))
-        table.close()
+        for each in bench.records(host):
+            if host in groups[each.low & 0xFFFF]["members"]:
+                found.setdefault((each.low, each.high), set()).add((each.version, each.value))
     return found
 
 

@@ -24,7 +24,6 @@ from scapy.layers.l2 import Ether
 
 from datastore import placements
 from datastore.store.partitions import FlowKey
-from datastore.store.table import Table
 from experiments.harness.bench import ASYMMETRIC, PATHS, SYMMETRIC, Bench
 from experiments.harness.spec import Experiment, Trial
 from nfs.dataplane.headers import INSIDE, OUTSIDE
@@ -301,9 +300,7 @@ def stored(bench: Bench, name: str) -> dict[str, Any]:
     layout = Instance.of(name).function.state
     found: dict[str, Any] = {}
     for host in bench.stores:
-        table = Table.attach(bench.table_name(host))
-        found |= {str(record.key): contents(record.key, record.value, layout) for record in table.records()}
-        table.close()
+        found |= {str(record.key): contents(record.key, record.value, layout) for record in bench.records(host)}
     return found
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from datastore.native.errors import NearstateError
 from datastore.store.partitions import PARTITIONS
-from datastore.store.table import Table
 from experiments.harness.bench import Bench
 from experiments.harness.spec import Experiment, Trial
 from tests.rack import emulation_of, working_rack
@@ -38,10 +37,7 @@ def rack(emulation: tuple[Journal, Launcher], nf: str, placement: str, replicas:
 
 def counted(bench: Bench, host: str) -> dict[tuple[int, int], int]:
     """Return the packets that the records of a host's table count, by key."""
-    table = Table.attach(bench.table_name(host))
-    found = {(r.low, r.high): int(np.frombuffer(r.value, np.uint64)[0]) for r in table.records()}
-    table.close()
-    return found
+    return {(record.low, record.high): int(np.frombuffer(record.value, np.uint64)[0]) for record in bench.records(host)}
 
 
 @pytest.mark.parametrize("placement", ["integrated", "centralized"])

@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.figures import definitions
 from analysis.redraw import draw_figures
 from analysis.results import measurements, read_run, time_line
 from analysis.summary import summarize
 from datastore.native.errors import NearstateError
 from experiments.workloads import timeline
+from tests.figures import said
 
 MS = 1_000_000
 
@@ -69,9 +69,7 @@ def test_the_figure_shows_course_and_parts(run: Path) -> None:
 
 
 def test_the_answer_tells_what_never_recovers(run: Path) -> None:
-    say = definitions()["failover"].answer
-    assert say
-    assert say(measurements([read_run(run)])) == (
+    assert said("failover", run) == (
         "From the loss of an NF host to the first packet of its flows, nat: integrated, R = 1 for good (10 packets lost, 100% of "
         "connections broken), integrated, R = 2 110 ms, all 130 ms (10 packets lost, 0% of connections broken) and nftables "
         "(kernel) 110 ms, all 130 ms (10 packets lost, 25% of connections broken)."
@@ -90,6 +88,4 @@ def test_a_run_without_points_is_answered_too(tmp_path: Path) -> None:
     (tmp_path / "trials.jsonl").write_text(json.dumps({**trial("local", 1, 100, 0), "points": [], "valid": False}) + "\n")
     with pytest.raises(NearstateError, match="figure 'failover' cannot be drawn"):
         draw_figures(tmp_path, ["failover"])
-    say = definitions()["failover"].answer
-    assert say
-    assert "Not answered" in say(measurements([read_run(tmp_path)]))
+    assert "Not answered" in said("failover", tmp_path)

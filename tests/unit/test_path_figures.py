@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 from hdrh.histogram import HdrHistogram
 
-from analysis.figures import definitions
 from analysis.redraw import draw_figures
-from analysis.results import measurements, read_run
+from tests.figures import said
 
 
 def histogram(value_us: float) -> str:
@@ -66,12 +65,6 @@ def run(tmp_path: Path) -> Path:
 NAMES = ("asymmetric_paths", "connection_rate", "table_size")
 
 
-def answer(folder: Path, name: str) -> str:
-    say = definitions()[name].answer
-    assert say
-    return say(measurements([read_run(folder)]))
-
-
 def test_the_figures_show_every_number(run: Path) -> None:
     draw_figures(run, list(NAMES))
     points = {name: pd.read_csv(run / "figures" / f"{name}.csv") for name in NAMES}
@@ -87,15 +80,15 @@ def test_the_figures_show_every_number(run: Path) -> None:
 
 
 def test_the_answers_say_it(run: Path) -> None:
-    assert answer(run, "asymmetric_paths") == (
+    assert said("asymmetric_paths", run) == (
         "With answers by another instance, local opens 0% of its connections; "
         "median handshake, symmetric to asymmetric: integrated 300 µs to 400 µs."
     )
-    assert "without a failed handshake, local 100 (2x nftables)" in answer(run, "connection_rate")
-    assert "state costs a packet of firewall from 40 to 200 ns" in answer(run, "table_size")
+    assert "without a failed handshake, local 100 (2x nftables)" in said("connection_rate", run)
+    assert "state costs a packet of firewall from 40 to 200 ns" in said("table_size", run)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_without_points_is_drawn_and_answered_too(tmp_path: Path, name: str) -> None:
     (tmp_path / "trials.jsonl").write_text(json.dumps({**line(name, "local", []), "valid": False}) + "\n")
-    assert "Not answered" in answer(tmp_path, name)
+    assert "Not answered" in said(name, tmp_path)

@@ -9,11 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.figures import definitions
 from analysis.redraw import draw_figures
-from analysis.results import measurements, read_run
 from experiments.harness.procedures.rejoin import Sample, course
 from experiments.workloads import timeline
+from tests.figures import said
 
 MS = 1_000_000
 SAMPLES = [Sample(ms * MS, 0, min(max(ms - 50, 0) / 100, 1.0), 1000.0 * ms, 0.0005 * ms) for ms in range(0, 200, 10)]
@@ -50,9 +49,7 @@ def test_the_figure_shows_goodput_and_refill(run: Path) -> None:
 
 
 def test_the_answer_says_what_it_took(run: Path) -> None:
-    say = definitions()["rejoin"].answer
-    assert say
-    assert say(measurements([read_run(run)])) == (
+    assert said("rejoin", run) == (
         "From the first copy to the last: firewall 100,000 records in 100 ms, at 8 Mbit/s and 0.5 cores of the stores, while "
         "packets were delivered 10% slower than afterwards and nat 100,000 records in 100 ms, at 8 Mbit/s and 0.5 cores of the "
         "stores, while packets were delivered 10% faster than afterwards."

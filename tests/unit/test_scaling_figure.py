@@ -9,11 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.figures import definitions
 from analysis.redraw import draw_figures
-from analysis.results import measurements, read_run
 from datastore.native.histogram import encode, make_counts, record_ns
 from experiments.harness.procedures.scaling import delayed
+from tests.figures import said
 from tests.unit.test_failover_figure import course
 
 
@@ -43,9 +42,7 @@ def test_the_figure_shows_the_cost_by_flows_moved(run: Path) -> None:
 
 
 def test_the_answer_says_what_a_move_costs(run: Path) -> None:
-    say = definitions()["scaling"].answer
-    assert say
-    assert say(measurements([read_run(run)])) == (
+    assert said("scaling", run) == (
         "Half of the flows to a host that joins, nat, and back: integrated, R = 1 1,000 flows in 60 ms (0 packets lost, "
         "5 delayed by over 20 ms, 0 out of order) and centralized, R = 1 1,000 flows in 20 ms (0 packets lost, 0 delayed by "
         "over 20 ms, 0 out of order)."
@@ -61,6 +58,4 @@ def test_delayed_packets_are_those_above_the_limit() -> None:
 
 def test_a_run_without_points_is_answered_too(tmp_path: Path) -> None:
     (tmp_path / "trials.jsonl").write_text(json.dumps({**trial("local", 200, 1, 0), "points": [], "valid": False}) + "\n")
-    say = definitions()["scaling"].answer
-    assert say
-    assert "Not answered" in say(measurements([read_run(tmp_path)]))
+    assert "Not answered" in said("scaling", tmp_path)

@@ -66,7 +66,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     if not full:
         raise NearstateError(f"{victim} was no backup again {(until_ns - back_ns) / 1e9:.1f} s after it was back")
     records = len(bench.records(victim))
-    before, alone, during, after = (rate(line, *span) for span in (
+    before, alone, during, after = (line.rate_kpps(*span) for span in (
         (began_ns + SETTLED_NS, lost_ns), (back_ns - 4 * SETTLED_NS, back_ns), (filling[0], full),
         (full + SETTLED_NS, until_ns - SETTLED_NS)))  # fmt: skip
     first = next(sample for sample in samples if sample.ns >= filling[0])
@@ -95,13 +95,6 @@ def watch(bench: Bench, until_ns: int) -> list[Sample]:
                               sum(store.cpu_seconds() for store in bench.stores.values())))  # fmt: skip
         time.sleep(SAMPLED_EVERY_S)
     return samples
-
-
-def rate(line: timeline.Told, begin_ns: int, end_ns: int) -> float:
-    """Return what was delivered between two times, in kpps."""
-    first, last = ((when - line.origin_ns) // line.bin_ns for when in (begin_ns, end_ns))
-    bins = line.received[max(first, 0) : max(last, first + 1)]
-    return float(bins.mean() / (line.bin_ns / 1e6)) if len(bins) else 0.0
 
 
 def course(samples: list[Sample], zero_ns: int) -> str:
