@@ -7,7 +7,6 @@ leases go on as they are, no map changes, and `status` says why.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
@@ -23,6 +22,7 @@ from datastore.replication import etcd
 from datastore.replication.coordinator import Coordinator, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
 from datastore.replication.messages import LineSocket, grant_message, read_beat
+from datastore.replication.state_file import FileState
 from datastore.replication.switch import Switch
 from datastore.replication.switchover import Switchover, check_steering
 
@@ -48,49 +48,6 @@ class StateStore(Protocol):
 
     def save(self, document: dict[str, Any]) -> None:
         """Save, so that no crash can undo it. Raises NearstateError when that is impossible."""
-
-
-class FileState:
-    """A file, replaced as a whole: a crash leaves the old or the new one. There is one coordinator, and it leads."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def campaign(self, give_up: Callable[[], bool]) -> bool:
-        return True
-
-    def leads(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        pass
-
-    def load(self) -> dict[str, Any] | None:
-        try:
-            document: dict[str, Any] = json.loads(self.path.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise NearstateError(f"coordinator's state in {self.path} cannot be read: {error}; restore it from a copy") from None
-        return document
-
-    def save(self, document: dict[str, Any]) -> None:
-        beside = self.path.with_suffix(".new")
-        try:
-            with beside.open("w") as file:
-                json.dump(document, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise NearstateError(
-                f"coordinator's state cannot be saved in {self.path}: {error.strerror}; make room there"
-            ) from None
 
 
 def open_state(config: dict[str, Any]) -> StateStore:

@@ -17,7 +17,17 @@ from datastore.native import inline, jit
 from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, pollfd, recv, send
 from datastore.native.memory import copy
 from datastore.replication.dialer import Dialer
-from datastore.replication.shipping import ACK_WORDS, ACKNOWLEDGES, Shipping, image_words, is_news, lose, ship_all, take_ack
+from datastore.replication.shipping import (
+    ACK_WORDS,
+    ACKNOWLEDGES,
+    REFUSED_AGAIN_NS,
+    Shipping,
+    image_words,
+    is_news,
+    lose,
+    ship_all,
+    take_ack,
+)
 from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC
 
 # words of a link's `control`
@@ -29,8 +39,7 @@ UNACKNOWLEDGED_MS = 200
 """A connection whose bytes are not acknowledged for so long is lost."""
 LOST_NS = 500_000_000
 """A frame without an acknowledgment for so long is shipped again; a connection that breaks says so earlier."""
-REFUSED_AGAIN_NS = 10_000_000
-ROUND_PAUSE_NS = 100_000
+ROUND_PAUSE_NS = 1_000_000
 """Frames go to a peer in rounds: the next one when the last is acknowledged, so that what changes meanwhile travels together, or
 after this time, so that a long image stalls nothing. Every round costs both hosts four wake-ups, some 100 us of CPU."""
 
@@ -78,6 +87,8 @@ def take_acks(links: Links, shipping: Shipping, words: np.ndarray, peer: int) ->
         if rest > 0 and at * 8 > start:
             copy(links.receive_bytes, start, links.receive_bytes, at * 8, rest)
         control[peer, RECEIVED] = rest
+        if got < RECEIVE_BYTES - rest:
+            return True
 
 
 @jit
@@ -136,14 +147,31 @@ def shortest_pause_ns(links: Links, now_ns: int) -> int:
 
 
 @jit
-def exchange(links: Links, shipping: Shipping, words: np.ndarray, owner: int, now_ns: int) -> int:
-    """Take acknowledgments and ship what is due, to all peers; return how many connections are lost."""
+def all_pause(links: Links, now_ns: int) -> bool:
+    """Tell whether nothing can be shipped to anybody now: what changes waits for acknowledgments anyway."""
+    connected = pausing = 0
+    for peer in range(links.control.shape[0]):
+        if links.control[peer, DESCRIPTOR] >= 0:
+            connected += 1
+            pausing += pause_ns(links, peer, now_ns) > 0
+    return connected > 0 and pausing == connected
+
+
+@jit
+def exchange(
+    links: Links, shipping: Shipping, words: np.ndarray, owner: int, now_ns: int, polled: np.ndarray, at: int
+) -> int:  # fmt: skip
+    """Take acknowledgments and ship what is due, to all peers; return how many connections are lost.
+
+    polled: what `poll_links` wrote from `at` on, after `poll`.
+    """
     lost = 0
     for peer in range(links.control.shape[0]):
         if links.control[peer, DESCRIPTOR] < 0:
             continue
         lose(shipping, peer, now_ns - LOST_NS, now_ns - REFUSED_AGAIN_NS)
-        if not take_acks(links, shipping, words, peer) or not send_frames(links, shipping, words, owner, peer, now_ns):
+        is_lost = polled[at + peer] >> 48 != 0 and not take_acks(links, shipping, words, peer)
+        if is_lost or not send_frames(links, shipping, words, owner, peer, now_ns):
             links.control[peer, DESCRIPTOR] = -2 - links.control[peer, DESCRIPTOR]
             lost += 1
     return lost
@@ -197,4 +225,4 @@ class Peers:
                 connection.close()
 
 
-__all__ = ["Links", "Peers", "exchange", "make_links", "poll_links", "shortest_pause_ns"]
+__all__ = ["Links", "Peers", "all_pause", "exchange", "make_links", "poll_links", "shortest_pause_ns"]

@@ -97,10 +97,13 @@ MODE, SENT, ACKED, UNDER_WAY, CHANGES_SENT, CHANGES_ACKED, WANTS_IMAGE, SENT_IMA
 DONE_SENT, DONE_ACKED, SENT_NS, TOLD, COUNTED_FROM, LINK_JOINED, OWING_NS, REFUSED = range(8, 16)
 LINK_WORDS = 16
 """SENT, ACKED: serials. LINK_JOINED: the epoch at which the peer became a replica, this time. OWING_NS: when the
-first frame was sent that the peer owes an acknowledgment for; 0: it owes none."""
+first frame was sent that the peer owes an acknowledgment for; 0: it owes none. REFUSED: how often in a row the peer has refused
+the frame under way; negative: it has not answered the last time yet."""
 # words of `followed`
 EPOCH, SERIAL, JOINED = range(3)
 """JOINED: the epoch at which this host became a replica, this time; 0: it is none, and takes no frames."""
+REFUSED_AGAIN_NS = 1_000_000
+"""A peer refuses frames for a map that it does not know yet; in a move both hear of it within a few milliseconds."""
 NEWS_AFTER_NS = 2_000_000
 """News wait so long for a frame that they can travel with: sent at once they would double frames and wake-ups, for reads at
 backups that find a record clean a little earlier."""
@@ -118,7 +121,7 @@ class Shipping(NamedTuple):
     links: int64[peers, partitions, LINK_WORDS]. pending, unacked: uint64[peers, partitions, dirty words], as the table's dirty
     bytes. done: int64[partitions, DONE_QUEUE], word indices of completion records, and done_end: int64[partitions], how many
     there ever were. followed: int64[partitions, 4], the last frame applied. connected: uint8[clients], for `find_client`.
-    control: int64[4].
+    control: int64[5].
     """
 
     links: np.ndarray
@@ -131,8 +134,9 @@ class Shipping(NamedTuple):
     control: np.ndarray
 
 
-ASYNCHRONOUS, NEXT_FIRST, COMMITTED_MORE, NEWS_WAIT = range(4)
-"""COMMITTED_MORE: something was committed since somebody looked. NEWS_WAIT: there is news that is not old enough to be sent."""
+ASYNCHRONOUS, NEXT_FIRST, COMMITTED_MORE, NEWS_WAIT, REFUSALS_WAIT = range(5)
+"""COMMITTED_MORE: something was committed since somebody looked. NEWS_WAIT: there is news that is not old enough to be sent.
+REFUSALS_WAIT: there are refused frames that it is too early to send again."""
 REPLICATES, ACKNOWLEDGES = 2, 4
 """Flags of the frames between stores."""
 
@@ -140,7 +144,7 @@ REPLICATES, ACKNOWLEDGES = 2, 4
 def make_shipping(words: np.ndarray, peers: int, connected: np.ndarray, asynchronous: bool = False) -> Shipping:
     """Return the state of a store process that replicates the table `words` to and from `peers` others."""
     partitions, dirty_words = int(words[PARTITION_COUNT]), -(-int(words[BUCKETS]) // 8)
-    control = np.zeros(4, np.int64)
+    control = np.zeros(5, np.int64)
     control[ASYNCHRONOUS] = asynchronous
     return Shipping(
         np.zeros((peers, partitions, LINK_WORDS), np.int64),
@@ -439,7 +443,7 @@ def write_frame(
             for n in range(link[DONE_ACKED], shipping.done_end[partition]):
                 to = write_completion(words, shipping.done[partition, n % DONE_QUEUE], out, to)
         link[SENT] += 1
-        link[UNDER_WAY], link[REFUSED] = 1, 0
+        link[UNDER_WAY], link[REFUSED] = 1, -abs(link[REFUSED])
         if link[OWING_NS] == 0:
             link[OWING_NS] = now_ns
         link[CHANGES_SENT], link[DONE_SENT] = now_changed, shipping.done_end[partition]
@@ -541,9 +545,9 @@ def take_ack(shipping: Shipping, words: np.ndarray, peer: int, ack: np.ndarray, 
         link[UNDER_WAY], link[WANTS_IMAGE] = 0, 1
         return status
     if status != OK:  # it does not know of a map yet that this host knows, or the other way round: `lose` sends it again
-        link[REFUSED] = 1
+        link[REFUSED] = 1 + abs(link[REFUSED])
         return status
-    link[UNDER_WAY], link[OWING_NS], link[ACKED] = 0, 0, link[SENT]
+    link[UNDER_WAY], link[OWING_NS], link[ACKED], link[REFUSED] = 0, 0, link[SENT], 0
     link[CHANGES_ACKED], link[DONE_ACKED] = link[CHANGES_SENT], link[DONE_SENT]
     for n in range(shipping.unacked.shape[2]):
         shipping.unacked[peer, partition, n] = U0
@@ -578,14 +582,19 @@ def is_synchronised(shipping: Shipping, peer: int, partition: int) -> Any:
 def lose(shipping: Shipping, peer: int, before_ns: int, refused_before_ns: int) -> int:
     """Take frames to a peer for lost that were sent before `before_ns`, those it refused before `refused_before_ns`.
 
-    What they held is pending again. Returns how many. A peer refuses what is for a map that it does not know yet.
+    What they held is pending again. Returns how many. A peer refuses what is for a map that it does not know yet; from the second
+    time on it is given twice as long as before.
     """
     lost = 0
     for partition in range(shipping.done_end.size):
         link = shipping.links[peer, partition]
         if link[MODE] == OUT or link[UNDER_WAY] == 0:
             continue
-        if link[SENT_NS] >= (refused_before_ns if link[REFUSED] != 0 else before_ns):
+        limit_ns = before_ns
+        if link[REFUSED] > 0:
+            limit_ns = max(before_ns, refused_before_ns - ((1 << min(link[REFUSED], 5)) - 2) * REFUSED_AGAIN_NS)
+        if link[SENT_NS] >= limit_ns:
+            shipping.control[REFUSALS_WAIT] |= link[REFUSED] > 0
             continue
         for n in range(shipping.unacked.shape[2]):
             shipping.pending[peer, partition, n] |= shipping.unacked[peer, partition, n]

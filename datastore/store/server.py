@@ -20,7 +20,7 @@ from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, libc_accept4, libc_cl
 from datastore.native.memory import copy, fetch_add, load_acquire
 from datastore.replication.coordinator import Timing
 from datastore.replication.holds import FIRST_FRAME, LAST_FRAME, Holds, forget, has_room, let_go, make_holds, serve_frame
-from datastore.replication.links import Links, exchange, make_links, poll_links, shortest_pause_ns
+from datastore.replication.links import Links, all_pause, exchange, make_links, poll_links, shortest_pause_ns
 from datastore.replication.member import Member
 from datastore.replication.shipping import (
     ACK_WORDS,
@@ -28,6 +28,8 @@ from datastore.replication.shipping import (
     COMMITTED_MORE,
     NEWS_AFTER_NS,
     NEWS_WAIT,
+    REFUSALS_WAIT,
+    REFUSED_AGAIN_NS,
     Shipping,
     apply,
     image_words,
@@ -356,7 +358,7 @@ def replicate(server: ServerState, owner: int, now: int) -> None:
     if server.words[DIRTY_OFFSET] == U0:
         return
     server.control[SEEN_IN_PLACE] = np.int64(load_acquire(server.words, IN_PLACE))
-    exchange(server.links, server.shipping, server.words, owner, now)
+    exchange(server.links, server.shipping, server.words, owner, now, server.polled, CONNECTION_LIMIT + 2)
     if server.shipping.control[COMMITTED_MORE] != 0:
         server.shipping.control[COMMITTED_MORE] = 0
         wake_owners(server.words, server.bells)
@@ -404,13 +406,18 @@ def wait(server: ServerState, timeout_ns: int) -> int:
     polled[used + BELL] = pollfd(server.bells.control[0], POLLIN)
     if server.words[DIRTY_OFFSET] == U0:
         return int(poll(polled, used + WAKERS + 1, timeout_ns, server.scratch))
-    fetch_add(server.words, STORE_ASLEEP, 1)
-    if np.int64(load_acquire(server.words, IN_PLACE)) != server.control[SEEN_IN_PLACE]:
-        timeout_ns = 0
-    timeout_ns = min(timeout_ns, shortest_pause_ns(server.links, now_ns(server.scratch)))
+    now = now_ns(server.scratch)
+    if not all_pause(server.links, now):  # else whoever rang would wake it for nothing
+        fetch_add(server.words, STORE_ASLEEP, 1)
+        if np.int64(load_acquire(server.words, IN_PLACE)) != server.control[SEEN_IN_PLACE]:
+            timeout_ns = 0
+    timeout_ns = min(timeout_ns, shortest_pause_ns(server.links, now))
     if server.shipping.control[NEWS_WAIT] != 0:
         server.shipping.control[NEWS_WAIT] = 0
         timeout_ns = min(timeout_ns, NEWS_AFTER_NS)
+    if server.shipping.control[REFUSALS_WAIT] != 0:
+        server.shipping.control[REFUSALS_WAIT] = 0
+        timeout_ns = min(timeout_ns, REFUSED_AGAIN_NS)
     ready = int(poll(polled, used + WAKERS + 1, timeout_ns, server.scratch))
     server.words[STORE_ASLEEP] = U0
     if polled[used + BELL] >> 48 != 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import threading
@@ -19,6 +18,7 @@ from datastore.replication import coordination
 from datastore.replication.maps import ClusterMap
 from datastore.replication.report import troubles
 from datastore.replication.routed import ask
+from datastore.replication.state_file import FileState
 from datastore.store.operations import ADD, GET
 from datastore.store.statuses import OK
 from datastore.verification.history import read_history
@@ -75,8 +75,10 @@ def test_while_the_coordinator_is_down_nothing_stops(cluster):
     cluster.wait_until_full()
     cluster.coordinator.kill()
     time.sleep(2 * LEASE_MS / 1000)
+    saved = FileState(Path(cluster.coordinator_config["state"])).load()
+    assert saved
     with cluster.client(1) as client:
-        client.map = ClusterMap.from_json(json.loads(Path(cluster.coordinator_config["state"]).read_text())["map"])
+        client.map = ClusterMap.from_json(saved["map"])
         for key in range(64):
             assert client.do(ADD, key << 32 | key, 9, (1).to_bytes(8, "little"), timeout_s=1).status == OK
     cluster.coordinator = Process(coordination.main, cluster.coordinator_config)
@@ -107,7 +109,7 @@ def test_status_and_move_on_the_command_line(cluster, capsys):
 
 
 def test_a_coordinator_that_cannot_save_changes_nothing_and_says_why(tmp_path):
-    class FullDisk(coordination.FileState):
+    class FullDisk(FileState):
         def save(self, document: dict[str, Any]) -> None:
             raise NearstateError("no space")
 
@@ -120,7 +122,7 @@ def test_a_coordinator_that_cannot_save_changes_nothing_and_says_why(tmp_path):
         assert not process.publish()
         assert process.status()["trouble"] == "no space"
         assert process.coordinator.moves == {}
-        process.state = coordination.FileState(tmp_path / "state.json")
+        process.state = FileState(tmp_path / "state.json")
         process.coordinator.move([3], "nf3")
         assert process.publish()
         assert process.status()["trouble"] == ""

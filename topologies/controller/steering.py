@@ -20,6 +20,9 @@ translate ports within their partition (as `nat` does) get their answers back; a
 
 Of several servers, a frame that has left the last stage gets to the one whose MAC address it has, and to the first if to none.
 
+A hop's rules for one partition name a *group*, and the group says where packets go: a move changes two groups of a stage, not
+twelve rules. (Half of the partitions: 256 changes in 2 ms, in place of 1,536 in 10.)
+
 Rules match whole frames of header bits only, so every later packet of a partition is decided without the controller. A later
 fragment carries no ports, so the port rules ask for "not a fragment" and everything else goes by the address: all fragments of a
 datagram alike (the instance that saw the first one knows whose the later ones are), ICMP, any other IP protocol. IPv6 has rules
@@ -28,7 +31,8 @@ of its own that say the same. What finds neighbours (ARP, IPv6's neighbour disco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,11 +52,13 @@ ON_LINK, BY_PORT, BY_ADDRESS, BY_MAC, DIRECT, REFUSED = 500, 400, 300, 250, 200,
 
 @dataclass(frozen=True)
 class Rule:
-    """match: OpenFlow match fields by their OXM names, (value, mask) where masked. output: port number, None drops."""
+    """match: OpenFlow match fields by their OXM names, (value, mask) where masked. output: port number, None drops. group: which
+    says so, None: the rule itself does."""
 
     priority: int
     match: tuple[tuple[str, Any], ...]
     output: int | None
+    group: int | None = None
 
     def __str__(self) -> str:
         fields = ",".join(f"{name}={'/'.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -90,32 +96,46 @@ Way = tuple[str, ...]
 """The instances, one of each stage from inside to outside, that a partition's packets meet."""
 
 
-def hops(ports: Ports, stages: Stages, forward: Way, back: Way) -> Iterator[tuple[int, bool, int]]:
-    """Yield (port in, whether the client is the sender, port out) of every place where packets of one partition are steered."""
+@dataclass(frozen=True)
+class Hop:
+    """Where packets of one partition are steered: those that come in at `inputs`, from the client or to it, leave at `output`."""
+
+    group: int
+    inputs: Sequence[int]
+    from_client: bool
+    output: int
+
+
+def hops(ports: Ports, stages: Stages, partition: int, forward: Way, back: Way) -> list[Hop]:
+    """Return the hops of a partition whose packets go way `forward`, and the answers way `back`."""
+    found: list[Hop] = []
+    first = 1 + partition * 2 * len(stages)
     outward, inward = [ports.client], [ports.server, *ports.others]
     for stage, instance in zip(stages, forward, strict=True):
-        yield from ((port, True, ports.instances[instance][0]) for port in outward)
+        found.append(Hop(first + len(found), outward, True, ports.instances[instance][0]))
         outward = [ports.instances[name][1] for name in stage]
     for stage, instance in zip(reversed(stages), reversed(back), strict=True):
-        yield from ((port, False, ports.instances[instance][1]) for port in inward)
+        found.append(Hop(first + len(found), inward, False, ports.instances[instance][1]))
         inward = [ports.instances[name][0] for name in stage]
+    return found
 
 
 def partition_rules(ports: Ports, stages: Stages, partition: int, forward: Way, back: Way) -> list[Rule]:
-    """Return the rules that steer one partition, 6 a hop: what the client sends goes way `forward`, the answers way `back`.
+    """Return the rules that steer one partition, 6 for each input of a hop (`hops`).
 
-    Rules for other ways through the same stages have equal matches: they replace.
+    Rules for other ways through the same stages have equal matches and groups: those alone lead elsewhere.
     """
     rules = []
-    for port, from_client, output in hops(ports, stages, forward, back):
-        side = "src" if from_client else "dst"
-        for version, address in ((IPV4, f"ipv4_{side}"), (IPV6, f"ipv6_{side}")):
+    for hop in hops(ports, stages, partition, forward, back):
+        side = "src" if hop.from_client else "dst"
+        for port, version in itertools.product(hop.inputs, (IPV4, IPV6)):
             packets = (("in_port", port), ("eth_type", version))
             for protocol, name in ((TCP, "tcp"), (UDP, "udp")):
                 match = (*packets, ("ip_proto", protocol), ("ip_frag", (0, ANY_FRAGMENT)),
                          (f"{name}_{side}", (partition << 1, PORT_MASK)))  # fmt: skip
-                rules.append(Rule(BY_PORT, match, output))
-            rules.append(Rule(BY_ADDRESS, (*packets, (address, (partition, ADDRESS_MASK))), output))
+                rules.append(Rule(BY_PORT, match, hop.output, hop.group))
+            address = f"ipv4_{side}" if version == IPV4 else f"ipv6_{side}"
+            rules.append(Rule(BY_ADDRESS, (*packets, (address, (partition, ADDRESS_MASK))), hop.output, hop.group))
     return rules
 
 
