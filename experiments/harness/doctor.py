@@ -103,6 +103,7 @@ def host_facts() -> dict[str, Any]:
         "cpu_model": box.cpu_model,
         "cpus": len(os.sched_getaffinity(0)),
         "governor": box.governor,
+        "sched_autogroup": _text(system.AUTOGROUP) or None,
         "memory_gib": round(box.memory_gib("MemTotal"), 1),
         "clocksource": box.clocksource,
         "versions": box.versions,

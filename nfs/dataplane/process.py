@@ -31,6 +31,8 @@ from nfs.dataplane.steps import load_chain
 
 SLICE_NS = 50_000_000
 """How long the packet loop runs before Python looks at messages."""
+DRAIN_SLICE_NS = 500_000
+"""The same while somebody waits for what is looked at between two bursts."""
 RECONNECT_S = 0.05
 CONNECT_S = 0.5
 """Longest wait for a store to answer, in a thread: the packet loop goes on meanwhile."""
@@ -150,8 +152,6 @@ class Process:
         """Return the partitions of which no packet is here, nor on its way."""
         engine, drains = self.engine, dict(self._drains)
         drained = [p for p in watched if p in drains and drains[p].is_done]
-        if len(drained) < len(watched):
-            self.call()  # to look at its rings between two bursts
         flying = {int(low) & 0xFFFF for low in engine.flight_keys[engine.flights[:, PHASE] > 0, 1]}
         return [p for p in drained if engine.held.queues[p, HEAD] < 0 and p not in flying]
 
@@ -204,6 +204,8 @@ class Process:
 
     def process_packets(self, duration_ns: int = SLICE_NS) -> None:
         """Run the packet loop for a while."""
+        if any(not drain.is_done for drain in self._drains.values()):
+            duration_ns = min(duration_ns, DRAIN_SLICE_NS)
         inside, outside = (opened.port for opened in self.opened)
         run(self.engine, inside, outside, self.frames, self.table.words, self.client.state, duration_ns)
 

@@ -238,6 +238,20 @@ def test_completion_records_travel_with_their_changes_and_go_with_an_image(pair)
     assert backup.table.words[stale + layout.DONE_SEQUENCE] == 0
 
 
+def test_a_partition_without_completion_records_gets_its_first_one_later(pair):
+    primary, backup = pair
+    primary.write(1, 5)
+    exchange(primary, backup)  # an image, which found none: neither side searches for them again until there is one
+    done = ring_of(primary, 42)
+    primary.table.words[done + layout.DONE_SEQUENCE] = 8
+    ship.note_completion(primary.shipping, 0, done)
+    primary.write(1, 6)
+    exchange(primary, backup)
+    for side in (primary, backup):
+        assert ship.count_completions(side.shipping, side.table.words, 0) == 1
+    assert backup.table.words[ring_of(backup, 42) + layout.DONE_SEQUENCE] == 8
+
+
 def test_deletions_and_overflow_are_shipped_too(pair):
     primary, backup = pair
     exchange(primary, backup)

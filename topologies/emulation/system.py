@@ -20,6 +20,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNET = 0x40000000
 CLONE_NEWNS = 0x00020000
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
+"""Whether the scheduler shares cores among sessions first, and then among their processes (sched(7))."""
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 SIOCETHTOOL = 0x8946
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
