@@ -11,9 +11,10 @@ from analysis.sheet import Sheet, by_placement, title
 from analysis.summary import typical
 
 EXPERIMENT = "replication_cost"
-HEADLINES = (Headline("p50_us"), Headline("lossless_kpps"), Headline("storage_bytes"))
-ROWS = {"p50_us": "median latency (µs)", "lossless_kpps": "highest load without loss (kpps)",
-        "storage_bytes": "storage network (bytes per packet)"}  # fmt: skip
+HEADLINES = (Headline("p50_us"), Headline("delivered_kpps", {"load": "saturated"}), Headline("lossless_kpps"),
+             Headline("storage_bytes"))  # fmt: skip
+ROWS = {"p50_us": "median latency (µs)", "delivered_kpps": "delivered, saturated (kpps)",
+        "lossless_kpps": "highest load without loss (kpps)", "storage_bytes": "storage network (bytes per packet)"}  # fmt: skip
 NOT_WAITED = {"linestyle": "none", "markerfacecolor": "white", "markeredgewidth": 0.9, "markersize": 4.5}
 
 
@@ -22,6 +23,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
 
     Open marks: packets do not wait for the copies (asynchronous).
     """
+    frame = without_light_rate(frame)
     waited = waits(frame)
     nfs = style.order_nfs(frame["nf"])
     if not nfs:
@@ -45,6 +47,12 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     sheet.legend([placement for placement, _ in by_placement(frame)])
 
 
+def without_light_rate(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows without what was delivered at the light load, which is what was offered."""
+    load = frame.get("load", pd.Series(index=frame.index, dtype=str))
+    return frame[(frame["metric"] != "delivered_kpps") | (load == "saturated")]
+
+
 def waits(frame: pd.DataFrame) -> pd.Series:
     """Tell of each row whether its packets waited for the copies."""
     if "asynchronous" not in frame:
@@ -54,24 +62,27 @@ def waits(frame: pd.DataFrame) -> pd.Series:
 
 def answer(frame: pd.DataFrame) -> str:
     """Say what the second copy costs in throughput, and how integrated compares with centralized at two copies."""
+    frame = without_light_rate(frame)
     frame = frame[waits(frame)]
 
     def ratio(metric: str, nf: str, over: tuple[str, int], under: tuple[str, int]) -> float | None:
         both = [typical(frame, metric, nf=nf, placement=placement, replicas=copies) for placement, copies in (over, under)]
         return both[0] / both[1] if both[0] and both[1] else None
 
+    nfs = style.order_nfs(frame["nf"])
     clauses = []
-    for nf in style.order_nfs(frame["nf"]):
-        kept = ratio("lossless_kpps", nf, ("integrated", 2), ("integrated", 1))
+    for nf in nfs:
+        two, one = ("integrated", 2), ("integrated", 1)
+        kept, lossless = (ratio(metric, nf, two, one) for metric in ("delivered_kpps", "lossless_kpps"))
         if kept:
-            clauses.append(f"{digits(kept)}x for {title(nf)}")
+            clauses.append(f"{digits(kept)}x for {title(nf)}" + (f" ({digits(lossless)}x without loss)" if lossless else ""))
     if not clauses:
         return missing("integrated with one and with two copies")
-    sentence = f"With a second copy that every packet waits for, integrated carries {listing(clauses)} of what it does with one"
-    compared = [(ratio("lossless_kpps", nf, ("integrated", 2), ("centralized", 2)),
-                 ratio("p50_us", nf, ("centralized", 2), ("integrated", 2))) for nf in style.order_nfs(frame["nf"])]  # fmt: skip
+    sentence = f"With a second copy that every packet waits for, integrated delivers {listing(clauses)} of what it does with one"
+    compared = [(ratio("delivered_kpps", nf, ("integrated", 2), ("centralized", 2)),
+                 ratio("p50_us", nf, ("centralized", 2), ("integrated", 2))) for nf in nfs]  # fmt: skip
     rates, latencies = ([pair[n] for pair in compared if pair[n]] for n in range(2))
     if rates and latencies:
-        sentence += (f"; with two copies each, it carries {spread([r for r in rates if r])} the load of centralized, which takes "
-                     f"{spread([r for r in latencies if r])} its median latency")  # fmt: skip
+        sentence += (f"; with two copies each, it delivers {spread([r for r in rates if r])} of what centralized does, which "
+                     f"takes {spread([r for r in latencies if r])} its median latency")  # fmt: skip
     return f"{sentence}."

@@ -133,12 +133,15 @@ class Replica:
                 self._rule(partition, group)
 
     def _must_wait(self, partition: int, group: Group, now_ns: int) -> bool:
-        """Tell whether becoming primary, or going on without a former replica, must wait."""
+        """Tell whether becoming primary, or going on without a former replica, must wait.
+
+        A former replica that is to join anew is one too: as long as it knows of nothing it answers from what it has.
+        """
         reigns = ship.reign(self.words, partition) == group.reign and ship.rules(ship.role(self.words, partition))
         for peer, host in enumerate(self.peers):
-            feeds = self.shipping.links[peer, partition, ship.MODE] != ship.OUT
-            concerned = (feeds and host not in group.replicas()) if reigns else True
-            if concerned and self.may_not_know(peer, now_ns):
+            link = self.shipping.links[peer, partition]
+            stays = link[ship.MODE] == ship.OUT or (host in group.replicas() and link[ship.LINK_JOINED] == group.joined[host])
+            if not (reigns and stays) and self.may_not_know(peer, now_ns):
                 return True
         return False
 
