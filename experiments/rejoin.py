@@ -3,16 +3,18 @@
 from experiments.harness.spec import Experiment
 
 GRID = {"topology": ("rack",), "nf": ("traffic_counter", "firewall"), "placement": ("integrated",), "replicas": (2,)}
+OF_THREE = {**GRID, "replicas": (3,), "nf_hosts": (3,)}
+"""Two survivors fill the third at the same time."""
 
 EXPERIMENT = Experiment(
     question="How long until a host that comes back is a backup again, what bounds it, and what do packets lose by it?",
     procedure="rejoin",
-    sweeps=(GRID,),
+    sweeps=(GRID, OF_THREE),
     traffic={"flows": 100_000, "frame_bytes": 64},
     seed=1,
     profiles={
         "smoke": {"sweeps": ({**GRID, "nf": ("traffic_counter",)},), "traffic": {"flows": 10_000}},
-        "quick": {"sweeps": ({**GRID, "nf": ("traffic_counter",)},)},
-        "paper": {"repeats": 5, "network": {"nf_hosts": 3}},
+        "quick": {"sweeps": ({**GRID, "nf": ("traffic_counter",)}, {**OF_THREE, "nf": ("traffic_counter",)})},
+        "paper": {"repeats": 5},
     },
 )  # fmt: skip

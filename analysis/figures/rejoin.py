@@ -19,33 +19,41 @@ SHOWN_MS = (-300, 700)
 
 
 def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
-    """A column a network function: what is delivered, the copies that are complete, and what the refill takes of network and
-    CPU, from the moment the store is back (time 0); median of the repeats and their range. Shaded: the refill."""
+    """A column a network function and number of copies: what is delivered, the copies that are complete, and what the refill
+    takes of network and CPU, from the moment the store is back (time 0); median of the repeats and their range. Shaded: the
+    refill."""
     lines = frame[frame["metric"].isin(("delivered", "refill"))]
     if lines.empty:
         return
-    nfs = style.order_nfs(lines["nf"])
-    grid = sheet.panels(1 + len(COURSES), len(nfs), 1.15 * (1 + len(COURSES)), sharex=True)
-    for column, nf in enumerate(nfs):
-        here = frame[frame["nf"] == nf]
+    shown = cases(lines)
+    grid = sheet.panels(1 + len(COURSES), len(shown), 1.15 * (1 + len(COURSES)), sharex=True)
+    for column, (nf, replicas) in enumerate(shown):
+        here = frame[(frame["nf"] == nf) & (frame["replicas"] == replicas)]
+        panel = f"{title(nf)}, R = {replicas}"
         placement = str(here["placement"].iloc[0])
         delivered, refill = ([time_line(encoded) for encoded in here.loc[here["metric"] == name, "histogram"]]
                              for name in ("delivered", "refill"))  # fmt: skip
         rates = {n: (line["received"] / line.attrs["bin_ms"]).set_axis(binned(line)) for n, line in enumerate(delivered)}
-        sheet.band(grid[0, column], pd.DataFrame(rates).dropna().rename_axis("ms"), placement, title(nf), "goodput_kpps")
+        sheet.band(grid[0, column], pd.DataFrame(rates).dropna().rename_axis("ms"), placement, panel, "goodput_kpps")
         for row, (name, label) in enumerate(COURSES.items(), start=1):
             values = pd.DataFrame({n: line[name].set_axis(binned(line)) for n, line in enumerate(refill)})
             whole = values.ffill() if name == "full_ratio" else values.fillna(0)
-            sheet.band(grid[row, column], whole.rename_axis("ms"), placement, title(nf), name)
+            sheet.band(grid[row, column], whole.rename_axis("ms"), placement, panel, name)
             grid[row, 0].set_ylabel(label.replace(" (", "\n("))
         ended = here.loc[here["metric"] == "rejoin_ms", "value"].median()
         began = ended - here.loc[here["metric"] == "refill_ms", "value"].median()
         for axes in grid[:, column]:
             axes.axvspan(began, ended, color="#DDDDDD", zorder=0, linewidth=0)
             axes.set(xlim=SHOWN_MS, ylim=(0, None))
-        grid[0, column].set_title(title(nf))
+        grid[0, column].set_title(panel)
         grid[-1, column].set_xlabel("ms after the store is back")
     grid[0, 0].set_ylabel("delivered\n(kpps)")
+
+
+def cases(rows: pd.DataFrame) -> list[tuple[str, int]]:
+    """Return (network function, replicas) of the rows, in the order of the table of styles."""
+    return [(nf, int(replicas)) for nf in style.order_nfs(rows["nf"])
+            for replicas in sorted(set(rows.loc[rows["nf"] == nf, "replicas"]))]  # fmt: skip
 
 
 def binned(line: pd.DataFrame) -> pd.Series:
@@ -60,12 +68,12 @@ def answer(frame: pd.DataFrame) -> str:
     if rejoined.empty:
         return missing("a host that came back")
     said = []
-    for nf in style.order_nfs(rejoined["nf"]):
-        found = {metric: typical(frame, metric, nf=nf) or 0.0 for metric in (
-            "refill_ms", "records", "foreground_cost_ratio", "storage_mbps", "store_cores", "goodput_alone_kpps",
-            "goodput_after_kpps")}  # fmt: skip
-        cost = found["foreground_cost_ratio"]
-        said.append(f"{title(nf)} {digits(found['records'])} records in {digits(found['refill_ms'])} ms, at "
-                    f"{digits(found['storage_mbps'])} Mbit/s and {found['store_cores']:.1f} cores of the stores, while "
-                    f"packets were delivered {abs(cost):.0%} {'slower' if cost >= 0 else 'faster'} than afterwards")  # fmt: skip
+    for nf, replicas in cases(rejoined):
+        found = {metric: typical(frame, metric, nf=nf, replicas=replicas) or 0.0 for metric in (
+            "refill_ms", "records", "sources", "foreground_cost_ratio", "storage_mbps", "store_cores")}  # fmt: skip
+        cost, sources = found["foreground_cost_ratio"], max(int(found["sources"]), 1)
+        said.append(f"{title(nf)} with R = {replicas} {digits(found['records'])} records from {sources} "
+                    f"host{'s' if sources > 1 else ''} in {digits(found['refill_ms'])} ms, at {digits(found['storage_mbps'])} "
+                    f"Mbit/s and {found['store_cores']:.1f} cores of the stores, while packets were delivered {abs(cost):.0%} "
+                    f"{'slower' if cost >= 0 else 'faster'} than afterwards")  # fmt: skip
     return f"From the first copy to the last: {listing(said)}."

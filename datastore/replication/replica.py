@@ -157,7 +157,9 @@ class Replica:
             if group.primary != self.host:
                 continue
             for host in group.learners:
-                if ship.is_synchronised(self.shipping, self.peers.index(host), partition):
+                peer = self.peers.index(host)
+                is_new = self.shipping.links[peer, partition, ship.LINK_JOINED] == group.joined[host]  # else what it had before
+                if is_new and ship.is_synchronised(self.shipping, peer, partition):
                     synchronised.append((partition, host))
             if group.successor and self.is_drained(partition):
                 released.append(partition)

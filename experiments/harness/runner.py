@@ -27,7 +27,7 @@ from experiments.harness.bench import Bench, settings
 from experiments.harness.progress import Progress
 from experiments.harness.record import Record, commit
 from experiments.harness.spec import Experiment, Trial
-from topologies.emulation import recorder
+from topologies.emulation import recorder, topology
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
@@ -164,7 +164,8 @@ def network_parameters(trial: Trial, experiment: Experiment) -> dict[str, Any]:
         role = getattr(importlib.import_module(f"experiments.peers.{trial.placement}"), "STORES", None)
     else:
         role = placements.load(trial.placement).store_role
-    return {"store_hosts": trial.replicas if role == "store" else 0, **experiment.network}
+    swept = {key: trial.sweep[key] for key in topology.parameters(trial.topology) if key in trial.sweep}
+    return {"store_hosts": trial.replicas if role == "store" else 0, **experiment.network, **swept}
 
 
 def summarise(line: dict[str, Any]) -> None:

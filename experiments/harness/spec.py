@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1]
 DEFAULTS: Mapping[str, Any] = {"topology": "rack", "nf": "", "placement": "", "replicas": 1}
 """What a trial has where its grid does not say."""
 GRID_KEYS = tuple(DEFAULTS)
-"""Sweep keys with a meaning of their own; every other key is passed to the procedure as a setting."""
+"""Sweep keys with a meaning of their own; every other key is a parameter of the topology or a setting of the procedure."""
 NOT_SWEPT = ("settings", "repeats", "chain")
 """What a grid says of its trials besides the values it sweeps."""
 CHAIN = "+"
@@ -38,8 +38,8 @@ class Experiment:
     trials are the union of the grids' products; a grid's "settings" hold for its trials and are not swept, its "repeats"
     stand in place of the experiment's, its "chain" names network functions that run one after the other in one process, as
     "firewall+nat" in "nf" does; "firewall|nat" runs each on NF hosts of its own. settings: the procedure's parameters. traffic:
-    the workload's. network: the topology's. profiles: for each profile what differs ("sweeps", "settings", "traffic", "network",
-    "repeats"). seed: of shuffling and workload.
+    the workload's. network: the topology's. A grid may sweep settings, and parameters of the topology ("nf_hosts"). profiles: for
+    each profile what differs ("sweeps", "settings", "traffic", "network", "repeats"). seed: of shuffling and workload.
     """
 
     question: str
@@ -142,8 +142,9 @@ def check(name: str, experiment: Experiment) -> None:
         check_choice(key, value, bench.CHOICES_OF)
     known = {"topology": topology.names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
     for grid in experiment.sweeps:
+        shaping = network_keys(grid)
         for key in (*grid, *grid.get("settings", ())):
-            if key not in (*GRID_KEYS, *NOT_SWEPT) and key not in procedure.SETTINGS:
+            if key not in (*GRID_KEYS, *NOT_SWEPT, *shaping) and key not in procedure.SETTINGS:
                 raise unknown(f"sweep parameter of experiment {name!r}", key, (*GRID_KEYS, *procedure.SETTINGS))
         swept = [(key, value) for key in grid if key not in NOT_SWEPT for value in grid[key]]
         for key, value in (*swept, *grid.get("settings", {}).items()):
@@ -159,10 +160,23 @@ def check(name: str, experiment: Experiment) -> None:
                         raise unknown(key if key != "nf" else "network function", part, names)
                     if key == "nf" and part:
                         declaration.load(part)
-        for value in values_of(grid, "topology") or [DEFAULTS["topology"]]:
-            nf_hosts = topology.plan(value, experiment.network).hosts("nf")
+        for value, *shape in itertools.product(topologies_of(grid), *(grid[key] for key in shaping)):
+            nf_hosts = topology.plan(value, {**experiment.network, **dict(zip(shaping, shape, strict=True))}).hosts("nf")
             for nf in values_of(grid, "nf"):
                 staged(nf_hosts, nf)
+
+
+def topologies_of(grid: Mapping[str, Any]) -> Sequence[str]:
+    """Return the topologies of a grid."""
+    return values_of(grid, "topology") or [DEFAULTS["topology"]]
+
+
+def network_keys(grid: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a grid that are parameters of one of its topologies."""
+    from topologies.emulation import topology
+
+    known = {key for name in topologies_of(grid) for key in topology.parameters(name)}
+    return [key for key in grid if key in known]
 
 
 def _check_grids(name: str, grids: Any) -> None:

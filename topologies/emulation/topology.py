@@ -58,18 +58,26 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
 
 
-def plan(name: str, parameters: Mapping[str, Any]) -> Plan:
-    """Check a topology's name and parameters and freeze them. Raises NearstateError naming the nearest valid ones."""
+def load(name: str) -> Any:
+    """Return a topology's class. Raises NearstateError for one that does not exist."""
     if name not in names():
         raise unknown("topology", name, names())
-    module = import_file(f"topologies.{name}")
-    topology = getattr(module, "".join(word.capitalize() for word in name.split("_")))
-    arguments = inspect.signature(topology.build).parameters
-    defaults = {key: argument.default for key, argument in arguments.items() if key != "self"}
-    for key in parameters:
+    return getattr(import_file(f"topologies.{name}"), "".join(word.capitalize() for word in name.split("_")))
+
+
+def parameters(name: str) -> dict[str, Any]:
+    """Return a topology's parameters and their defaults. Raises NearstateError for a topology that does not exist."""
+    arguments = inspect.signature(load(name).build).parameters
+    return {key: argument.default for key, argument in arguments.items() if key != "self"}
+
+
+def plan(name: str, given: Mapping[str, Any]) -> Plan:
+    """Check a topology's name and parameters and freeze them. Raises NearstateError naming the nearest valid ones."""
+    topology, defaults = load(name), parameters(name)
+    for key in given:
         if key not in defaults:
             raise unknown(f"parameter of topology {name}", key, defaults)
-    values = {**defaults, **parameters}
+    values = {**defaults, **given}
     for key, value in values.items():
         _check(name, key, value, defaults[key])
     cpu = MappingProxyType(dict(values.get("cpu") or {}))

@@ -4,7 +4,7 @@
                                                  |<-- refill_ms --->|
 
 The store comes back alone: only the refill is measured, not the start of an NF process on the same cores. While it lasts the
-packets of all partitions are at the survivor, which also reads and sends the images.
+packets of all partitions are at the survivors, which also read and send the images: each those of the partitions it rules.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ SETTLED_NS = 100_000_000
 
 
 class Sample(NamedTuple):
-    """What is looked at meanwhile: the time, how many partitions have learners, the share of those with all copies, bytes sent
-    for storage, CPU of the stores."""
+    """What is looked at meanwhile: the time, how many partitions have learners, how many hosts teach them, the share of
+    partitions with all copies, bytes sent for storage, CPU of the stores."""
 
     ns: int
     learning: int
+    sources: int
     full_ratio: float
     storage_bytes: float
     store_cpu_s: float
@@ -76,6 +77,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     point["sweep"] = {}
     point["metrics"] |= {
         "rejoin_ms": (full - back_ns) / 1e6, "refill_ms": refill_s * 1e3, "records": records,
+        "sources": max(sample.sources for sample in samples),
         "goodput_before_kpps": before, "goodput_alone_kpps": alone, "goodput_during_kpps": during, "goodput_after_kpps": after,
         "foreground_cost_ratio": 1 - during / max(after, 1e-9), "storage_mbps": sent_bytes * 8e-6 / max(refill_s, 1e-9),
         "store_cores": cpu_s / max(refill_s, 1e-9)}  # fmt: skip
@@ -90,8 +92,9 @@ def watch(bench: Bench, until_ns: int) -> list[Sample]:
     while time.monotonic_ns() < until_ns and not (samples and samples[-1].full_ratio == 1):
         groups = bench.status()["map"]["groups"]
         full = sum(len(group["members"]) >= bench.trial.replicas for group in groups) / len(groups)
-        learning = sum(bool(group["learners"]) for group in groups)
-        samples.append(Sample(time.monotonic_ns(), learning, full, float(sum(bench.network.sent_bytes("storage").values())),
+        teachers = [group["members"][0] for group in groups if group["learners"]]
+        sent_bytes = float(sum(bench.network.sent_bytes("storage").values()))
+        samples.append(Sample(time.monotonic_ns(), len(teachers), len(set(teachers)), full, sent_bytes,
                               sum(store.cpu_seconds() for store in bench.stores.values())))  # fmt: skip
         time.sleep(SAMPLED_EVERY_S)
     return samples
@@ -100,7 +103,7 @@ def watch(bench: Bench, until_ns: int) -> list[Sample]:
 def course(samples: list[Sample], zero_ns: int) -> str:
     """Return the samples as a time line: share of partitions with all copies, storage network in Mbit/s, stores' CPU in cores."""
     bin_ms = SAMPLED_EVERY_S * 1e3
-    at, _, full, sent, cpu = np.array(samples).T
+    at, _, _, full, sent, cpu = np.array(samples).T
     ms = (at - zero_ns) / 1e6
     bins = np.arange(ms[0], ms[-1] + bin_ms, bin_ms)
     sent, cpu = (np.diff(np.interp(bins, ms, values), append=values[-1]) for values in (sent, cpu))
