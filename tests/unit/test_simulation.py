@@ -17,6 +17,8 @@ from datastore.verification.simulator import CALM, Violation, World, simulate
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled here; uncompiled runs have test_simulation_mutants.py")
 LONG = os.environ.get("NEARSTATE_LONG") == "1"
 SEEDS = 10_000 if LONG else 300
+ONCE_FAILED = (606, 5199, 5544)
+"""Seeds that found something in the long mode: a promise broken, a former copy taken for the new one."""
 
 
 def test_nothing_promised_is_broken_in_any_seed():
@@ -30,6 +32,11 @@ def test_nothing_promised_is_broken_in_any_seed():
     assert operations > 100 * SEEDS
     assert set(happened) == {"crash", "pause", "cut", "move", "coordinator crash"}
     assert min(happened.values()) > SEEDS // 4
+
+
+@pytest.mark.parametrize("seed", ONCE_FAILED)
+def test_what_once_failed_passes(seed):
+    simulate(seed, 1.5, keep_trace=False)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
