@@ -217,6 +217,7 @@ class Coordinator:
         for partition, host in beat.synchronised:
             group = groups.get(partition) or self.map.groups[partition]
             if group.primary == beat.host and host in group.learners:
+                self._let_lapse_first(now_ns, group, host)
                 learners = tuple(learner for learner in group.learners if learner != host)
                 groups[partition] = replace(group, members=(*group.members, host), learners=learners)
         for partition in beat.released:
@@ -230,6 +231,16 @@ class Coordinator:
                     groups[partition] = self._leave(group, host)
                     self.suspects[beat.host, host] = now_ns + self.timing.suspect_ns
         self._new_map(groups)
+
+    def _let_lapse_first(self, now_ns: int, group: Group, member: str) -> None:
+        """Before `member` counts: whoever does not know that it is a replica may still answer by promises of those that are.
+
+        The new one gave none, and would not wait for them. They gave their last before they heard of it, so before now.
+        """
+        for other in group.replicas():
+            state = self.hosts[other]
+            if state.epoch < group.joined[member]:
+                state.granted_until_ns = max(state.granted_until_ns, now_ns + self.timing.lease_ns + self.timing.margin_ns)
 
     def _handed_over(self, partition: int, group: Group) -> Group:
         """The primary has stopped: its successor reigns from the next epoch on, and it stays a member."""

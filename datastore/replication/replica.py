@@ -23,7 +23,7 @@ from datastore.replication.coordinator import Grant, Heartbeat, Timing
 from datastore.replication.maps import ClusterMap, Group
 from datastore.replication.shipping import Shipping
 from datastore.store import locking
-from datastore.store.layout import CHANGES_AT, COMMITTED_AT, LEASE_NS, NO_ROLE, PRIMARY, RETIRING, ROLE
+from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, LEASE_NS, NO_ROLE, PRIMARY, RETIRING, ROLE
 from datastore.store.locking import role_word
 from datastore.store.statuses import NAMES, OK
 
@@ -214,18 +214,21 @@ class Replica:
                 self._rule(partition, group)
             else:
                 self._deferred[partition] = group
-                if ship.reign(self.words, partition) != group.reign:
+                if ship.reign(self.words, partition) < group.reign:
                     self._set_role(partition, NO_ROLE, group.reign)
 
     def _rule(self, partition: int, group: Group) -> None:
-        """This host is primary: ship to everybody who counts."""
+        """This host is primary: ship to everybody who counts.
+
+        The role comes last: a network function that sees it lets packets go when COMMITTED says so, of this reign.
+        """
         words, shipping = self.words, self.shipping
+        if ship.reign(words, partition) > group.reign:
+            return  # a later primary has been here: the map that says so is on its way
         fresh = ship.reign(words, partition) != group.reign or not ship.rules(ship.role(words, partition))
         if fresh:
             shipping.followed[partition] = (-1, 0, 0, 0)
-            for peer in range(len(self.peers)):
-                ship.starve(shipping, words, peer, partition)
-        self._set_role(partition, RETIRING if group.successor else PRIMARY, group.reign)
+            ship.leave_all(shipping, words, partition)
         for peer, host in enumerate(self.peers):
             link = shipping.links[peer, partition]
             if host not in group.replicas():
@@ -234,21 +237,26 @@ class Replica:
             elif link[ship.MODE] == ship.OUT or link[ship.LINK_JOINED] != group.joined[host]:
                 mode = ship.LEARNING if host in group.learners else ship.COUNTED
                 ship.feed(shipping, words, peer, partition, mode, group.joined[host])
+        if fresh:
+            ship.recommit(shipping, words, partition)
+        self._set_role(partition, RETIRING if group.successor else PRIMARY, group.reign)
 
     def _follow(self, partition: int, group: Group) -> None:
         """This host is a backup, is learning, or has nothing to do with the partition."""
-        words, shipping = self.words, self.shipping
-        if ship.rules(ship.role(words, partition)):
-            for peer in range(len(self.peers)):
-                ship.starve(shipping, words, peer, partition)
-            shipping.followed[partition, ship.EPOCH] = -1
+        words, followed = self.words, self.shipping.followed[partition]
+        ruled, reign = ship.rules(ship.role(words, partition)), int(ship.reign(words, partition))
         joined = group.joined[self.host] if self.host in group.members + group.learners else 0
-        followed = shipping.followed[partition]
-        if followed[ship.JOINED] != joined:
-            followed[:3] = (-1, 0, joined)
-        role = ship.role(words, partition)
-        if ship.reign(words, partition) != group.reign or joined == 0 or ship.rules(role) or followed[ship.EPOCH] == -1:
-            self._set_role(partition, NO_ROLE, max(group.reign, ship.reign(words, partition)))
+        anew = ruled or followed[ship.JOINED] != joined
+        standing = (ship.MEMBER if self.host in group.members else 0) | int(followed[ship.STANDING]) & ship.COUNTS
+        if anew or joined == 0 or reign != group.reign or followed[ship.EPOCH] == -1:
+            self._set_role(partition, NO_ROLE, max(group.reign, reign))
+        elif standing == ship.MEMBER | ship.COUNTS and followed[ship.EPOCH] == reign:
+            self._set_role(partition, BACKUP, reign)
+        if ruled:  # after the role: a network function must not take for committed what nobody waits for any more
+            ship.leave_all(self.shipping, words, partition)
+        followed[ship.STANDING] = standing
+        if anew:
+            followed[:] = (-1, 0, joined, standing & ship.MEMBER)
 
     def _set_role(self, partition: int, role: int, reign: int) -> None:
         base = int(locking.partition_at(self.words, partition))

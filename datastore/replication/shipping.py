@@ -47,6 +47,7 @@ from datastore.store.layout import (
     CHANGES_AT,
     CLIENT_ID,
     CLIENT_STRIDE,
+    CLIENT_USED_S,
     CLIENTS,
     CLIENTS_AT,
     CLUSTER,
@@ -100,8 +101,11 @@ LINK_WORDS = 16
 first frame was sent that the peer owes an acknowledgment for; 0: it owes none. REFUSED: how often in a row the peer has refused
 the frame under way; negative: it has not answered the last time yet."""
 # words of `followed`
-EPOCH, SERIAL, JOINED = range(3)
-"""JOINED: the epoch at which this host became a replica, this time; 0: it is none, and takes no frames."""
+EPOCH, SERIAL, JOINED, STANDING = range(4)
+"""JOINED: the epoch at which this host became a replica, this time; 0: it is none, and takes no frames. STANDING: bits."""
+MEMBER, COUNTS = 1, 2
+"""Standing: the map that this host follows names it a member; the primary said that nothing is committed without it. Who is both
+is a backup and may be read. Counting is not enough: a next primary waits for members, not for a learner that once counted."""
 REFUSED_AGAIN_NS = 1_000_000
 """A peer refuses frames for a map that it does not know yet; in a move both hear of it within a few milliseconds."""
 NEWS_AFTER_NS = 2_000_000
@@ -215,6 +219,15 @@ def starve(shipping: Shipping, words: np.ndarray, peer: int, partition: int) -> 
     link = shipping.links[peer, partition]
     link[MODE], link[UNDER_WAY], link[OWING_NS] = OUT, 0, 0
     recommit(shipping, words, partition)
+
+
+@jit
+def leave_all(shipping: Shipping, words: np.ndarray, partition: int) -> None:
+    """Ship a partition to nobody, and take nothing of it for committed."""
+    for peer in range(shipping.links.shape[0]):
+        link = shipping.links[peer, partition]
+        link[MODE], link[UNDER_WAY], link[OWING_NS] = OUT, 0, 0
+    words[word(words, COMMITTED_AT) + partition] = U0
 
 
 @jit
@@ -352,6 +365,19 @@ def write_completion(words: np.ndarray, done: int, out: np.ndarray, at: int) -> 
 
 
 @jit
+def write_noted_completion(words: np.ndarray, partition: int, done: int, out: np.ndarray, at: int) -> int:
+    """As `write_completion`, for a record that was a partition's when it was noted.
+
+    The client may have gone on a whole window since, with another partition: that one's changes carry what is there now, and
+    before them it must not arrive. An empty record takes its room.
+    """
+    end = write_completion(words, done, out, at)
+    if done_partition(words, done) != partition:
+        out[at + 1 + DONE_SEQUENCE] = U0
+    return end
+
+
+@jit
 def next_completion(words: np.ndarray, partition: int, place: int) -> int:
     """Return the first place from `place` on (client * window + number) whose completion record is a partition's, or -1."""
     window = word(words, WINDOW)
@@ -455,7 +481,7 @@ def write_frame(
             to = write_all_completions(shipping, words, partition, out, to)
         else:
             for n in range(link[DONE_ACKED], shipping.done_end[partition]):
-                to = write_completion(words, shipping.done[partition, n % DONE_QUEUE], out, to)
+                to = write_noted_completion(words, partition, shipping.done[partition, n % DONE_QUEUE], out, to)
         link[SENT] += 1
         link[UNDER_WAY], link[REFUSED] = 1, -abs(link[REFUSED])
         if link[OWING_NS] == 0:
@@ -682,7 +708,7 @@ def apply(
     if status == OK and my_epoch == epoch and rules(role(words, partition)):
         status = STALE_EPOCH
     if status == OK:
-        status = overwrite(shipping, words, owner, now_s, frame, at, partition)
+        status = overwrite(shipping, words, owner, now_s, frame, at, length, partition)
     return acknowledge(frame, at, OK if status == DUPLICATE else status, ack, ack_at)
 
 
@@ -695,33 +721,51 @@ def acknowledge(frame: np.ndarray, at: int, status: int, ack: np.ndarray, ack_at
 
 
 @jit
-def overwrite(shipping: Shipping, words: np.ndarray, owner: int, now_s: int, frame: np.ndarray, at: int, partition: int) -> int:
-    """Make the partition read as a frame says it does; return OK, BUSY, or TOO_MANY_CLIENTS and then nothing is done."""
+def overwrite(
+    shipping: Shipping, words: np.ndarray, owner: int, now_s: int, frame: np.ndarray, at: int, length: int, partition: int,
+) -> int:  # fmt: skip
+    """Make the partition read as a frame, of `length` words, says it does; return OK. Or BUSY or TOO_MANY_CLIENTS: nothing is
+    done then."""
     to, base = at + REPLICATE_WORDS, partition_at(words, partition)
     flags, epoch = np.int64(frame[at] >> np.uint64(16) & LOW16), np.int64(frame[at + 1] & LOW32)
     status = lock(words, owner, base)
     if status != OK:
         return status
+    completions = np.int64(frame[at + 7] >> np.uint64(32))
+    to_completions = at + length - completions * (1 + DONE_VALUE + word(words, VALUE_WORDS))
+    if not find_room(shipping, words, now_s, frame, to_completions, completions):
+        release(words, base)
+        return TOO_MANY_CLIENTS
     words[base + ROLE] = role_word(epoch, NO_ROLE)  # a kill from here on leaves a partition that nobody may use
     fence()
     shipping.followed[partition, EPOCH] = -1
+    shipping.followed[partition, STANDING] &= ~COUNTS
     if flags & IMAGE:
         for bucket in range(word(words, BUCKETS)):
             words[base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)] = U0
         forget_completions(shipping, words, partition)
-    to = read_buckets(words, base, frame, to, np.int64(frame[at] >> np.uint64(32)))
-    completions = np.int64(frame[at + 7] >> np.uint64(32))
+    read_buckets(words, base, frame, to, np.int64(frame[at] >> np.uint64(32)))
     shipping.has_done[partition] |= completions > 0
-    status = read_completions(shipping, words, now_s, frame, to, completions)
-    if status == OK:
-        words[base + FLOOR], words[base + COUNT] = frame[at + 6], frame[at + 7] & LOW32
-        words[word(words, CHANGES_AT) + partition] = frame[at + 4]
-        words[word(words, COMMITTED_AT) + partition] = frame[at + 5]
-        shipping.followed[partition, EPOCH], shipping.followed[partition, SERIAL] = epoch, np.int64(frame[at + 3])
-        fence()
-        words[base + ROLE] = role_word(epoch, BACKUP if flags & COUNTED_FLAG else NO_ROLE)
+    read_completions(shipping, words, now_s, frame, to_completions, completions)
+    words[base + FLOOR], words[base + COUNT] = frame[at + 6], frame[at + 7] & LOW32
+    words[word(words, CHANGES_AT) + partition] = frame[at + 4]
+    words[word(words, COMMITTED_AT) + partition] = frame[at + 5]
+    shipping.followed[partition, EPOCH], shipping.followed[partition, SERIAL] = epoch, np.int64(frame[at + 3])
+    fence()
+    stand(shipping, words, partition, flags & COUNTED_FLAG)
     release(words, base)
-    return status
+    return OK
+
+
+@jit
+def stand(shipping: Shipping, words: np.ndarray, partition: int, counted: int) -> None:
+    """Make this host a backup if it counts, as the primary says with `counted`, and is a member; the lock is held."""
+    followed = shipping.followed[partition]
+    followed[STANDING] |= COUNTS if counted else 0
+    if followed[STANDING] == MEMBER | COUNTS:
+        words[partition_at(words, partition) + ROLE] = role_word(followed[EPOCH], BACKUP)
+    else:
+        words[partition_at(words, partition) + ROLE] = role_word(followed[EPOCH], NO_ROLE)
 
 
 @jit
@@ -752,19 +796,28 @@ def forget_completions(shipping: Shipping, words: np.ndarray, partition: int) ->
 
 
 @jit
-def read_completions(shipping: Shipping, words: np.ndarray, now_s: int, frame: np.ndarray, at: int, completions: int) -> int:
+def find_room(shipping: Shipping, words: np.ndarray, now_s: int, frame: np.ndarray, at: int, completions: int) -> bool:
+    """Give the clients of a frame's completion records slots, and note that they are in use; False when one finds none."""
+    for _ in range(completions):
+        client = find_client(words, frame[at], now_s, shipping.connected)
+        if client < 0:
+            return False
+        words[client_at(words, client) + CLIENT_USED_S] = np.uint64(now_s)
+        at += 1 + DONE_VALUE + word(words, VALUE_WORDS)
+    return True
+
+
+@jit
+def read_completions(shipping: Shipping, words: np.ndarray, now_s: int, frame: np.ndarray, at: int, completions: int) -> None:
     """Copy completion records from a frame to the rings of their clients, unless a later one is there."""
     step = DONE_VALUE + word(words, VALUE_WORDS)
     for _ in range(completions):
         client = find_client(words, frame[at], now_s, shipping.connected)
-        if client < 0:
-            return TOO_MANY_CLIENTS
         done = completion_at(words, client, frame[at + 1 + DONE_SEQUENCE])
         if words[done + DONE_SEQUENCE] <= frame[at + 1 + DONE_SEQUENCE]:
             for n in range(step):
                 words[done + n] = frame[at + 1 + n]
         at += 1 + step
-    return OK
 
 
 @jit
@@ -780,6 +833,5 @@ def hear_news(shipping: Shipping, words: np.ndarray, owner: int, frame: np.ndarr
     if rules(role(words, partition)) or lock(words, owner, base) != OK:
         return
     words[word(words, COMMITTED_AT) + partition] = frame[at + 5]
-    if np.int64(frame[at] >> np.uint64(16)) & COUNTED_FLAG:
-        words[base + ROLE] = role_word(epoch, BACKUP)
+    stand(shipping, words, partition, np.int64(frame[at] >> np.uint64(16)) & COUNTED_FLAG)
     release(words, base)

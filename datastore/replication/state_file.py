@@ -93,13 +93,13 @@ class FileState:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        self.close()  # of what is replaced: nothing may be saved there any more, whatever fails from here on
         beside.replace(self.path)
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-        self.close()
         self._file, self._slot_bytes = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC), slot_bytes
 
     def _unreadable(self, why: str | None) -> NearstateError:

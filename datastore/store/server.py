@@ -333,8 +333,11 @@ def send_answers(server: ServerState, n: int) -> None:
 
 
 @jit
-def converse(server: ServerState, owner: int, n: int, now: int) -> None:
-    """Read, do and answer what a ready connection has."""
+def converse(server: ServerState, owner: int, n: int) -> None:
+    """Read, do and answer what a ready connection has.
+
+    The clock is read after the requests: a process that was stopped before must find that its lease is over.
+    """
     connections = server.connections
     size = server.receive_bytes.size // CONNECTION_LIMIT
     start = n * size
@@ -344,6 +347,7 @@ def converse(server: ServerState, owner: int, n: int, now: int) -> None:
             disconnect(server, n)
             return
         connections[n, RECEIVED] += max(got, 0)
+    now = now_ns(server.scratch)
     while connections[n, DESCRIPTOR] >= 0:
         before = connections[n, RECEIVED]
         answer_all(server, owner, n, now)
@@ -366,7 +370,7 @@ def replicate(server: ServerState, owner: int, now: int) -> None:
         if server.connections[n, DESCRIPTOR] >= 0 and server.connections[n, ANSWERED] > 0:
             send_answers(server, n)
             if server.connections[n, DESCRIPTOR] >= 0 and server.connections[n, RECEIVED] > 0:
-                converse(server, owner, n, now)
+                converse(server, owner, n)
 
 
 @jit
@@ -445,7 +449,7 @@ def serve(server: ServerState, owner: int, until_ns: int) -> int:
                 if connections[n, ANSWERED] > 0:
                     send_answers(server, n)
                 if connections[n, DESCRIPTOR] >= 0:
-                    converse(server, owner, n, now)
+                    converse(server, owner, n)
         if polled[0] >> 48 != 0:
             accept(server)
         replicate(server, owner, now)

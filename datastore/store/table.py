@@ -340,7 +340,8 @@ def any_expired(words: np.ndarray, base: int, bucket: int, now_s: int) -> bool:
 def sweep(words: np.ndarray, owner: int, partition: int, now_s: int, buckets: int) -> int:
     """Free the expired records of the partition's next `buckets` buckets; return how many.
 
-    Each call goes on where the last one stopped. The lock is taken only for a bucket that has something to free.
+    Each call goes on where the last one stopped. The lock is taken only for a bucket that has something to free. Where partitions
+    are replicated the primary alone frees, and ships that: a copy is what the primary's frames say, bucket by bucket.
     """
     base = partition_at(words, partition)
     if words[base + COUNT] == U0:
@@ -350,7 +351,8 @@ def sweep(words: np.ndarray, owner: int, partition: int, now_s: int, buckets: in
     freed = 0
     for _ in range(min(buckets, total)):
         if any_expired(words, base, bucket, now_s) and lock(words, owner, base) == OK:
-            freed += remove_expired(words, base, bucket, now_s)
+            if words[DIRTY_OFFSET] == U0 or words[base + ROLE] & np.uint64(ROLE_MASK) == np.uint64(PRIMARY):
+                freed += remove_expired(words, base, bucket, now_s)
             release(words, base)
         bucket = bucket + 1 if bucket + 1 < total else 0
     words[base + CURSOR] = np.uint64(bucket)

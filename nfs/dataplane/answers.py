@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from datastore.native import jit
+from datastore.replication.shipping import reign as reign_of
 from datastore.store import client as store_client
 from datastore.store import operations, statuses
 from datastore.store.client import (
@@ -22,7 +23,7 @@ from datastore.store.client import (
     request_again,
     room,
 )
-from datastore.store.layout import DIRTY_OFFSET, ROLE, ROLE_BITS, U0, partition_at
+from datastore.store.layout import DIRTY_OFFSET, U0
 from datastore.store.partitions import PARTITION_BITS
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import FORWARD, TURN
@@ -197,7 +198,7 @@ def hold_again(engine: Engine, words: np.ndarray, index: int, step: int) -> int:
     if code != FORWARD and code != TURN:
         return code
     partition, adds = np.int64(engine.packets[index].partition), engine.adds[index, 0]
-    reign = np.int64(words[partition_at(words, partition) + ROLE] >> np.uint64(ROLE_BITS))
+    reign = reign_of(words, partition)
     engine.control[ADDING], engine.control[ALSO] = 0, -1
     code = hold(engine, words, index, step, reign, code)
     engine.adds[index, 0] = adds

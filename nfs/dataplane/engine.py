@@ -36,11 +36,12 @@ HERE = -1
 PASSES, VALUE_WORDS, OWNER, EPOCH, NOW_NS, FLIGHTS_FREE, WAITING, WAITING_LIMIT, HOSTS, DOWN, SPIN_NS = range(11)
 CONFLICTS, FETCHES, WRITES, BURSTS = range(11, 15)
 STEPS, FIRST_ATTEMPT, TIMEOUT_S, CLAIMER, ADDING, HERE_FLIGHTS = range(15, 21)
-REPLICATES, QUEUES, CHANGED, CALLED, PUT_OFF, ALSO, SEEN_COMMITS = range(21, 28)
+REPLICATES, QUEUES, CHANGED, CALLED, PUT_OFF, ALSO, SEEN_COMMITS, CLAIMED_IN = range(21, 29)
 """TIMEOUT_S, CLAIMER, ADDING: what the last run of a step's functions asked for (its time-out, the env that claims or -1,
 whether it adds). HERE_FLIGHTS: flights of records on this host, which wait for a claim elsewhere. REPLICATES: partitions may
 change hosts. QUEUES: partitions with waiting packets. CHANGED: records of this host changed in this pass. CALLED: another thread
-wants the loop to return. PUT_OFF: flights that are to be asked again. ALSO: partition of the last claim here, -1: none."""
+wants the loop to return. PUT_OFF: flights that are to be asked again. ALSO: partition of the last claim here, -1: none.
+CLAIMED_IN: the reign it was made in."""
 # words of a flight
 PHASE, HOST, NEXT, WAITING_HEAD, WAITING_TAIL, BATCH_HEAD, BATCH_TAIL, ABSENT, SINCE_NS, STEP, ATTEMPTS, BATCH_TIMEOUT_S = range(
     12

@@ -18,11 +18,11 @@ import numpy as np
 from datastore.native import inline
 from datastore.native.memory import load_acquire
 from datastore.replication.shipping import rules
-from datastore.store.layout import COMMITTED_AT, LEASE_NS, ROLE_BITS, ROLE_MASK, U0, word
+from datastore.store.layout import COMMITTED_AT, LEASE_NS, ROLE, ROLE_BITS, ROLE_MASK, U0, partition_at, word
 
 # words of a waiting packet
-KIND, NEED, REIGN, ALSO_PARTITION, ALSO_NEED, SINCE_NS, STEP = range(7)
-"""ALSO_PARTITION: another partition that the packet changed, and how many of its changes it waits for; -1: none."""
+KIND, NEED, REIGN, ALSO_PARTITION, ALSO_NEED, SINCE_NS, STEP, ALSO_REIGN = range(8)
+"""ALSO_PARTITION: another partition that the packet changed, how many of its changes it waits for, and their reign; -1: none."""
 HELD, PARKED = range(2)
 # words of a queue
 HEAD, TAIL, PARKED_COUNT, IS_ACTIVE = range(4)
@@ -87,15 +87,28 @@ def is_committed(words: np.ndarray, partition: int, need: int) -> Any:
 
 
 @inline
-def judge(held: Held, words: np.ndarray, index: int, partition: int, role: int, has_lease: bool) -> Any:
-    """Return what to do with a held packet: GO, STAY or UNCOMMITTED. role: the partition's role word now."""
-    packet = held.packets[index]
-    if np.int64(role >> np.uint64(ROLE_BITS)) != packet[REIGN] or not rules(np.int64(role & np.uint64(ROLE_MASK))):
+def outcome(words: np.ndarray, partition: int, reign: int, need: int) -> Any:
+    """Return what became of so many changes of a partition, made in a reign of this host: GO, STAY or UNCOMMITTED.
+
+    The role is read last: while this host rules, what is committed was said of its own reign.
+    """
+    committed = is_committed(words, partition, need)
+    role = load_acquire(words, partition_at(words, partition) + ROLE)
+    if np.int64(role >> np.uint64(ROLE_BITS)) != reign or not rules(np.int64(role & np.uint64(ROLE_MASK))):
         return UNCOMMITTED
-    if not has_lease or not is_committed(words, partition, packet[NEED]):
-        return STAY
+    return GO if committed else STAY
+
+
+@inline
+def judge(held: Held, words: np.ndarray, index: int, partition: int, has_lease: bool) -> Any:
+    """Return what to do with a held packet: GO, STAY or UNCOMMITTED."""
+    packet = held.packets[index]
+    own = outcome(words, partition, packet[REIGN], packet[NEED])
     also = packet[ALSO_PARTITION]
-    return GO if also < 0 or is_committed(words, also, packet[ALSO_NEED]) else STAY
+    other = outcome(words, also, packet[ALSO_REIGN], packet[ALSO_NEED]) if also >= 0 else np.int64(GO)
+    if own == UNCOMMITTED or other == UNCOMMITTED:
+        return np.int64(UNCOMMITTED)
+    return np.int64(GO) if has_lease and own == GO and other == GO else np.int64(STAY)
 
 
 @inline

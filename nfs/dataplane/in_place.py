@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from datastore.native import inline, jit
+from datastore.replication.shipping import reign as reign_of
 from datastore.store import statuses
 from datastore.store.partitions import PARTITION_BITS
 from datastore.store.table import STAMP, VALUE, abort_record, commit_record, is_new, open_record
@@ -17,6 +18,7 @@ from nfs.dataplane.engine import (
     C_TIMEOUT_S,
     C_VALUE,
     CHANGED,
+    CLAIMED_IN,
     CONFLICT,
     EPOCH,
     HERE,
@@ -80,6 +82,8 @@ def claim_here(engine: Engine, words: np.ndarray, claim: np.ndarray, at: int) ->
     """Let the key of the claim at `claim[at]` hold its words, in the table on this host: TAKEN, CONFLICT or REFUSED."""
     control = engine.control
     now_s = control[NOW_NS] // 1_000_000_000
+    partition = np.int64(np.uint64(claim[at + C_LOW]) & PARTITION_BITS)
+    reign = reign_of(words, partition)
     slot = open_record(words, control[OWNER], np.uint64(claim[at + C_LOW]), np.uint64(claim[at + C_HIGH]), control[EPOCH], now_s)
     if slot < 0:
         return REFUSED
@@ -89,7 +93,7 @@ def claim_here(engine: Engine, words: np.ndarray, claim: np.ndarray, at: int) ->
     for n in range(control[VALUE_WORDS]):
         words[slot + VALUE + n] = np.uint64(claim[at + C_VALUE + n]) if n < CLAIM_WORDS else np.uint64(0)
     commit_record(words, control[OWNER], slot, now_s + np.int64(claim[at + C_TIMEOUT_S]))
-    control[ALSO] = np.int64(np.uint64(claim[at + C_LOW]) & PARTITION_BITS)
+    control[ALSO], control[CLAIMED_IN] = partition, reign
     return TAKEN
 
 

@@ -10,9 +10,10 @@ from datastore.native import inline, jit
 from datastore.native.libc import now_ns
 from datastore.native.memory import load_acquire
 from datastore.replication.shipping import changes
+from datastore.replication.shipping import reign as reign_of
 from datastore.store import statuses
 from datastore.store.client import ClientState
-from datastore.store.layout import COMMITS, DIRTY_OFFSET, ROLE, ROLE_BITS, U0, partition_at
+from datastore.store.layout import COMMITS, DIRTY_OFFSET, U0, partition_at
 from datastore.store.locking import is_primary
 from datastore.store.table import VALUE, commit_record, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
@@ -22,6 +23,7 @@ from nfs.dataplane.engine import (
     ALSO,
     C_LOW,
     CHANGED,
+    CLAIMED_IN,
     CLAIMER,
     CONFLICT,
     CONFLICTS,
@@ -54,6 +56,7 @@ from nfs.dataplane.headers import INSIDE
 from nfs.dataplane.held import (
     ALSO_NEED,
     ALSO_PARTITION,
+    ALSO_REIGN,
     GO,
     HEAD,
     HELD,
@@ -185,7 +188,7 @@ def hold(engine: Engine, words: np.ndarray, index: int, step: int, reign: int, c
     packet[WAITS_HOW], packet[WAITS_AT], packet[REIGN] = HELD, step, reign
     packet[NEED], packet[ALSO_PARTITION] = changes(words, partition), control[ALSO]
     if control[ALSO] >= 0:
-        packet[ALSO_NEED] = changes(words, control[ALSO])
+        packet[ALSO_NEED], packet[ALSO_REIGN] = changes(words, control[ALSO]), control[CLAIMED_IN]
     if not is_committed(words, partition, packet[NEED]):
         control[CHANGED] = 1
     control[QUEUES] = put_last(engine.held, engine.next_packet, control[QUEUES], partition, index)
@@ -202,7 +205,7 @@ def access(engine: Engine, words: np.ndarray, client: ClientState, index: int, s
     if words[DIRTY_OFFSET] == U0:
         return process_here(engine, words, client, index, step)
     engine.control[ALSO] = -1
-    reign = np.int64(words[partition_at(words, partition) + ROLE] >> np.uint64(ROLE_BITS))
+    reign = reign_of(words, partition)
     return hold(engine, words, index, step, reign, process_here(engine, words, client, index, step))
 
 
@@ -250,8 +253,7 @@ def release_partition(engine: Engine, inside: Port, outside: Port, frames: Frame
             control[WAITING] -= 1
             code = DROP_CAUSE + causes.STATE_UNREACHABLE if late else access(engine, words, client, index, step)
         else:
-            role = words[partition_at(words, partition) + ROLE]
-            outcome = judge(held, words, index, partition, role, has_lease)
+            outcome = judge(held, words, index, partition, has_lease)
             if outcome == STAY:
                 break
             take_first(held, engine.next_packet, partition)

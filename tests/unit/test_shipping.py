@@ -100,7 +100,7 @@ def make_side(role: int) -> Side:
 def pair() -> Iterator[tuple[Side, Side]]:
     """A primary of partition 0 and a host that is to be its backup since map 1."""
     primary, backup = make_side(PRIMARY), make_side(NO_ROLE)
-    backup.shipping.followed[0] = (-1, 0, 1, 0)
+    backup.shipping.followed[0] = (-1, 0, 1, ship.MEMBER)
     feed(primary.shipping, primary.table.words, 0, 0, LEARNING, 1)
     yield primary, backup
     for side in (primary, backup):
@@ -275,7 +275,7 @@ def test_deletions_and_overflow_are_shipped_too(pair):
 def test_no_frame_can_write_outside_the_partition(data):
     backup = make_side(NO_ROLE)
     try:
-        backup.shipping.followed[0] = (-1, 0, 1, 0)
+        backup.shipping.followed[0] = (-1, 0, 1, ship.MEMBER)
         words = data.draw(st.lists(st.integers(0, 2**64 - 1), max_size=40))
         frame = np.array(words, np.uint64)
         if frame.size >= ship.REPLICATE_WORDS and data.draw(st.booleans()):  # past the first checks
