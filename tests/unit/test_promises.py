@@ -1,4 +1,7 @@
-"""Does a store keep what it promised others: to act on no map that takes a right from them while they cannot know?"""
+"""Does a store keep what it promised others: to act on no map that takes a right from them while they cannot know?
+
+And what does a packet loop see meanwhile, in the same memory?
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from datastore.replication import shipping as ship
 from datastore.replication.coordinator import Grant, Timing
 from datastore.replication.maps import ClusterMap, Group
 from datastore.replication.replica import Ping, Replica
-from datastore.store.table import Table
+from datastore.store.layout import BACKUP, PRIMARY
+from datastore.store.table import Table, commit_record, open_record
+from nfs.dataplane.held import ALSO_PARTITION, ALSO_REIGN, GO, NEED, REIGN, STAY, UNCOMMITTED, judge, make_held
 
 CLUSTER, TIMING = 5, Timing()
 WAIT_NS = TIMING.lease_ns + TIMING.margin_ns
@@ -86,3 +91,45 @@ def test_who_is_to_be_primary_waits_for_everybody_who_may_not_know(primary: Repl
     assert not ship.rules(ship.role(primary.words, 0))
     primary.advance(PROMISED_NS + WAIT_NS + 5)
     assert ship.rules(ship.role(primary.words, 0))
+
+
+def look(replica: Replica, reign: int) -> int:
+    """Return what a packet loop would do now with a packet that made the first change of the partition in this reign."""
+    held = make_held(1, 1)
+    held.packets[0, NEED], held.packets[0, REIGN], held.packets[0, ALSO_PARTITION] = 1, reign, -1
+    return int(judge(held, replica.words, 0, 0, True))
+
+
+def test_no_packet_loop_sees_all_committed_while_roles_change(primary: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packet loop may look at any moment: here, right before and right after each role is written."""
+    owner = primary.owner
+    slot = int(open_record(primary.words, owner, np.uint64(1 << 32), np.uint64(5), 3, 1))
+    commit_record(primary.words, owner, slot, 0)
+    assert look(primary, 3) == STAY
+    seen, sound = [], Replica._set_role
+
+    def set_role(self: Replica, partition: int, role: int, reign: int) -> None:
+        seen.append([look(self, each) for each in (3, 5)])
+        sound(self, partition, role, reign)
+        seen.append([look(self, each) for each in (3, 5)])
+
+    monkeypatch.setattr(Replica, "_set_role", set_role)
+    follow(primary, 4, Group(("nf2", "nf1"), 4, joined={"nf1": 3, "nf2": 3}), PROMISED_NS)
+    assert seen == [[STAY, UNCOMMITTED], [UNCOMMITTED, UNCOMMITTED]]
+    assert look(primary, 3) == UNCOMMITTED
+    del seen[:]
+    follow(primary, 5, Group(("nf1", "nf2"), 5, joined={"nf1": 3, "nf2": 3}), PROMISED_NS + 2 * WAIT_NS)
+    assert seen == [[UNCOMMITTED, UNCOMMITTED], [UNCOMMITTED, STAY]]
+
+
+def test_a_claim_elsewhere_is_lost_with_that_partitions_role() -> None:
+    table = Table.anonymous("claims", 60, 16, 2, epoch=0, cluster=CLUSTER, clients=4, window=8, replication_secret=9)
+    held = make_held(1, 2)
+    for partition in range(2):
+        table.set_role(partition, PRIMARY, 3)
+    held.packets[0, [REIGN, ALSO_PARTITION, ALSO_REIGN]] = 3, 1, 3
+    assert judge(held, table.words, 0, 0, True) == GO
+    assert judge(held, table.words, 0, 0, False) == STAY
+    table.set_role(1, BACKUP, 4)
+    assert judge(held, table.words, 0, 0, True) == UNCOMMITTED
+    table.close()

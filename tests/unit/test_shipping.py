@@ -30,8 +30,8 @@ from datastore.replication.shipping import (
 from datastore.store import layout
 from datastore.store.layout import BACKUP, NO_ROLE, PRIMARY
 from datastore.store.protocol import FRAME_HEADER_WORDS, find_client
-from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, UNKNOWN_PARTITION
-from datastore.store.table import VALUE, Table, commit_record, open_record
+from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, TOO_MANY_CLIENTS, UNKNOWN_PARTITION
+from datastore.store.table import VALUE, Table, commit_record, open_record, sweep
 
 pytestmark = pytest.mark.bounds
 PARTITIONS, SECRET = 2, 99
@@ -250,6 +250,81 @@ def test_a_partition_without_completion_records_gets_its_first_one_later(pair):
     for side in (primary, backup):
         assert ship.count_completions(side.shipping, side.table.words, 0) == 1
     assert backup.table.words[ring_of(backup, 42) + layout.DONE_SEQUENCE] == 8
+
+
+def test_a_frame_carries_no_other_partitions_completion_record(pair):
+    """The client went on a whole window, with partition 1, before its record of partition 0 was shipped."""
+    primary, backup = pair
+    exchange(primary, backup)
+    done = ring_of(primary, 42)
+    ship.note_completion(primary.shipping, 0, done)
+    primary.write(1, 5)
+    primary.table.words[done + layout.DONE_SEQUENCE] = 16
+    primary.table.words[done + layout.DONE_STATUS] = 1 << 8
+    exchange(primary, backup)
+    assert backup.table.words[ring_of(backup, 42) + layout.DONE_SEQUENCE] == 0
+    assert primary.shipping.links[0, 0, ship.DONE_ACKED] == primary.shipping.done_end[0]
+
+
+def completion_frame(primary: Side, backup: Side, clients: list[int]) -> np.ndarray:
+    """Return a frame with a change and a completion record of each of some clients."""
+    exchange(primary, backup)
+    for client in clients:
+        primary.table.words[ring_of(primary, client) + layout.DONE_SEQUENCE] = 8
+        ship.note_completion(primary.shipping, 0, ring_of(primary, client))
+    primary.write(9, 9)
+    (frame,) = primary.frames(10**9)
+    return frame
+
+
+def test_a_client_busy_at_the_primary_is_busy_at_the_backup(pair):
+    primary, backup = pair
+    used = int(layout.client_at(backup.table.words, find_client(backup.table.words, np.uint64(42), 1, backup.shipping.connected)))
+    frame, ack = completion_frame(primary, backup, [42]), np.zeros(ACK_WORDS, np.uint64)
+    apply(backup.shipping, backup.table.words, backup.owner, 500, frame, 0, frame.size, ack, 0)
+    assert status_of(ack) == OK
+    assert backup.table.words[used + layout.CLIENT_USED_S] == 500
+
+
+def test_a_frame_whose_clients_find_no_room_changes_nothing(pair):
+    primary, backup = pair
+    frame = completion_frame(primary, backup, [42])
+    before = backup.records()
+    backup.shipping.connected[:] = 1
+    for client in range(4):
+        backup.table.words[int(layout.client_at(backup.table.words, client)) + layout.CLIENT_ID] = 100 + client
+    assert status_of(backup.take(frame)) == TOO_MANY_CLIENTS
+    assert backup.records() == before
+    assert ship.role(backup.table.words, 0) == BACKUP
+    backup.shipping.connected[:] = 0
+    backup.table.words[int(layout.client_at(backup.table.words, 0)) + layout.CLIENT_ID] = 42
+    assert status_of(backup.take(frame)) == OK
+
+
+def test_who_counts_is_a_backup_only_as_a_member(pair):
+    primary, backup = pair
+    backup.shipping.followed[0, ship.STANDING] = 0  # its map names it a learner
+    exchange(primary, backup)
+    assert primary.shipping.links[0, 0, ship.MODE] == COUNTED
+    assert ship.role(backup.table.words, 0) == NO_ROLE
+    assert backup.shipping.followed[0, ship.STANDING] == ship.COUNTS
+
+
+def test_the_primary_alone_frees_what_expired(pair):
+    """Nine records of one bucket of seven: a copy that freed the eighth by itself would forget that a ninth stands elsewhere."""
+    primary, backup = pair
+    words, high = primary.table.words, HIGH
+    home = [n for n in range(1, 2000) if layout.home_bucket(words, layout.hash32(words, np.uint64(n << 32), high)) == 2]
+    for number in home[:9]:
+        slot = int(open_record(words, primary.owner, np.uint64(number << 32), high, 9, 1))
+        assert slot > 0
+        words[slot + VALUE] = number
+        commit_record(words, primary.owner, slot, 10 if number == home[7] else 0)
+    exchange(primary, backup)
+    for side, freed in ((backup, 0), (primary, 1)):
+        assert sweep(side.table.words, side.owner, 0, 20, 1000) == freed
+    exchange(primary, backup)
+    assert len(backup.records()) == len(primary.records()) == 8
 
 
 def test_deletions_and_overflow_are_shipped_too(pair):

@@ -9,9 +9,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from datastore.native import INTERPRETED
+from datastore.replication import shipping
+from datastore.store.operations import OPERATION_VALUE, get
+from datastore.store.statuses import OK
+from datastore.store.table import VALUE, commit_record, open_record
 from datastore.verification.simulator import CALM, Violation, World, simulate
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled here; uncompiled runs have test_simulation_mutants.py")
@@ -81,3 +86,93 @@ def test_a_violation_names_its_seed_and_shows_the_operations(monkeypatch):
     monkeypatch.setattr(World, "contents", lambda self, name, partition: name)
     with pytest.raises(Violation, match="seed 5: replicas of partition 0 differ"):
         simulate(5, 0.3, faults=CALM)
+
+
+class Stage:
+    """A calm world without clients, in which a test says who is cut off, and writes and reads one record of partition 0."""
+
+    KEY = (np.uint64(1 << 32), np.uint64(5))
+
+    def __init__(self, replicas: int) -> None:
+        self.world = World(1, faults=CALM, replicas=replicas, clients=0)
+        self.world.keys = [(1 | 1 << 32, 5)]  # the network functions stay away from it
+        self.actors = self.world.actors
+        self.world.run(0.5)
+
+    def cut(self, one: str, other: str) -> None:
+        self.world.cuts |= {(one, other), (other, one)}
+
+    def write(self, name: str, value: int) -> int:
+        """Return up to which change partition 0 must be committed."""
+        host = self.actors[name]
+        slot = int(open_record(host.words, host.function.owner, *self.KEY, host.replica.map.epoch, 1))
+        assert slot > 0
+        host.words[slot + VALUE] = value
+        commit_record(host.words, host.function.owner, slot, 0)
+        host.pump()
+        return int(shipping.changes(host.words, 0))
+
+    def read(self, name: str) -> int | None:
+        """Return what a host answers, None when it refuses."""
+        host, out = self.actors[name], np.zeros(16, np.uint64)
+        status = get(host.words, host.owner, 1, 1, *self.KEY, out, 0)
+        return int(out[OPERATION_VALUE]) if status == OK and host.replica.has_lease(host.now()) else None
+
+    def write_when_it_rules(self, name: str, value: int) -> None:
+        """Wait until a host is primary and may answer, write, and wait until that is committed."""
+        host = self.actors[name]
+        for _ in range(2000):
+            self.world.run(0.0002)
+            if shipping.role(host.words, 0) == shipping.PRIMARY and host.replica.has_lease(host.now()):
+                break
+        upto = self.write(name, value)
+        for _ in range(2000):
+            if shipping.committed(host.words, 0) >= upto:
+                return
+            self.world.run(0.0002)
+        raise AssertionError("never committed")
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.062])
+def test_a_new_member_waits_for_promises_that_it_did_not_give(after_s):
+    """nf2 is cut off from all but nf1 and lives by its promise, while the partition moves to nf4, which gave none."""
+    stage = Stage(2)
+    stage.write("nf1", 111)
+    stage.world.run(0.05)
+    assert stage.read("nf2") == 111
+    stage.cut("nf2", "nf4")
+    stage.world.run(0.1)
+    stage.cut("nf2", "control")
+    stage.world.run(after_s)
+    stage.actors["control"].coordinator.move([0], "nf4")
+    stage.write_when_it_rules("nf4", 222)
+    assert stage.read("nf2") is None
+    stage.world.close()
+
+
+def test_a_learner_that_counts_is_not_read():
+    """nf4 learns and counts; then nf1 dies, and nf2, which is primary next, does not wait for a learner."""
+    stage = Stage(3)
+    stage.write("nf1", 111)
+    stage.world.run(0.05)
+    stage.cut("nf2", "nf4")
+    stage.cut("nf3", "nf4")
+    stage.world.run(0.1)
+    stage.actors["control"].coordinator.move([0], "nf4")
+    first = stage.actors["nf1"]
+    link = first.shipping.links[first.replica.peers.index("nf4"), 0]
+    for _ in range(400):
+        stage.world.run(0.00005)
+        if link[shipping.MODE] == shipping.COUNTED:
+            break
+    stage.write("nf1", 112)
+    stage.cut("nf1", "control")  # its last word, that nf4 is synchronised, is lost
+    stage.world.run(0.003)
+    assert link[shipping.CHANGES_ACKED] == shipping.changes(first.words, 0)
+    assert stage.read("nf4") is None
+    first.crash()
+    stage.world.run(0.07)
+    stage.cut("nf4", "control")
+    stage.write_when_it_rules("nf2", 222)
+    assert stage.read("nf4") is None
+    stage.world.close()

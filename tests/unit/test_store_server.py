@@ -14,15 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from datastore.native.errors import NearstateError
 from datastore.store import server
 from datastore.store.client import Client, StoreClosed
+from datastore.store.layout import LEASE_NS, PRIMARY
+from datastore.store.operations import GET, OPERATION_VALUE, operation_word
 from datastore.store.partitions import PARTITIONS, PartitionMap
-from datastore.store.protocol import PROTOCOL_MAGIC
+from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC, write_frame_header
 from datastore.store.server import CONNECTION_LIMIT, StoreProcess
-from datastore.store.statuses import ABSENT, BAD_FRAME, NOT_PRIMARY, OK, STALE_EPOCH
+from datastore.store.statuses import ABSENT, BAD_FRAME, LEASE_LAPSED, NOT_PRIMARY, OK, STALE_EPOCH
 from datastore.store.table import Table
 from topologies.emulation.processes import Control
 
@@ -210,6 +213,31 @@ def test_a_map_changes_roles_and_epoch(start):
             assert new.insert(4, 6, b"").status == NOT_PRIMARY
         assert "not a partition map" in store.ask({"map": {"epoch": 3}})["error"]
     assert store.statistics()["primary_partitions"] == PARTITIONS // 2
+
+
+def test_a_process_that_was_stopped_finds_its_lease_over():
+    """Stopped after it looked at the clock and before it read the request, which was asked when the lease was over."""
+    table = Table.anonymous("stopped", 60, VALUE_BYTES, 1, epoch=0, clients=4, window=8, replication_secret=9)
+    table.set_role(0, PRIMARY, 1)
+    state = server.new_state(table.words, -1, peers=1)
+    mine, its = socket.socketpair()
+    with mine, its:
+        its.setblocking(False)
+        state.connections[0, :] = 0
+        state.connections[0, [server.DESCRIPTOR, server.CLIENT]] = its.fileno(), -1
+        statuses = []
+        for lease_ns in (10**12, -1):
+            table.words[LEASE_NS] = time.monotonic_ns() + lease_ns
+            request = np.zeros(FRAME_HEADER_WORDS + OPERATION_VALUE + VALUE_BYTES // 8, np.uint64)
+            write_frame_header(request, 0, 1, request.size - FRAME_HEADER_WORDS, 0, 1, np.uint64(7), np.uint64(0))
+            request[FRAME_HEADER_WORDS] = operation_word(GET, 0, 0, 0)
+            request[FRAME_HEADER_WORDS + 2] = 1 << 32
+            mine.send(request.tobytes())
+            server.converse(state, table.register_owner(), 0)
+            answer = np.frombuffer(mine.recv(4096), np.uint64)
+            statuses.append(int(answer[FRAME_HEADER_WORDS]) >> 8 & 0xFF)
+    assert statuses == [ABSENT, LEASE_LAPSED]
+    table.close()
 
 
 def test_records_expire_and_are_swept_while_idle(start):
