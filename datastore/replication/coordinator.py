@@ -214,6 +214,7 @@ class Coordinator:
         if beat.epoch != self.map.epoch:
             return  # it speaks of groups as they were
         groups: dict[int, Group] = {}
+        handed_over: dict[int, Group] = {}
         for partition, host in beat.synchronised:
             group = groups.get(partition) or self.map.groups[partition]
             if group.primary == beat.host and host in group.learners:
@@ -223,7 +224,10 @@ class Coordinator:
         for partition in beat.released:
             group = groups.get(partition) or self.map.groups[partition]
             if group.primary == beat.host and group.successor in group.members:
-                groups[partition] = self._handed_over(partition, group)
+                if id(group) not in handed_over:  # partitions with one group before have one after
+                    handed_over[id(group)] = self._handed_over(group)
+                groups[partition] = handed_over[id(group)]
+                self.moves.pop(partition, None)
         for host in beat.unreachable:
             for partition in self.map.ruled.get(beat.host, ()):
                 group = groups.get(partition) or self.map.groups[partition]
@@ -242,11 +246,10 @@ class Coordinator:
             if state.epoch < group.joined[member]:
                 state.granted_until_ns = max(state.granted_until_ns, now_ns + self.timing.lease_ns + self.timing.margin_ns)
 
-    def _handed_over(self, partition: int, group: Group) -> Group:
+    def _handed_over(self, group: Group) -> Group:
         """The primary has stopped: its successor reigns from the next epoch on, and it stays a member."""
         assert group.successor
         members = (group.successor, *(host for host in group.members if host != group.successor))
-        self.moves.pop(partition, None)
         return replace(group, members=members, successor=None, reign=self.map.epoch + 1)
 
     @staticmethod
@@ -361,17 +364,20 @@ class Coordinator:
     def _move(self, now_ns: int) -> None:
         """Bring every move one step further, and let go of members beyond the number asked for."""
         groups: dict[int, Group] = {}
+        alive, succeeded = self.alive(now_ns), dict[tuple[int, str], Group]()
         for partition, target in list(self.moves.items()):
             group = self.map.groups[partition]
             if group.primary == target:
                 del self.moves[partition]
                 self.dirty = True
-            elif group.leaving or target not in self.alive(now_ns):
+            elif group.leaving or target not in alive:
                 continue
             elif target not in group.members + group.learners:
                 groups[partition] = self._with_learner(group, target)
             elif target in group.members and group.successor != target and self._may_hand_over(partition):
-                groups[partition] = replace(group, successor=target)
+                if (id(group), target) not in succeeded:
+                    succeeded[id(group), target] = replace(group, successor=target)
+                groups[partition] = succeeded[id(group), target]
         large = [partition for size, those in self.map.sizes.items() if size > self.replicas for partition in those]
         for partition in sorted(large):
             group = self.map.groups[partition]

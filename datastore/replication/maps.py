@@ -57,7 +57,8 @@ class ClusterMap:
     @classmethod
     def first(cls, placement: Sequence[Sequence[str]], epoch: int = 1) -> ClusterMap:
         """Return the map that a placement begins with. Its backups learn first: a primary alone knows that all are empty."""
-        return cls(epoch, tuple(Group(tuple(hosts), epoch, joined=dict.fromkeys(hosts, epoch)) for hosts in placement))
+        alike = {hosts: Group(hosts, epoch, joined=dict.fromkeys(hosts, epoch)) for hosts in map(tuple, placement)}
+        return cls(epoch, tuple(alike[tuple(hosts)] for hosts in placement))
 
     @cached_property
     def leaving(self) -> tuple[int, ...]:
@@ -107,17 +108,17 @@ class ClusterMap:
 
     @cached_property
     def _json(self) -> dict[str, Any]:
-        numbers: dict[str, int] = {}
+        numbers: dict[int, int] = {}
+        numbers_of: dict[str, int] = {}
         kinds: list[dict[str, Any]] = []
-        chosen: list[int] = []
         for group in self.groups:
-            described = group.to_json()
-            name = repr(described)
-            if name not in numbers:
-                numbers[name] = len(kinds)
-                kinds.append(described)
-            chosen.append(numbers[name])
-        return {"epoch": self.epoch, "kinds": kinds, "groups": chosen}
+            if id(group) not in numbers:
+                described = group.to_json()
+                number = numbers_of.setdefault(repr(described), len(kinds))
+                if number == len(kinds):
+                    kinds.append(described)
+                numbers[id(group)] = number
+        return {"epoch": self.epoch, "kinds": kinds, "groups": [numbers[id(group)] for group in self.groups]}
 
     @classmethod
     def from_json(cls, document: dict[str, Any] | str) -> ClusterMap:

@@ -23,8 +23,7 @@ from datastore.replication.coordinator import Grant, Heartbeat, Timing
 from datastore.replication.maps import ClusterMap, Group
 from datastore.replication.shipping import Shipping
 from datastore.store import locking
-from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, LEASE_NS, NO_ROLE, PRIMARY, RETIRING, ROLE
-from datastore.store.locking import role_word
+from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, LEASE_NS, NO_ROLE, PRIMARY, RETIRING
 from datastore.store.statuses import NAMES, OK
 
 FOR_EVER_NS = 1 << 62
@@ -127,23 +126,32 @@ class Replica:
 
     def advance(self, now_ns: int) -> None:
         """Do what waited for promises to run out. Call it often."""
+        if not self._deferred:
+            return
+        ignorant = self._ignorant(now_ns)
         for partition, group in list(self._deferred.items()):
-            if not self._must_wait(partition, group, now_ns):
+            if not self._must_wait(partition, group, ignorant):
                 del self._deferred[partition]
                 self._rule(partition, group)
 
-    def _must_wait(self, partition: int, group: Group, now_ns: int) -> bool:
-        """Tell whether becoming primary, or going on without a former replica, must wait.
+    def _ignorant(self, now_ns: int) -> list[int]:
+        """Return the peers that may hold a promise of this host and not know the map that it follows."""
+        return [peer for peer in range(len(self.peers)) if self.may_not_know(peer, now_ns)]
+
+    def _must_wait(self, partition: int, group: Group, ignorant: Sequence[int]) -> bool:
+        """Tell whether becoming primary, or going on without a former replica, must wait for `ignorant` peers.
 
         A former replica that is to join anew is one too: as long as it knows of nothing it answers from what it has.
         """
+        if not ignorant:
+            return False
         reigns = ship.reign(self.words, partition) == group.reign and ship.rules(ship.role(self.words, partition))
-        for peer, host in enumerate(self.peers):
-            link = self.shipping.links[peer, partition]
-            stays = link[ship.MODE] == ship.OUT or (host in group.replicas() and link[ship.LINK_JOINED] == group.joined[host])
-            if not (reigns and stays) and self.may_not_know(peer, now_ns):
-                return True
-        return False
+        return not (reigns and all(self._stays(partition, group, peer) for peer in ignorant))
+
+    def _stays(self, partition: int, group: Group, peer: int) -> bool:
+        """Tell whether a peer is to a partition what it was before: nothing, or the same replica."""
+        host, link = self.peers[peer], self.shipping.links[peer, partition]
+        return bool(link[ship.MODE] == ship.OUT or (host in group.replicas() and link[ship.LINK_JOINED] == group.joined[host]))
 
     def has_lease(self, now_ns: int) -> bool:
         """Tell whether this host may answer."""
@@ -204,13 +212,14 @@ class Replica:
         if len(new.groups) != partitions:
             raise NearstateError(f"map {new.epoch} has {len(new.groups)} partitions, this table {partitions}")
         old, self.map = self.map, new
+        ignorant = self._ignorant(now_ns)
         for partition, group in enumerate(new.groups):
             if old.groups and group == old.groups[partition] and partition not in self._deferred:
                 continue
             self._deferred.pop(partition, None)
             if group.primary != self.host:
                 self._follow(partition, group)
-            elif not self._must_wait(partition, group, now_ns):
+            elif not self._must_wait(partition, group, ignorant):
                 self._rule(partition, group)
             else:
                 self._deferred[partition] = group
@@ -259,9 +268,6 @@ class Replica:
             followed[:] = (-1, 0, joined, standing & ship.MEMBER)
 
     def _set_role(self, partition: int, role: int, reign: int) -> None:
-        base = int(locking.partition_at(self.words, partition))
-        status = locking.lock_now(self.words, self.owner, base)
+        status = locking.set_role(self.words, self.owner, partition, role, reign)
         if status != OK:
             raise NearstateError(f"partition {partition}: {NAMES[status]}, its role cannot be changed")
-        self.words[base + ROLE] = role_word(reign, role)
-        locking.release_now(self.words, base)

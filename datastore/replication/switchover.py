@@ -95,11 +95,12 @@ class Switchover:
         planned = (coordinator.map.epoch, frozenset(dead), stores)
         if planned == self._planned and not coordinator.moves and not self.under_way:
             return
+        everything, before = planned != self._planned, set(self.under_way)
         self._planned = planned
         if self.aligned:
             self._begin_and_end(coordinator, dead)
-        for partition, group in enumerate(coordinator.map.groups):
-            here = self.steering[partition]
+        for partition in range(len(coordinator.map.groups)) if everything else sorted(before | self.under_way.keys()):
+            group, here = coordinator.map.groups[partition], self.steering[partition]
             if partition in self.under_way:
                 target = self.under_way[partition]
                 wanted = target if partition in self.instances[target].parked else here
@@ -160,6 +161,8 @@ class Switchover:
 
     def _follow_packets(self, coordinator: Coordinator, dead: set[str]) -> None:
         """Move the partitions of stores whose instance is dead to where their packets went."""
+        if not dead:
+            return
         for partition, group in enumerate(coordinator.map.groups):
             target = self.steering[partition]
             if group.primary in dead and target in group.members[1:] and partition not in coordinator.moves:

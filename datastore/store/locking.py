@@ -201,6 +201,17 @@ def recover(words: np.ndarray, owner: int) -> int:
 
 
 @jit
+def set_role(words: np.ndarray, owner: int, partition: int, role: int, epoch: int) -> int:
+    """Say what this host is to a partition; an open record of it is finished first. Returns a status."""
+    base = partition_at(words, partition)
+    status = lock(words, owner, base)
+    if status == OK:
+        words[base + ROLE] = role_word(epoch, role)
+        release(words, base)
+    return status
+
+
+@jit
 def lock_now(words: np.ndarray, owner: int, base: int) -> int:
     """`lock`, to be called from Python."""
     return int(lock(words, owner, base))

@@ -588,13 +588,10 @@ class Table:
         An open record of it is finished first.
         """
         owner = self._owner()
-        base = _base(self.words, partition)
-        status = locking.lock_now(self.words, owner, base)
+        status = locking.set_role(self.words, owner, partition, role, epoch)
         if status != OK:
             raise NearstateError(f"partition {partition} of table {self.name!r}: {NAMES[status]}, its role is unchanged")
-        self.words[base + ROLE] = role_word(epoch, role)
         self.words[EPOCH] = max(int(self.words[EPOCH]), epoch)
-        locking.release_now(self.words, base)
 
     def _owner(self) -> int:
         return next((owner for owner in self._owners if owner & 0xFFFF), 0) or self.register_owner()

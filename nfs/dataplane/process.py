@@ -45,8 +45,8 @@ READER_CLIENTS = 1 << 16
 
 @dataclass
 class Drain:
-    """What is known of a partition whose packets the switch sends elsewhere since `since_ns`: marks in the rings behind the last
-    of them, and whether the loop is past these."""
+    """What is known of partitions, of one order, whose packets the switch sends elsewhere since `since_ns`: marks in the rings
+    behind the last of them, and whether the loop is past these."""
 
     since_ns: int
     marks: list[int] = field(default_factory=list)
@@ -165,20 +165,24 @@ class Process:
             parking = np.zeros(PARTITIONS, np.int64)
             parking[orders["park"]] = 1
             self.engine.held.parking[:] = parking
-            self._drains = {p: self._drains.get(p) or Drain(time.monotonic_ns()) for p in orders["watch"]}
+            new = Drain(time.monotonic_ns())
+            self._drains = {partition: self._drains.get(partition, new) for partition in orders["watch"]}
             self.follower.tell()
         self._drain()
 
     def _drain(self) -> None:
         """See of the partitions that are sent elsewhere now whether all their packets have been through the loop."""
         ports, done = [opened.port for opened in self.opened], False
-        for drain in self._drains.values():
-            if not drain.is_done and not drain.marks and time.monotonic_ns() - drain.since_ns >= ARRIVAL_NS:
+        for drain in self._unfinished():
+            if not drain.marks and time.monotonic_ns() - drain.since_ns >= ARRIVAL_NS:
                 drain.marks = [mark(port) for port in ports]
-            if not drain.is_done and drain.marks and all(map(has_passed, ports, drain.marks)):
+            if drain.marks and all(map(has_passed, ports, drain.marks)):
                 drain.is_done = done = True
         if done and self.follower:
             self.follower.tell()
+
+    def _unfinished(self) -> list[Drain]:
+        return [drain for drain in {id(drain): drain for drain in self._drains.values()}.values() if not drain.is_done]
 
     def _adopt(self, new: ClusterMap) -> None:
         """Ask whom a newer map names from now on. A partition that nobody serves stays where it was."""
@@ -204,7 +208,7 @@ class Process:
 
     def process_packets(self, duration_ns: int = SLICE_NS) -> None:
         """Run the packet loop for a while."""
-        if any(not drain.is_done for drain in self._drains.values()):
+        if self._unfinished():
             duration_ns = min(duration_ns, DRAIN_SLICE_NS)
         inside, outside = (opened.port for opened in self.opened)
         run(self.engine, inside, outside, self.frames, self.table.words, self.client.state, duration_ns)
