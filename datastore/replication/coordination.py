@@ -181,9 +181,7 @@ class Coordination:
                     self._hear_instance(line, message["instance"])
                     line.send({"heard": True})
                     continue
-                answer = self._answer(line, message)
-                self.publish()
-                line.send(answer)
+                line.send(self._answer(line, message))
         except NearstateError as error:
             line.send({"error": str(error)})
             self._drop(line)
@@ -213,9 +211,16 @@ class Coordination:
                 if not self.publish():
                     grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
                 return grant_message(grant)
-            return self.command(message)
+            return self.saved_command(message)
         except (NearstateError, KeyError, TypeError, ValueError) as error:
             return {"error": str(error)}
+
+    def saved_command(self, message: dict[str, Any]) -> dict[str, Any]:
+        """As `command`, and save: of a map or a move that could not be saved nobody is told."""
+        answer = self.command(message)
+        if not self.publish() and ("map" in message or "move" in message):
+            return {"error": self.trouble}
+        return answer
 
     def command(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to what people and tools ask: {"map": epoch}, {"move": ...}, {"moves": true} or {"status": true}."""
@@ -356,7 +361,7 @@ def _lead(process: Coordination, control: Any, stopping: Sequence[int]) -> bool:
             if message and message.get("stop"):
                 return True
             if message:
-                control.send(process.command(message))
+                control.send(process.saved_command(message))
         return bool(stopping)
     finally:
         process.close()

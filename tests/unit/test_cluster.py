@@ -122,6 +122,9 @@ def test_a_coordinator_that_cannot_save_changes_nothing_and_says_why(tmp_path):
         assert not process.publish()
         assert process.status()["trouble"] == "no space"
         assert process.coordinator.moves == {}
+        told = process.saved_command({"move": {"partitions": [3], "target": "nf3"}})
+        assert told == {"error": "no space"}
+        assert "status" in process.saved_command({"status": True})
         process.state = FileState(tmp_path / "state.json")
         process.coordinator.move([3], "nf3")
         assert process.publish()
