@@ -58,7 +58,7 @@ class Switchover:
     settled_ns: int = 0
     """Packets of partitions that are watched since before do not go the old way any more."""
     _planned: tuple[int, frozenset[str], frozenset[str]] = (0, frozenset(), frozenset())
-    """The map, dead instances and stores heard of, that the last plan was made for."""
+    """The map, dead instances and stores that are there, for which the last plan was made."""
 
     @classmethod
     def of(cls, instances: list[str], steering: list[str], aligned: bool) -> Switchover:
@@ -91,7 +91,7 @@ class Switchover:
     def plan(self, now_ns: int, coordinator: Coordinator) -> None:
         """Bring every move one step further and work out the steering; tells the coordinator which primaries may hand over."""
         dead = self.dead(now_ns, coordinator.timing.lease_ns + coordinator.timing.margin_ns)
-        stores = frozenset(coordinator.alive(now_ns))
+        stores = frozenset(name for name in coordinator.alive(now_ns) if name not in dead or self._outlived(name, coordinator))
         planned = (coordinator.map.epoch, frozenset(dead), stores)
         if planned == self._planned and not coordinator.moves and not self.under_way:
             return
@@ -112,6 +112,15 @@ class Switchover:
             self._watch(now_ns)
             self._follow_packets(coordinator, dead)
             coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead)}
+
+    def _outlived(self, name: str, coordinator: Coordinator) -> bool:
+        """Tell whether the store of a dead instance's host is there without it.
+
+        When the host is cut off both fall silent, the one up to a heartbeat after the other: then the store is not there, and
+        packets stay with the only copy.
+        """
+        instance, span_ns = self.instances[name], 2 * coordinator.timing.heartbeat_ns
+        return instance.cut_ns > 0 or coordinator.hosts[name].heard_ns - instance.heard_ns > span_ns
 
     def _living(self, partition: int, wanted: str, members: tuple[str, ...], dead: set[str]) -> str:
         """Return `wanted`, or in place of a dead instance another one, if possible where a copy of the state is."""

@@ -112,6 +112,19 @@ def test_packets_stay_where_the_only_copy_is():
     assert cluster.switchover.steering == before  # nf1's store is as silent: nobody could serve its flows better
 
 
+@pytest.mark.parametrize(("later_ns", "where"), [(TIMING.heartbeat_ns, "nf1"), (TIMING.lease_ns, "nf2")])
+def test_a_store_that_falls_silent_with_its_instance_is_not_served_from_elsewhere(later_ns, where):
+    """Who is cut off falls silent, store and instance one after the other; a store whose NF process died goes on."""
+    cluster = Cluster(replicas=1)
+    silent_ns = cluster.now_ns
+    cluster.now_ns = silent_ns + later_ns
+    cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf1", 1, 1, cluster.coordinator.map.epoch, cluster.now_ns))
+    cluster.now_ns = silent_ns + SPAN_NS
+    cluster.beat(silent="nf1")
+    assert cluster.coordinator.alive(cluster.now_ns) == list(HOSTS)
+    assert cluster.switchover.steering[0] == where
+
+
 def test_a_silent_host_with_copies_elsewhere_is_replaced():
     cluster = Cluster(replicas=2)
     for _ in range(2 * SPAN_NS // 1_000_000):
