@@ -132,15 +132,17 @@ FIRST_SEED = {
     "breaks its promises": 28,
     "promises whatever map others follow": 7,
     "applies frames of deposed primaries": 13,
-    "ignores that its lease ran out": 58,
+    "ignores that its lease ran out": 7,
     "trusts its own old completion records": 10,
     "answers after it was deposed": 10,
     "promotes before the lease is over": 14,
 }
 """Seeds known to catch a mutant, tried first to save time."""
 ONLY_CUTS = Faults(0.02, 0, 0, 1, NEVER, NEVER, cut_s=0.04, move_s=NEVER, coordinator_s=NEVER, drift=0)
-FAULTS = {"believes that everybody knows the newest map": ONLY_CUTS}
-"""What finds mutants that need a rare sequence: here a host cut off from its primary and right after from the coordinator."""
+STOPS_AND_CUTS = replace(ONLY_CUTS, pause_s=0.05, cut_s=0.05)
+FAULTS = {"believes that everybody knows the newest map": ONLY_CUTS, "ignores that its lease ran out": STOPS_AND_CUTS}
+"""What finds mutants that need a rare sequence: a host cut off from its primary and right after from the coordinator; one that is
+stopped, and asked for what others changed meanwhile. Every tenth seed of these does."""
 MUTANTS: dict[str, Patch] = {
     "acknowledges before it replicates": without("waits_for", -1, holds),
     "applies frames of deposed primaries": trusts_every_frame,
