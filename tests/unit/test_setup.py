@@ -380,11 +380,15 @@ def test_arguments_may_choose_no_test_of_a_part_but_a_part_without_tests_fails(t
 
 
 def test_an_end_of_the_tests_ends_those_beside_them(tree: Tree) -> None:
-    without_set_up(tree, "[[ $* == *bounds* ]] && echo $$ >beside && exec sleep 60; [[ $* == *mypy* ]] && exec sleep 60; exit 0")
+    without_set_up(
+        tree,
+        "[[ $* == *bounds* ]] && echo $$ >beside && exec sleep 60; [[ $* == *mypy* ]] && echo $$ >types && exec sleep 60; exit 0",
+    )
     script = subprocess.Popen(["./run_tests.sh", "unit"], cwd=tree.folder, stdout=subprocess.DEVNULL, start_new_session=True)
-    beside = tree.folder / "beside"
+    beside, types = tree.folder / "beside", tree.folder / "types"
     deadline = time.monotonic() + 20
-    while not (beside.exists() and beside.read_text()) and time.monotonic() < deadline:
+    # Both run: bash acts on a signal that comes just before it starts a command only when that command has ended.
+    while not all(one.exists() and one.read_text() for one in (beside, types)) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(script.pid, signal.SIGTERM)
     assert script.wait(20) == 130
