@@ -245,7 +245,7 @@ class Bench:
         """Start a killed coordinator again, from the state it saved."""
         assert self._coordinator_config
         host, target = self.network.hosts["control"], "datastore.replication.coordination:main"
-        self.coordinator = self.launcher.spawn("coordinator", host, target, self._coordinator_config)
+        self.coordinator = self.launcher.spawn("coordinator", host, target, self._coordinator_config, prompt=True)
         self.wait_ready([self.coordinator])
 
     def records(self, host: str) -> list[Record]:

@@ -162,6 +162,17 @@ def test_a_process_runs_on_its_host(rack: Network, launcher: Launcher) -> None:
     assert launcher.on_host("nf1") == []
 
 
+def test_processes_on_hosts_let_each_other_finish_a_turn(rack: Network, launcher: Launcher) -> None:
+    host = rack.hosts["nf1"]
+    for name, place, prompt, policy in (
+        ("patient", host, False, os.SCHED_BATCH), ("prompt", host, True, os.SCHED_OTHER), ("nowhere", None, False, os.SCHED_OTHER)
+    ):  # fmt: skip
+        process = launcher.spawn(name, place, f"{HERE}:deaf", {}, prompt=prompt)
+        assert process.receive(5) == {"deaf": True}
+        assert os.sched_getscheduler(process.pid) == policy
+        process.kill()
+
+
 def test_a_process_that_fails_names_its_log(rack: Network, launcher: Launcher) -> None:
     process = launcher.spawn("failing", rack.hosts["nf2"], f"{HERE}:fail", {})
     with pytest.raises(

@@ -414,7 +414,7 @@ class Network:
                 for number, names, delay_us in self.middles()
             ]
             host = EmulatedHost(MIDDLE, MIDDLE, self._middle.pid, {}, None)
-            wire = self.launcher.spawn(MIDDLE, host, "topologies.emulation.wire:run", {"cables": cables})
+            wire = self.launcher.spawn(MIDDLE, host, "topologies.emulation.wire:run", {"cables": cables}, prompt=True)
             if wire.receive(WIRE_S) is None:
                 raise NearstateError(f"the delay line was not ready in {WIRE_S:g} s; its log is {wire.log}")
             self.trim_us = calibration.trim_us(self, self.base_us or 0.0)

@@ -227,10 +227,14 @@ class Launcher:
                     raise NearstateError(f"launcher: {reply['failed']}; its log is {self.log}")
                 self._ready = True
 
-    def spawn(self, name: str, host: Placeable | None, target: str, config: dict[str, Any]) -> RunningProcess:
+    def spawn(
+        self, name: str, host: Placeable | None, target: str, config: dict[str, Any], prompt: bool = False
+    ) -> RunningProcess:
         """Fork a process that runs `target` ("module:function") as function(config, control) on a host (None: on none).
 
-        name: unique among the run's processes; its log is <name>.log. Costs about 2 ms.
+        name: unique among the run's processes; its log is <name>.log. prompt: woken, it takes the core from a process that runs,
+        for those with little to do and others waiting for it; processes on hosts else let each other finish a turn
+        (SCHED_BATCH, sched(7)). Costs about 2 ms.
         """
         if not re.fullmatch(r"[A-Za-z0-9._:-]{1,60}", name):
             raise NearstateError(f"process name {name!r}: use letters, digits, '.', '_', ':' and '-', at most 60")
@@ -242,6 +246,7 @@ class Launcher:
         request = {
             "name": name, "target": target, "config": config, "log": str(log.resolve()),
             "namespace": host.pid if host else None, "cgroup": str(host.cgroup) if host and host.cgroup else None,
+            "prompt": prompt or host is None,
         }  # fmt: skip
         with theirs, self._lock:
             self.wait_ready()
@@ -376,6 +381,8 @@ def _run_child(request: dict[str, Any], end: socket.socket, parent: int) -> None
         os.close(log)
         system.die_with_parent(parent)
         system.set_name(request["name"])
+        if not request["prompt"]:
+            system.wait_for_turns()
         if request["cgroup"]:
             Path(request["cgroup"], "cgroup.procs").write_text(str(os.getpid()))
         if request["namespace"]:
