@@ -40,7 +40,7 @@ class Timing:
 
     lease_ns: int = 80 * MILLISECOND_NS
     margin_ns: int = 8 * MILLISECOND_NS
-    heartbeat_ns: int = 15 * MILLISECOND_NS
+    heartbeat_ns: int = 25 * MILLISECOND_NS
     retry_ns: int = 20 * MILLISECOND_NS
     unreachable_ns: int = 100 * MILLISECOND_NS
     suspect_ns: int = 1000 * MILLISECOND_NS
@@ -292,6 +292,11 @@ class Coordinator:
         self._finish_leaving(now_ns)
         self._move(now_ns)
         self._fill(now_ns)
+
+    def next_lapse_ns(self, now_ns: int) -> int:
+        """Return when the next lease will be over, if nobody asks for a new one; a heartbeat from now if that is earlier."""
+        due = [state.granted_until_ns for state in self.hosts.values() if state.granted_until_ns > now_ns]
+        return min([now_ns + self.timing.heartbeat_ns, *due])
 
     def alive(self, now_ns: int) -> list[str]:
         """Return the hosts that are there: with a lease, or heard of within one."""

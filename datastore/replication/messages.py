@@ -2,7 +2,8 @@
 
 store  -> coordinator   {"beat": {...}}      coordinator -> store    {"grant": {...}}     also unasked, with a new map
 anyone -> coordinator   {"map": epoch}       coordinator -> anyone   {"map": {...}}       null: that epoch is the newest
-instance -> coordinator {"instance": {...}}  coordinator -> instance {"heard": true}; unasked {"orders": {...}}
+instance -> coordinator {"instance": {...}}  coordinator -> instance {"heard": true}, once a lease; unasked {"orders": {...}}
+store <-> store         {"pong": {...}, "ping": {...}}, either or both, in a datagram
 people -> coordinator   {"status": true}, {"move": {"partitions": [...], "target": host}} ...
 """
 
@@ -54,18 +55,24 @@ def read_grant(fields: dict[str, Any]) -> Grant:
         raise NearstateError(f"not a grant: {error!r}") from None
 
 
-def read_gossip(data: bytes) -> Ping | Pong | None:
-    """Return what another store says in a datagram, None when it is nothing."""
+def gossip(*said: Ping | Pong) -> bytes:
+    """Return the datagram in which a store says a pong, a ping or both."""
+    return json.dumps({type(each).__name__.lower(): vars(each) for each in said}).encode()
+
+
+def read_gossip(data: bytes) -> tuple[Pong | None, Ping | None]:
+    """Return what another store says in a datagram; nothing when it is not whole."""
     try:
         message = json.loads(data)
-        if "ping" in message:
-            fields = message["ping"]
-            return Ping(str(fields["host"]), *(int(fields[name]) for name in ("cluster", "incarnation", "epoch", "sent_ns")))
-        fields = message["pong"]
-        return Pong(str(fields["host"]), int(fields["epoch"]), int(fields["incarnation"]), int(fields["sent_ns"]),
-                    bool(fields["promise"]))  # fmt: skip
-    except (KeyError, TypeError, ValueError):
-        return None
+        pong, ping = message.get("pong"), message.get("ping")
+        return (
+            Pong(str(pong["host"]), int(pong["epoch"]), int(pong["incarnation"]), int(pong["sent_ns"]), bool(pong["promise"]))
+            if pong else None,
+            Ping(str(ping["host"]), *(int(ping[name]) for name in ("cluster", "incarnation", "epoch", "sent_ns")))
+            if ping else None,
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None, None
 
 
 class LineSocket:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table as Sheet
 
 SILENT_MS = 200.0
-"""An NF process reports every 15 ms."""
+"""An NF process reports every 25 ms."""
 
 
 def ranges(numbers: Iterable[int]) -> str:

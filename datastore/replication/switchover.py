@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datastore.native.errors import NearstateError, unknown
-from datastore.replication.coordinator import Coordinator
+from datastore.replication.coordinator import Coordinator, Timing
 
 BATCH = 128
 """Moves between `park` and `hand over` at a time: a parked packet waits until its whole batch has been steered and drained.
@@ -87,6 +87,12 @@ class Switchover:
         since = now_ns - span_ns
         return {name for name, instance in self.instances.items()
                 if 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since}  # fmt: skip
+
+    def next_lapse_ns(self, now_ns: int, timing: Timing) -> int:
+        """Return when the next instance will be dead, if nothing is heard of it; a heartbeat from now if that is earlier."""
+        span_ns = timing.lease_ns + timing.margin_ns
+        due = [since_ns + span_ns for instance in self.instances.values() for since_ns in (instance.heard_ns, instance.cut_ns)]
+        return min([now_ns + timing.heartbeat_ns, *(at_ns for at_ns in due if at_ns > now_ns)])
 
     def plan(self, now_ns: int, coordinator: Coordinator) -> None:
         """Bring every move one step further and work out the steering; tells the coordinator which primaries may hand over."""

@@ -452,7 +452,8 @@ class World:
     replicas: int = 0
     """0: two or three, by seed."""
     clients: int = 6
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing = field(default_factory=lambda: Timing(heartbeat_ns=15 * MILLISECOND_NS))
+    """More heartbeats than by default, so more that can go wrong; and seeds that once found something find it still."""
     patience_ns: int = 1_000 * MILLISECOND_NS
     keep_trace: bool = True
 

@@ -67,7 +67,7 @@ def test_a_lost_host_is_gone_and_the_other_carries_on(bench: Bench) -> None:
     assert set(bench.network.steering()) == {"nf2"}
     assert found["recovered_ratio"] == 1
     assert found["flows"] == 50
-    assert found["detection_ms"] >= 73, "a lease lasts 80 ms and 8 of margin, from a heartbeat up to 15 ms ago"
+    assert found["detection_ms"] >= 63, "a lease lasts 80 ms and 8 of margin, from a heartbeat up to 25 ms ago"
     assert found["outage_ms"] == pytest.approx(found["detection_ms"] + found["recovery_ms"])
     assert found["outage_ms"] >= found["silence_ms"] - 10
     assert 0 < ledger["lost"] == found["packets_lost"] < 0.6 * ledger["sent"]
@@ -77,7 +77,7 @@ def test_a_lost_host_is_gone_and_the_other_carries_on(bench: Bench) -> None:
 
 def test_the_detector_that_stands_in_takes_as_long_as_a_lease() -> None:
     ages = [failover.detection_ns(seed) for seed in range(200)]
-    assert 73e6 <= min(ages) < 75e6
+    assert 63e6 <= min(ages) < 65e6
     assert 86e6 < max(ages) <= 88e6
     assert failover.detection_ns(3) == ages[3]
 
