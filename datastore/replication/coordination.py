@@ -78,6 +78,8 @@ class Coordination:
                 )
             self.coordinator = Coordinator.start(document, now_ns, timing)
         self.switchover, self.switch = self._steering(config.get("steering"))
+        if self.switchover:
+            self.switchover.take_charge(self.coordinator)
         self._ordered: dict[str, dict[str, Any]] = {}
         self._switch_descriptors: set[int] = set()
         self._instances: dict[str, LineSocket] = {}

@@ -18,7 +18,8 @@ Whatever takes a right away from a host happens in two steps:
               primary cannot reach it
     filling   too few members                        -> a learner; its primary says it has all -> it is a member
     move      a command                              -> target learns, is a member; the primary hands over: `successor`;
-                                                        it has stopped -> the target is primary; the old one leaves
+                                                        it has stopped -> the target is primary; packets have followed
+                                                        (`switchover.py`) -> the old one leaves
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Coordinator:
     log: list[str] = field(default_factory=list)
     may_hand_over: set[int] | None = None
     """The moves whose primary may retire (`switchover.py`); None: all."""
+    may_end: set[int] | None = None
+    """The moves whose packets have followed, or need not; None: all."""
 
     @classmethod
     def start(cls, document: dict[str, Any], now_ns: int, timing: Timing | None = None) -> Coordinator:
@@ -227,7 +230,6 @@ class Coordinator:
                 if id(group) not in handed_over:  # partitions with one group before have one after
                     handed_over[id(group)] = self._handed_over(group)
                 groups[partition] = handed_over[id(group)]
-                self.moves.pop(partition, None)
         for host in beat.unreachable:
             for partition in self.map.ruled.get(beat.host, ()):
                 group = groups.get(partition) or self.map.groups[partition]
@@ -373,8 +375,8 @@ class Coordinator:
         for partition, target in list(self.moves.items()):
             group = self.map.groups[partition]
             if group.primary == target:
-                del self.moves[partition]
-                self.dirty = True
+                if self.may_end is None or partition in self.may_end:
+                    del self.moves[partition]  # whoever finds it after a crash ends it again: nothing waits until that is saved
             elif group.leaving or target not in alive:
                 continue
             elif target not in group.members + group.learners:
@@ -407,11 +409,12 @@ class Coordinator:
 
     def give_up(self, target: str) -> None:
         """Let all that was to move to a host stay where it is, because packets cannot follow."""
-        stay = [partition for partition, wanted in self.moves.items() if wanted == target]
-        for partition in stay:
+        given_up = [partition for partition, wanted in self.moves.items() if wanted == target]
+        for partition in given_up:
             del self.moves[partition]
         self.dirty = True
-        self._note(f"{len(stay)} partitions stay where they are: packets cannot reach {target}")
+        stay = sum(self.map.groups[partition].primary != target for partition in given_up)
+        self._note(f"{stay} partitions stay where they are: packets cannot reach {target}")
 
     # ---- inside -------------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,8 @@ class Member:
         self.gossip.bind(address)
         self._line: LineSocket | None = None
         self._dialer = Dialer(*coordinators)
-        self._beat_ns = self._heard_ns = 0
+        self._looked_ns = self._beat_ns = self._heard_ns = 0
+        self._told: tuple[Any, ...] = ()
         self._ping_ns = [0] * len(peers)
 
     def fileno(self) -> int:
@@ -55,10 +56,10 @@ class Member:
         """Return when `work` is due at the latest."""
         if self._line is None:
             return time.monotonic_ns() + self.timing.heartbeat_ns // 3
-        return min([self._beat_ns + self._pause_ns(), *(at_ns + self.timing.heartbeat_ns for at_ns in self._ping_ns)])
+        return min([self._looked_ns + self._pause_ns(), *(at_ns + self.timing.heartbeat_ns for at_ns in self._ping_ns)])
 
     def _pause_ns(self) -> int:
-        """Return after what time the coordinator hears this host again: soon, while it waits for what this host has to tell."""
+        """Return after what time is looked for something to tell the coordinator: soon, while it waits for that."""
         return self.timing.heartbeat_ns // 12 if self.replica.expected() else self.timing.heartbeat_ns
 
     def _slack_ns(self) -> int:
@@ -75,6 +76,7 @@ class Member:
         if self._line is None:
             connection = self._dialer.dial()
             self._line, self._heard_ns = LineSocket(connection) if connection else None, now_ns
+            self._told = ()
         if self._line is None:
             return
         try:
@@ -85,9 +87,8 @@ class Member:
             if changed:
                 self.table.words[EPOCH] = self.replica.map.epoch
                 self._ping(now_ns, 0)
-            if changed or now_ns - self._beat_ns >= self._pause_ns() - self._slack_ns():
-                self._beat_ns = time.monotonic_ns()
-                self._line.send(beat_message(self.replica.beat(self._beat_ns)))
+            if changed or now_ns - self._looked_ns >= self._pause_ns() - self._slack_ns():
+                self._beat(changed)
             self._line.flush()
             if now_ns - self._heard_ns > SILENCE_LEASES * self.timing.lease_ns:
                 raise TimeoutError
@@ -95,6 +96,16 @@ class Member:
             self._line.close()
             self._line = None
             self._dialer.turn_away()
+
+    def _beat(self, changed: bool) -> None:
+        """Send a heartbeat if it is time for one, the map changed, or there is something to tell. Raises OSError."""
+        self._looked_ns = now_ns = time.monotonic_ns()
+        beat = self.replica.beat(now_ns)
+        news = (beat.synchronised, beat.released, beat.unreachable)
+        if changed or news != self._told or now_ns - self._beat_ns >= self.timing.heartbeat_ns - self._slack_ns():
+            assert self._line
+            self._beat_ns, self._told = now_ns, news
+            self._line.send(beat_message(beat))
 
     def _ping(self, now_ns: int, after_ns: int) -> None:
         """Ping the peers whose last ping is at least `after_ns` ago."""

@@ -23,7 +23,7 @@ from datastore.replication.coordinator import Grant, Heartbeat, Timing
 from datastore.replication.maps import ClusterMap, Group
 from datastore.replication.shipping import Shipping
 from datastore.store import locking
-from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, LEASE_NS, NO_ROLE, PRIMARY, RETIRING
+from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, ENDED_AT, LEASE_NS, NO_ROLE, PRIMARY, RETIRING
 from datastore.store.statuses import NAMES, OK
 
 FOR_EVER_NS = 1 << 62
@@ -218,7 +218,7 @@ class Replica:
                 continue
             self._deferred.pop(partition, None)
             if group.primary != self.host:
-                self._follow(partition, group)
+                self._follow(partition, group, old.groups[partition] if old.groups else group)
             elif not self._must_wait(partition, group, ignorant):
                 self._rule(partition, group)
             else:
@@ -250,11 +250,13 @@ class Replica:
             ship.recommit(shipping, words, partition)
         self._set_role(partition, RETIRING if group.successor else PRIMARY, group.reign)
 
-    def _follow(self, partition: int, group: Group) -> None:
-        """This host is a backup, is learning, or has nothing to do with the partition."""
+    def _follow(self, partition: int, group: Group, before: Group) -> None:
+        """This host is a backup, is learning, or has nothing to do with the partition. before: the group until now."""
         words, followed = self.words, self.shipping.followed[partition]
         ruled, reign = ship.rules(ship.role(words, partition)), int(ship.reign(words, partition))
         joined = group.joined[self.host] if self.host in group.members + group.learners else 0
+        if ruled and self._has_handed_over(partition, group, before):  # written down before the role, see `nfs/dataplane/held.py`
+            words[int(words[ENDED_AT]) + partition] = reign
         anew = ruled or followed[ship.JOINED] != joined
         standing = (ship.MEMBER if self.host in group.members else 0) | int(followed[ship.STANDING]) & ship.COUNTS
         if anew or joined == 0 or reign != group.reign or followed[ship.EPOCH] == -1:
@@ -266,6 +268,14 @@ class Replica:
         followed[ship.STANDING] = standing
         if anew:
             followed[:] = (-1, 0, joined, standing & ship.MEMBER)
+
+    def _has_handed_over(self, partition: int, group: Group, before: Group) -> bool:
+        """Tell whether the successor rules because this host said that all it had done is committed.
+
+        Whose lease was over is taken out of the group, or joins it anew: then others may have ruled before this host stopped.
+        """
+        stays = self.host in group.members and group.joined[self.host] == before.joined.get(self.host)
+        return stays and group.primary == before.successor and self.is_drained(partition)
 
     def _set_role(self, partition: int, role: int, reign: int) -> None:
         status = locking.set_role(self.words, self.owner, partition, role, reign)

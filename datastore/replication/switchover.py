@@ -1,17 +1,20 @@
 """Where are packets steered, and how does a partition change hosts without a packet lost or overtaken?
 
 Pure, like the coordinator beside which it runs. Packets of a partition are steered to the instance of a network function; where
-the stores are on those instances' hosts (*aligned*), that is the host of the partition's primary. A move then takes five steps,
-each begun when the one before is known to be done (S. Gember-Jacobson et al.: OpenNF, SIGCOMM 2014, loss-free and
-order-preserving):
+the stores are on those instances' hosts (*aligned*), that is the host of the partition's primary. A move then takes these steps,
+each begun when the one before is known to be done, the two in a line side by side (S. Gember-Jacobson et al.: OpenNF, SIGCOMM
+2014, loss-free and order-preserving):
 
     learn     the target gets a full copy                                                  `coordinator.py`
     park      the target's instance keeps what comes of the partition
     steer     the switch sends its packets there
-    drain     the switch says that none go the old way any more, and the source's instance that none come or wait there
-    hand over the source retires, the target is primary and goes on with what it kept      `coordinator.py`
+    drain     the switch says that none go the old way any more,  | hand over   the source retires, the target is primary
+              and all other instances that none come or wait      |             `coordinator.py`
+    go        the target's instance goes on with what it kept
 
-So each packet is processed by one instance, and those of the source before those of the target. An instance that is silent for a
+So each packet is processed by one instance, and those of the source before those of the target. What comes the old way after the
+state has gone waits at the source for the new map, and is then processed there on the state at the target: any instance can
+process any packet. That is why nobody waits for the two one after the other. An instance that is silent for a
 lease, or one of whose links the switch sees down for as long, is dead: its packets go to another one at once, and its host's
 partitions move after them.
 """
@@ -25,7 +28,7 @@ from datastore.native.errors import NearstateError, unknown
 from datastore.replication.coordinator import Coordinator, Timing
 
 BATCH = 128
-"""Moves between `park` and `hand over` at a time: a parked packet waits until its whole batch has been steered and drained.
+"""Moves between `park` and `go` at a time: a parked packet waits until its whole batch has been steered and drained.
 
 What a batch waits for (a command to the switch, its second look at every flow, an answer of each packet loop) takes as long for
 one partition as for many: half of 256 partitions moved in 42 ms in one batch, in 130 ms in four, and no packet waited longer.
@@ -64,6 +67,11 @@ class Switchover:
     def of(cls, instances: list[str], steering: list[str], aligned: bool) -> Switchover:
         """Return the state at the start, when the switch does as `steering` says."""
         return cls(list(steering), aligned, {name: Instance() for name in instances}, list(steering))
+
+    def take_charge(self, coordinator: Coordinator) -> None:
+        """Let no move go on, from now on, before its packets can."""
+        if self.aligned:
+            coordinator.may_hand_over, coordinator.may_end = set(), set()
 
     def hear(self, now_ns: int, report: dict[str, Any]) -> str:
         """Take what an instance says of itself (`nfs/dataplane/process.py`) and return its name. Raises NearstateError."""
@@ -118,6 +126,7 @@ class Switchover:
             self._watch(now_ns)
             self._follow_packets(coordinator, dead)
             coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead)}
+            coordinator.may_end = {p for p in coordinator.moves if self._has_followed(p, coordinator, dead)}
 
     def _outlived(self, name: str, coordinator: Coordinator) -> bool:
         """Tell whether the store of a dead instance's host is there without it.
@@ -143,18 +152,18 @@ class Switchover:
     def _begin_and_end(self, coordinator: Coordinator, dead: set[str]) -> None:
         groups = coordinator.map.groups
         for partition, target in list(self.under_way.items()):
-            if groups[partition].primary == target or coordinator.moves.get(partition) != target or target in dead:
+            if coordinator.moves.get(partition) != target or target in dead:
                 del self.under_way[partition]
         for target in dead & set(coordinator.moves.values()):
             coordinator.give_up(target)
         for partition, target in coordinator.moves.items():
             if len(self.under_way) >= BATCH:
                 return
-            if self._speaks(target, dead) and target in groups[partition].members[1:]:
+            if self._speaks(target, dead) and target in groups[partition].members:
                 self.under_way.setdefault(partition, target)
 
     def _watch(self, now_ns: int) -> None:
-        """Watch the partitions whose packets go to their new place: what a source said of them before does not count."""
+        """Watch the partitions whose packets go to their new place: what others said of them before does not count."""
         self.watched = {p: self.watched.get(p, now_ns) for p, target in self.under_way.items() if self.confirmed[p] == target}
         for instance in self.instances.values():
             instance.quiet &= self.watched.keys()
@@ -164,15 +173,26 @@ class Switchover:
         return any(since >= self.settled_ns for since in self.watched.values())
 
     def _may_hand_over(self, partition: int, coordinator: Coordinator, dead: set[str]) -> bool:
-        """Tell whether a partition's primary may retire: nothing of it comes or waits at its host any more."""
+        """Tell whether a partition's primary may retire: its packets go to the next one, and wait there."""
         source = coordinator.map.groups[partition].primary
         if not source or not self._speaks(source, dead) or not self._speaks(coordinator.moves[partition], dead):
             return True
-        return self._is_settled(partition) and partition in self.instances[source].quiet
+        return partition in self.watched
+
+    def _has_followed(self, partition: int, coordinator: Coordinator, dead: set[str]) -> bool:
+        """Tell whether state and packets of a partition are where they were to go: nothing of it comes or waits elsewhere."""
+        target = coordinator.moves[partition]
+        if coordinator.map.groups[partition].primary != target:
+            return False
+        if not self._speaks(target, dead):
+            return True
+        others = [name for name in self.instances if name != target and self._speaks(name, dead)]
+        is_drained = self._is_settled(partition) and all(partition in self.instances[name].quiet for name in others)
+        return partition in self.under_way and (is_drained or not others)
 
     def _is_settled(self, partition: int) -> bool:
         """Tell whether the switch sends no packet of a partition to its old place any more."""
-        return self.watched.get(partition, self.settled_ns) < self.settled_ns
+        return partition in self.watched and self.watched[partition] < self.settled_ns
 
     def _follow_packets(self, coordinator: Coordinator, dead: set[str]) -> None:
         """Move the partitions of stores whose instance is dead to where their packets went."""
@@ -185,9 +205,9 @@ class Switchover:
 
     def orders(self, name: str, coordinator: Coordinator) -> dict[str, Any]:
         """Return what an instance is to do."""
-        groups = coordinator.map.groups
-        park = [p for p, target in self.under_way.items() if target == name and groups[p].primary != name]
-        watch = [p for p in self.watched if groups[p].primary == name and self._is_settled(p)]
+        ended = coordinator.may_end or ()
+        park = [p for p, target in self.under_way.items() if target == name and p not in ended]
+        watch = [p for p in self.watched if self.under_way[p] != name and self._is_settled(p) and p not in ended]
         newest = coordinator.map if self.instances[name].epoch != coordinator.map.epoch else None
         return {"map": newest.to_json() if newest else None, "park": sorted(park), "watch": sorted(watch)}
 

@@ -3,7 +3,7 @@
 Everything is an array of 64-bit words, shared by all processes of a host that use the table:
 
     header       one page: sizes, hash secrets, counters, who holds which owner number
-    progress     in a table that replicates: changes so far, and those committed, of each partition
+    progress     in a table that replicates, of each partition: changes so far; those committed; the last reign handed over
     partition 0  header: lock | role | count | undo | completion | version floor | sweep cursor | last full sweep
                          undo copy: stamp and value of the record being worked on
                  dirty: in a table that replicates, a byte a bucket: what changed since it was last shipped
@@ -31,7 +31,7 @@ from datastore.native import inline, jit
 from datastore.native.memory import prefetch, trailing_zeros
 
 MAGIC_NUMBER = 0x656C_6261_7472_6165  # "eartable"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 HEADER_WORDS = 512
 """One page."""
 
@@ -52,6 +52,8 @@ COUNTERS = {
     "lock_takeovers": TAKEOVERS, "rollbacks": ROLLBACKS, "expired": EXPIRED, "frames": FRAMES, "operations": OPERATIONS,
     "connections": CONNECTIONS, "answered_again": REPEATED,
 }  # fmt: skip
+# Header: where the third progress word of partition 0 is: since when this host was primary when it last handed it over.
+ENDED_AT = 63
 # Header: the process behind each owner number; behind number 0 the store process.
 OWNER_PIDS = 64
 OWNERS = 63

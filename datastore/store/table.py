@@ -56,6 +56,7 @@ from datastore.store.layout import (
     CURSOR,
     DIRTY_OFFSET,
     DONE_VALUE,
+    ENDED_AT,
     EPOCH,
     EXPIRED,
     EXPIRY_BITS,
@@ -736,7 +737,7 @@ def _layout(
     header_words = dirty_offset + (_lines(-(-buckets // 8)) if replicates else 0)
     stride = _lines(header_words + buckets * bucket_words)
     progress_words = _lines(partitions) if replicates else 0
-    first = HEADER_WORDS + 2 * progress_words
+    first = HEADER_WORDS + 3 * progress_words
     clients_at = first + partitions * stride
     client_stride = _lines(CLIENT_HEADER_WORDS + window * (DONE_VALUE + value_words))
     return {
@@ -744,7 +745,7 @@ def _layout(
         BUCKETS_OFFSET: header_words, SLOT_WORDS: slot_words, BUCKET_WORDS: bucket_words, CLIENTS: clients, WINDOW: window,
         CLIENTS_AT: clients_at, CLIENT_STRIDE: client_stride, TOTAL_WORDS: clients_at + clients * client_stride,
         CAPACITY: capacity, DIRTY_OFFSET: dirty_offset if replicates else 0, CHANGES_AT: HEADER_WORDS,
-        COMMITTED_AT: HEADER_WORDS + progress_words,
+        COMMITTED_AT: HEADER_WORDS + progress_words, ENDED_AT: HEADER_WORDS + 2 * progress_words,
     }  # fmt: skip
 
 

@@ -6,7 +6,8 @@ the function, and goes on where the partition then is. Both wait in one queue a 
 the order within a flow stays.
 
 What a held packet waits for: `changes` of its partition as they were when it had run. They count for as long as this host is the
-same primary: one that was deposed in between cannot know what became of them, and the packet is dropped (`uncommitted`).
+same primary: one that was deposed in between cannot know what became of them, and the packet is dropped (`uncommitted`). One
+that handed the partition over does know: it did so when all its changes were committed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from datastore.native import inline
 from datastore.native.memory import load_acquire
 from datastore.replication.shipping import rules
-from datastore.store.layout import COMMITTED_AT, LEASE_NS, ROLE, ROLE_BITS, ROLE_MASK, U0, partition_at, word
+from datastore.store.layout import COMMITTED_AT, ENDED_AT, LEASE_NS, ROLE, ROLE_BITS, ROLE_MASK, U0, partition_at, word
 
 # words of a waiting packet
 KIND, NEED, REIGN, ALSO_PARTITION, ALSO_NEED, SINCE_NS, STEP, ALSO_REIGN = range(8)
@@ -87,28 +88,29 @@ def is_committed(words: np.ndarray, partition: int, need: int) -> Any:
 
 
 @inline
-def outcome(words: np.ndarray, partition: int, reign: int, need: int) -> Any:
+def outcome(words: np.ndarray, partition: int, reign: int, need: int, has_lease: bool) -> Any:
     """Return what became of so many changes of a partition, made in a reign of this host: GO, STAY or UNCOMMITTED.
 
-    The role is read last: while this host rules, what is committed was said of its own reign.
+    The role is read after what is committed: while this host rules, that was said of its own reign. A reign that was handed over
+    is written down before the role changes; no lease is needed then, since nobody else ruled before.
     """
     committed = is_committed(words, partition, need)
     role = load_acquire(words, partition_at(words, partition) + ROLE)
     if np.int64(role >> np.uint64(ROLE_BITS)) != reign or not rules(np.int64(role & np.uint64(ROLE_MASK))):
-        return UNCOMMITTED
-    return GO if committed else STAY
+        return GO if np.int64(load_acquire(words, word(words, ENDED_AT) + partition)) == reign else UNCOMMITTED
+    return GO if committed and has_lease else STAY
 
 
 @inline
 def judge(held: Held, words: np.ndarray, index: int, partition: int, has_lease: bool) -> Any:
     """Return what to do with a held packet: GO, STAY or UNCOMMITTED."""
     packet = held.packets[index]
-    own = outcome(words, partition, packet[REIGN], packet[NEED])
+    own = outcome(words, partition, packet[REIGN], packet[NEED], has_lease)
     also = packet[ALSO_PARTITION]
-    other = outcome(words, also, packet[ALSO_REIGN], packet[ALSO_NEED]) if also >= 0 else np.int64(GO)
+    other = outcome(words, also, packet[ALSO_REIGN], packet[ALSO_NEED], has_lease) if also >= 0 else np.int64(GO)
     if own == UNCOMMITTED or other == UNCOMMITTED:
         return np.int64(UNCOMMITTED)
-    return np.int64(GO) if has_lease and own == GO and other == GO else np.int64(STAY)
+    return np.int64(GO) if own == GO and other == GO else np.int64(STAY)
 
 
 @inline

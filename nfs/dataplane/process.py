@@ -81,6 +81,8 @@ class Process:
                                           replicates=bool(self.coordinators),
                                           bells=self.bell.state if self.bell else None)  # fmt: skip
         self.epoch, self.tried_at = epoch, 0.0
+        self._asked = {group[0] for group in PartitionMap.from_json(config["map"]).replicas} if config["map"] else set()
+        """The stores that the map names primaries."""
         self._dialling: dict[int, Future[Any]] = {}
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
         self._drains: dict[int, Drain] = {}
@@ -196,12 +198,12 @@ class Process:
                 engine.primary[partition] = HERE if self._is_here(group.primary) else numbers[group.primary]
         self.epoch = engine.control[EPOCH] = new.epoch
         self.client.state.identity[CLIENT_EPOCH] = new.epoch
-        for name, number in numbers.items():
-            if not any(group.primary == name for group in new.groups):
-                self._leave(number)
+        for name in (self._asked - new.ruled.keys()) & numbers.keys():
+            self._leave(numbers[name])
+        self._asked = set(new.ruled)
 
     def _leave(self, host: int) -> None:
-        """A store that is primary of nothing is asked for nothing more; what it did not answer is asked elsewhere."""
+        """A store that is primary of nothing any more is asked for nothing more; what it did not answer is asked elsewhere."""
         self.client.disconnect(host)
         self.engine.control[DOWN] |= 1 << host
         give_up(self.client.state, host, NOT_PRIMARY)

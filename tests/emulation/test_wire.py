@@ -20,7 +20,7 @@ from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher, RunningProcess
 
-PATIENCE = 12
+PATIENCE_S = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,9 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 def calibrated(network: Network) -> Calibration:
     """Return the first valid calibration: others use this machine too, and a busy moment rightly makes one invalid."""
-    for _ in range(PATIENCE):
-        result = network.calibrate()
-        if result.valid:
-            break
-        time.sleep(0.2)
+    deadline = time.monotonic() + PATIENCE_S
+    while not (result := network.calibrate()).valid and time.monotonic() < deadline:
+        time.sleep(0.5)
     return result
 
 

@@ -11,7 +11,7 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
 from datastore.replication.shipping import changes
-from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, LEASE_NS, NO_ROLE, PRIMARY
+from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, ENDED_AT, LEASE_NS, NO_ROLE, PRIMARY
 from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from nfs.dataplane import load
@@ -95,6 +95,24 @@ def test_what_was_not_committed_goes_with_the_role(rig):
     rig.commit(100)
     assert rig.send() == []
     assert rig.counts()["uncommitted"] == 2
+
+
+def test_what_was_handed_over_was_committed(rig):
+    rig.commit(0)
+    assert rig.send(b"a") == []
+    words = rig.table.words
+    words[int(words[ENDED_AT]) + PARTITION] = 1  # the reign in which it ran
+    words[LEASE_NS] = 1
+    rig.table.set_role(PARTITION, BACKUP, 2)
+    assert rig.send() == [b"a"]
+    words[LEASE_NS] = 0
+    rig.table.set_role(PARTITION, PRIMARY, 3)
+    rig.engine.control[EPOCH] = 3
+    rig.commit(0)
+    assert rig.send(b"b") == []
+    rig.table.set_role(PARTITION, BACKUP, 4)  # and this one ended otherwise
+    assert rig.send() == []
+    assert rig.counts()["uncommitted"] == 1
 
 
 def test_packets_wait_for_their_partition_in_order(rig):

@@ -14,8 +14,8 @@ from datastore.replication import shipping as ship
 from datastore.replication.coordinator import Grant, Timing
 from datastore.replication.maps import ClusterMap, Group
 from datastore.replication.replica import Ping, Replica
-from datastore.store.layout import BACKUP, PRIMARY
-from datastore.store.table import Table, commit_record, open_record
+from datastore.store.layout import BACKUP, COMMITTED_AT, PRIMARY
+from datastore.store.table import VALUE, Table, commit_record, open_record
 from nfs.dataplane.held import ALSO_PARTITION, ALSO_REIGN, GO, NEED, REIGN, STAY, UNCOMMITTED, judge, make_held
 
 CLUSTER, TIMING = 5, Timing()
@@ -120,6 +120,32 @@ def test_no_packet_loop_sees_all_committed_while_roles_change(primary: Replica, 
     del seen[:]
     follow(primary, 5, Group(("nf1", "nf2"), 5, joined={"nf1": 3, "nf2": 3}), PROMISED_NS + 2 * WAIT_NS)
     assert seen == [[UNCOMMITTED, UNCOMMITTED], [UNCOMMITTED, STAY]]
+
+
+HANDED_OVER = Group(("nf2", "nf1"), 5, joined={"nf1": 3, "nf2": 3})
+
+
+@pytest.mark.parametrize(
+    ("new", "committed", "outcome"),
+    [
+        (HANDED_OVER, True, GO),
+        (HANDED_OVER, False, UNCOMMITTED),  # it did not say so: the coordinator took it for dead
+        (Group(("nf2",), 5, learners=("nf1",), joined={"nf1": 5, "nf2": 3}), True, UNCOMMITTED),
+        (Group(("nf3", "nf1"), 5, joined={"nf1": 3, "nf3": 3}), True, UNCOMMITTED),
+    ],
+    ids=["handed over", "not all committed", "joins anew", "somebody else rules"],
+)
+def test_what_ran_before_a_partition_was_handed_over_leaves(primary, new, committed, outcome) -> None:
+    slot = int(open_record(primary.words, primary.owner, np.uint64(1 << 32), np.uint64(5), 3, 1))
+    primary.words[slot + VALUE] = 7
+    commit_record(primary.words, primary.owner, slot, 0)
+    assert ship.changes(primary.words, 0) == 1
+    follow(primary, 4, Group(("nf1", "nf2"), 3, successor="nf2", joined={"nf1": 3, "nf2": 3}), PROMISED_NS)
+    assert look(primary, 3) == STAY
+    if committed:
+        primary.words[int(primary.words[COMMITTED_AT])] = ship.changes(primary.words, 0)
+    follow(primary, 5, new, PROMISED_NS + 1)
+    assert look(primary, 3) == outcome
 
 
 def test_a_claim_elsewhere_is_lost_with_that_partitions_role() -> None:

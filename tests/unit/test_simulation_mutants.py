@@ -120,9 +120,9 @@ def ignores_removal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup that the map leaves out goes on answering."""
     sound = Replica._follow
 
-    def follow(self: Replica, partition: int, group: Group) -> None:
+    def follow(self: Replica, partition: int, group: Group, before: Group) -> None:
         if self.host in group.members + group.learners or shipping.rules(shipping.role(self.words, partition)):
-            sound(self, partition, group)
+            sound(self, partition, group, before)
 
     monkeypatch.setattr(Replica, "_follow", follow)
 

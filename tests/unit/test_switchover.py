@@ -1,4 +1,4 @@
-"""How a move brings packets and state together: park, steer, drain, hand over, each after the one before."""
+"""How a move brings packets and state together: park, steer, then drain and hand over side by side, go."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ SPAN_NS = TIMING.lease_ns + TIMING.margin_ns
 class Cluster:
     """A coordinator and its switchover; stores and instances that say what they are told to."""
 
-    def __init__(self, replicas: int = 2, partitions: int = 4) -> None:
+    def __init__(
+        self, replicas: int = 2, partitions: int = 4, moves: dict[int, str] | None = None, handed_over: bool = False
+    ) -> None:
+        """moves: under way since an earlier coordinator. handed_over: partition 0 is nf2's by now, and so are its packets."""
         placement = [[HOSTS[(p + r) % 2] for r in range(replicas)] for p in range(partitions)]
+        if handed_over:
+            placement[0].reverse()
         self.now_ns = 10**12
         self.coordinator = Coordinator(ClusterMap.first(placement), 1, replicas, {host: HostState(self.now_ns) for host in HOSTS})
-        self.switchover = Switchover.of(list(HOSTS), [HOSTS[p % 2] for p in range(partitions)], True)
+        self.coordinator.moves |= moves or {}
+        self.switchover = Switchover.of(list(HOSTS), [group[0] for group in placement], True)
+        self.switchover.take_charge(self.coordinator)
         self.beat()
 
     def beat(self, silent: str = "", **said: Any) -> None:
@@ -44,11 +51,29 @@ class Cluster:
         self.switchover.plan(self.now_ns, self.coordinator)
         self.coordinator.advance(self.now_ns)
 
+    def hand_over(self, partition: int) -> None:
+        """Let nf1's store say that it has stopped."""
+        epoch = self.coordinator.map.epoch
+        self.coordinator.hear(self.now_ns, Heartbeat("nf1", 1, 1, epoch, self.now_ns, released=(partition,)))
+        self.plan()
+
     def orders(self, host: str) -> dict[str, Any]:
         return self.switchover.orders(host, self.coordinator)
 
     def successor(self, partition: int) -> str | None:
         return self.coordinator.map.groups[partition].successor
+
+
+def steered() -> Cluster:
+    """Return a cluster whose partition 0 goes from nf1 to nf2, which gets its packets by now."""
+    cluster = Cluster()
+    cluster.coordinator.move([0], "nf2")
+    cluster.plan()
+    cluster.report("nf2", parked=(0,))
+    cluster.plan()
+    cluster.switchover.confirmed = list(cluster.switchover.steering)
+    cluster.plan()
+    return cluster
 
 
 def test_a_move_takes_its_steps_in_order():
@@ -67,16 +92,55 @@ def test_a_move_takes_its_steps_in_order():
     switchover.confirmed = list(switchover.steering)
     cluster.plan()
     assert switchover.unsettled()
-    assert cluster.orders("nf1")["watch"] == []  # packets may still come the old way
+    assert cluster.successor(0) == "nf2"  # the state goes while packets may still come the old way
+    assert cluster.orders("nf1")["watch"] == []
+    cluster.hand_over(0)
+    assert cluster.coordinator.map.groups[0].primary == "nf2"
+    assert cluster.orders("nf2")["park"] == [0]  # nf1 may still be at those before
     switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
     cluster.plan()
     assert not switchover.unsettled()
     assert cluster.orders("nf1")["watch"] == [0]
-    assert cluster.successor(0) is None
+    assert cluster.coordinator.moves == {0: "nf2"}
     cluster.report("nf1", quiet=(0,))
     cluster.plan()
-    assert cluster.successor(0) == "nf2"
-    cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf1", 1, 1, cluster.coordinator.map.epoch, cluster.now_ns, released=(0,)))
+    assert cluster.orders("nf2")["park"] == []
+    assert cluster.coordinator.moves == {}
+
+
+def test_state_that_arrives_after_the_packets_is_waited_for():
+    cluster = steered()
+    cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
+    cluster.plan()
+    cluster.report("nf1", quiet=(0,))
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]
+    cluster.hand_over(0)
+    assert cluster.orders("nf2")["park"] == []
+    assert cluster.coordinator.moves == {}
+
+
+def test_a_coordinator_that_ends_within_a_move_is_followed_by_one_that_ends_it():
+    before = steered()
+    before.hand_over(0)
+    cluster = Cluster(moves=dict(before.coordinator.moves), handed_over=True)
+    cluster.report("nf2", parked=(0,))
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]  # packets of before may be at nf1
+    cluster.switchover.confirmed = list(cluster.switchover.steering)
+    cluster.plan()
+    cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
+    cluster.report("nf1", quiet=(0,))
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == []
+    assert cluster.coordinator.moves == {}
+
+
+def test_who_dies_within_a_move_is_not_waited_for():
+    cluster = steered()
+    for _ in range(SPAN_NS // 1_000_000 + 1):
+        cluster.beat(silent="nf1")
+        cluster.report("nf2", parked=(0,))
     cluster.plan()
     assert cluster.coordinator.map.groups[0].primary == "nf2"
     assert cluster.orders("nf2")["park"] == []
