@@ -11,6 +11,9 @@ STAND_IN = {"placement": ("local", "centralized")}
 COORDINATED = {"placement": ("integrated",), "settings": {"coordinated": True}}
 """Our own, also without replicas: what is lost is then refused, not made up."""
 COORDINATED_NAT = {**NAT, **COORDINATED, "settings": {**OUTSIDE, "coordinated": True}}
+COORDINATED_COUNTER = {**COUNTER, **COORDINATED}
+ASYNCHRONOUS = {**COORDINATED_COUNTER, "replicas": (2,), "asynchronous": (True,)}
+"""What is lost of the state when packets do not wait until it is copied: every packet counts."""
 PARTS = {**COORDINATED_NAT, "replicas": (2,), "lost": ("function", "store", "link")}
 """What may be lost of a host instead of all of it."""
 PEERS = {**NAT, "placement": ("nftables", "conntrackd")}
@@ -19,7 +22,7 @@ EXPERIMENT = Experiment(
     question="For how long is nothing delivered when an NF host is lost, what is lost with it, and which connections break?",
     procedure="failover",
     sweeps=({**NAT, **STAND_IN}, {**COUNTER, **STAND_IN}, {**COORDINATED_NAT, "replicas": (1, 2)},
-            {**COUNTER, **COORDINATED, "replicas": (1, 2)}, PARTS, PEERS),
+            {**COORDINATED_COUNTER, "replicas": (1, 2)}, ASYNCHRONOUS, PARTS, PEERS),
     traffic={"flows": 1000, "client_ports": 256, "frame_bytes": 64},
     seed=1,
     profiles={
@@ -28,13 +31,15 @@ EXPERIMENT = Experiment(
             "settings": {"seconds": 1.6},
         },
         "quick": {"sweeps": ({**NAT, **STAND_IN}, {**COORDINATED_NAT, "replicas": (1,)},
-                             {**COORDINATED_NAT, "replicas": (2,), "repeats": 2}, PARTS, PEERS)},
+                             {**COORDINATED_NAT, "replicas": (2,), "repeats": 2},
+                             {**COORDINATED_COUNTER, "replicas": (2,)}, ASYNCHRONOUS, PARTS, PEERS)},
         "paper": {  # 100 kills of two replicas
             "sweeps": ({**NAT, **STAND_IN, "repeats": 20}, {**COUNTER, **STAND_IN, "repeats": 20},
                        {**COORDINATED_NAT, "replicas": (1, 3), "repeats": 20},
                        {**COORDINATED_NAT, "replicas": (2,), "repeats": 50},
-                       {**COUNTER, **COORDINATED, "replicas": (1, 3), "repeats": 20},
-                       {**COUNTER, **COORDINATED, "replicas": (2,), "repeats": 50}, {**PARTS, "repeats": 20},
+                       {**COORDINATED_COUNTER, "replicas": (1, 3), "repeats": 20},
+                       {**COORDINATED_COUNTER, "replicas": (2,), "repeats": 50}, {**ASYNCHRONOUS, "repeats": 20},
+                       {**PARTS, "repeats": 20},
                        {**PEERS, "repeats": 20}),
             "network": {"nf_hosts": 3},
         },

@@ -38,7 +38,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
     nf = style.order_nfs(lines["nf"])[0]
     shown = cases(lines[lines["nf"] == nf])
     bars = [metric for metric in ("outage_ms", *COUNTS) if (whole["metric"] == metric).any()]
-    parts = frame[~frame.index.isin(whole.index) & (frame["nf"] == nf)]
+    parts = frame[~frame["lost"].isna() & (frame["nf"] == nf)] if "lost" in frame else frame[:0]
     below = all_courses(sheet, shown, len(bars) + (not parts.empty), "ms after the loss")
     for axes, metric in zip(below, bars):
         lost(sheet, axes, whole[whole["nf"] == nf], shown, metric)
@@ -49,8 +49,20 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
 
 
 def of_hosts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of trials that lost a whole host."""
-    return frame if "lost" not in frame else frame[frame["lost"].isna()]
+    """Return the rows of trials that lost a whole host, and whose packets waited for copies."""
+    waited = frame if "asynchronous" not in frame else frame[frame["asynchronous"].isna()]
+    return waited if "lost" not in waited else waited[waited["lost"].isna()]
+
+
+def updates(frame: pd.DataFrame) -> str:
+    """Say how much of what packets counted was lost although they left, when they wait for the copies and when they do not."""
+    lost = frame[(frame["metric"] == "updates_lost") & frame["valid"] & (frame["replicas"] > 1)]
+    if lost.empty:
+        return ""
+    waits = lost["asynchronous"].isna() if "asynchronous" in lost else lost["valid"]
+    said = [f"{digits(float(rows['value'].median()))} where {packets} for the copies"
+            for packets, rows in (("packets wait", lost[waits]), ("they do not wait", lost[~waits])) if not rows.empty]  # fmt: skip
+    return f" Packets that were delivered and are counted nowhere: {listing(said)}."
 
 
 def cases(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
@@ -156,7 +168,7 @@ def lost_parts(sheet: Sheet, axes: Axes, frame: pd.DataFrame) -> None:
 
 def answer(frame: pd.DataFrame) -> str:
     """Say each case's outage, until the first packet and until the rate is back, and what was lost and broken."""
-    frame = of_hosts(frame)
+    uncounted, frame = updates(frame), of_hosts(frame)
     outages = frame[(frame["metric"] == "outage_ms") & frame["valid"]]
     if outages.empty:
         return missing("the loss of a host")
@@ -171,4 +183,4 @@ def answer(frame: pd.DataFrame) -> str:
         )
         said.append(f"{label(placement, replicas)} {outage} ({digits(found['packets_lost'])} packets lost, "
                     f"{found['broken_ratio']:.0%} of connections broken)")  # fmt: skip
-    return f"From the loss of an NF host to the first packet of its flows, {title(nf)}: {listing(said)}."
+    return f"From the loss of an NF host to the first packet of its flows, {title(nf)}: {listing(said)}.{uncounted}"

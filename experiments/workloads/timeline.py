@@ -41,13 +41,13 @@ BIN_NS, ORIGIN_NS, LAST_NS, GAP_NS, GAP_END_NS, AFTER = range(6)
 # columns of TimeLine.bins
 RECEIVED, WATCHED, HIGHEST = range(3)
 # columns of TimeLine.flows
-SOURCE, FIRST, LAST, GAP, GAP_END, CHANGES = range(6)
+SOURCE, FIRST, LAST, GAP, GAP_END, CHANGES, PACKETS = range(7)
 
 
 class TimeLine(NamedTuple):
     """control: int64[8], BIN_NS 0 is off. bins: int64[n, 3]. latencies: int32[n, BUCKETS], of the watched. watched: uint8 by
-    partition. flows: int64 by slot: source as seen, first and last arrival, longest gap and its end (CLOCK_MONOTONIC), changes
-    of the source."""
+    partition. flows: int64 by slot: source as seen (address << 16 | port), first and last arrival, longest gap and its end
+    (CLOCK_MONOTONIC), changes of the source, packets."""
 
     control: np.ndarray
     bins: np.ndarray
@@ -59,7 +59,7 @@ class TimeLine(NamedTuple):
 def off() -> TimeLine:
     """Return a time line that is not kept."""
     return TimeLine(np.zeros(8, np.int64), np.zeros((1, 3), np.int64), np.zeros((1, 1), np.int32), np.zeros(1, np.uint8),
-                    np.zeros((1, 6), np.int64))  # fmt: skip
+                    np.zeros((1, 7), np.int64))  # fmt: skip
 
 
 def make_time_line(wanted: Mapping[str, Any] | None, origin_ns: int) -> TimeLine:
@@ -75,7 +75,7 @@ def make_time_line(wanted: Mapping[str, Any] | None, origin_ns: int) -> TimeLine
     if bin_ns < 1 or bins > MOST_BINS:
         raise NearstateError(f"time line of {wanted['seconds']:g} s in bins of {wanted['bin_us']:g} us: at most {MOST_BINS} bins")
     line = TimeLine(np.zeros(8, np.int64), np.zeros((bins, 3), np.int64), np.zeros((bins, BUCKETS), np.int32),
-                    np.zeros(PARTITIONS, np.uint8), np.zeros((SLOTS, 6), np.int64))  # fmt: skip
+                    np.zeros(PARTITIONS, np.uint8), np.zeros((SLOTS, 7), np.int64))  # fmt: skip
     for partition in wanted.get("watch", range(PARTITIONS)):
         if not 0 <= partition < PARTITIONS:
             raise NearstateError(f"time line: partition {partition} is not one of 0 to {PARTITIONS - 1}")
@@ -108,6 +108,7 @@ def note(line: TimeLine, slot: int, source: int, latency_ns: int, now: int) -> N
         if now - flow[LAST] > flow[GAP]:
             flow[GAP], flow[GAP_END] = now - flow[LAST], now
     flow[LAST] = now
+    flow[PACKETS] += 1
     if not line.watched[slot & (PARTITIONS - 1)]:
         return
     if control[LAST_NS] and now - control[LAST_NS] > control[GAP_NS]:
@@ -175,7 +176,7 @@ class Told:
         """Return what a message of `report` says."""
         control, bins = message["control"], _unpacked(message["bins"]).reshape(-1, 3)
         silence = (control[GAP_END_NS] - control[GAP_NS], control[GAP_END_NS])
-        flows = _unpacked(message["flows"]).reshape(-1, 6)
+        flows = _unpacked(message["flows"]).reshape(-1, 7)
         return cls(control[BIN_NS], control[ORIGIN_NS], silence, control[LAST_NS],
                    bins[:, RECEIVED], bins[:, WATCHED], bins[:, HIGHEST], _unpacked(message["p50"]), _unpacked(message["p99"]),
                    _unpacked(message["slots"]), flows, np.flatnonzero(_unpacked(message["watched"])))  # fmt: skip

@@ -50,6 +50,9 @@ class Follower:
         os.eventfd_write(self._told, 1)
 
     def _run(self) -> None:
+        with contextlib.suppress(OSError):  # on a machine of its own it would find a core free; here hosts share a few
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -10)
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_OTHER, os.sched_param(0))
         while not self._closed.is_set():
             connection = self._dialer.dial()
             if connection is None:

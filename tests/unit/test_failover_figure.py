@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,6 +14,7 @@ from analysis.redraw import draw_figures
 from analysis.results import measurements, read_run, time_line
 from analysis.summary import summarize
 from datastore.native.errors import NearstateError
+from experiments.harness.procedures import failover
 from experiments.workloads import timeline
 from tests.figures import said
 
@@ -74,6 +76,27 @@ def test_the_answer_tells_what_never_recovers(run: Path) -> None:
         "connections broken), integrated, R = 2 110 ms, all 130 ms (10 packets lost, 0% of connections broken) and nftables "
         "(kernel) 110 ms, all 130 ms (10 packets lost, 25% of connections broken)."
     )
+
+
+def test_what_is_lost_without_waiting_for_copies_is_told_apart(run: Path) -> None:
+    waits, goes = (trial("integrated", 2, 100, 0.0, 9, **sweep) for sweep in ({}, {"asynchronous": True}))
+    waits["points"][0]["metrics"]["updates_lost"], goes["points"][0]["metrics"]["updates_lost"] = 0, 12
+    with (run / "trials.jsonl").open("a") as file:
+        file.write("".join(json.dumps(each) + "\n" for each in (waits, goes)))
+    assert said("failover", run).endswith(
+        " Packets that were delivered and are counted nowhere: 0 where packets wait for the copies and 12 where they do not wait "
+        "for the copies."
+    )
+    draw_figures(run, ["failover"])
+    points = pd.read_csv(run / "figures" / "failover.csv")
+    assert len(points.query("mark == 'recovery_ms' and panel == 'integrated, R = 2'")) == 1
+
+
+def test_a_delivered_packet_that_no_record_counts_is_a_lost_update() -> None:
+    flows = np.zeros((3, 7), np.int64)
+    flows[:, timeline.SOURCE], flows[:, timeline.PACKETS] = (1, 2, 3), (10, 5, 4)
+    before, after = {1: 2, 2: 1}, {1: 9, 2: 8}
+    assert failover.updates_lost(flows, before, after) == 3 + 0 + 4, "7 of 10; all, and 2 that were not delivered; none of 4"
 
 
 def test_time_lines_are_no_scalars(run: Path) -> None:

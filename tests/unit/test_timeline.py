@@ -73,6 +73,7 @@ def regular(until_ms: int, silent: range, flows: int = 4) -> list[tuple[float, i
 def test_an_outage_ends_with_the_first_packet_or_not_at_all() -> None:
     line = told(regular(100, range(30, 60)))
     assert line.outage(ORIGIN_NS + 100 * MS) == (ORIGIN_NS + 29 * MS, ORIGIN_NS + 60 * MS, True)
+    assert line.flows[:, timeline.PACKETS].tolist() == [18, 18, 17, 17]
     assert line.broken(ORIGIN_NS + 30 * MS, ORIGIN_NS + 100 * MS) == (4, 0)
     line = told(regular(100, range(30, 100)))
     assert line.outage(ORIGIN_NS + 100 * MS) == (ORIGIN_NS + 29 * MS, ORIGIN_NS + 100 * MS, False)

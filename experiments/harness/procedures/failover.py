@@ -23,11 +23,17 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
+from datastore.store.partitions import FlowKey
+from datastore.store.table import Record
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
+from experiments.workloads import timeline
 
 SETTINGS = {**COMMON_SETTINGS, "victim": "nf1", "lost": "host", "offered_kpps": 20.0, "lost_at_s": 0.6, "seconds": 2.0,
             "bin_us": 1000.0, "shown_ms": (200.0, 800.0), "lateness_limit_us": 0.0}  # fmt: skip
@@ -54,7 +60,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     carried = [partition for partition, host in enumerate(steered) if host == victim]
     if not carried:  # a busy machine: it was not heard for a lease, and replaced
         raise NearstateError(f"before any loss: {victim} carries nothing; its place was taken while the trial began")
-    known = records_of(bench, carried)
+    known, counted = records_of(bench, carried), counts_of(bench, carried)
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], {"bin_us": settings["bin_us"], "watch": carried})
     until_ns = began_ns + int(settings["seconds"] * 1e9)
     sleep_until(began_ns + int(settings["lost_at_s"] * 1e9))
@@ -76,6 +82,8 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         "connections_broken": broken, "broken_ratio": broken / max(1, flows)}  # fmt: skip
     if not bench.is_peer:
         point["metrics"]["records_lost"] = len(known - records_of(bench, carried))
+    if counted is not None:
+        point["metrics"]["updates_lost"] = updates_lost(line.flows_watched(), counted, counts_of(bench, carried) or {})
     before_ms, after_ms = settings["shown_ms"]
     point["time_lines"] = {"delivered": line.encode(lost_ns, -before_ms, after_ms)}
     return [point]
@@ -86,12 +94,39 @@ def records_of(bench: Bench, partitions: list[int]) -> set[tuple[int, ...]]:
     if not bench.stores:
         kept = bench.function_statistics()
         return {(number, *name.encode()) for name, counts in kept.items() for number in range(counts["records"])}
+    return {(record.low, record.high) for record in ruled(bench, partitions)}
+
+
+def ruled(bench: Bench, partitions: list[int]) -> Iterator[Record]:
+    """Yield the records of partitions, each of the store that rules it."""
     wanted, mapped = set(partitions), bench.map_of(bench.stages[0])
     rulers = [group["members"][:1] for group in bench.status()["map"]["groups"]] if bench.coordinator else \
         [group[:1] for group in mapped["replicas"]] if mapped else []  # fmt: skip
-    living = [host for host, store in bench.stores.items() if store.poll() is None]
-    return {(record.low, record.high) for host in living for record in bench.records(host)
-            if record.low & 0xFFFF in wanted and rulers[record.low & 0xFFFF] == [host]}  # fmt: skip
+    for host in [host for host, store in bench.stores.items() if store.poll() is None]:
+        for record in bench.records(host):
+            if record.low & 0xFFFF in wanted and rulers[record.low & 0xFFFF] == [host]:
+                yield record
+
+
+def counts_of(bench: Bench, partitions: list[int]) -> dict[int, int] | None:
+    """Return the packets that each client endpoint's records count (address << 16 | port), where the NF counts in a store."""
+    if bench.trial.nf != "traffic_counter" or not bench.stores:
+        return None
+    counts: dict[int, int] = {}
+    for record in ruled(bench, partitions):
+        key = FlowKey.of_words(record.low, record.high)
+        source = int(key.client) << 16 | key.client_port
+        counts[source] = counts.get(source, 0) + int.from_bytes(record.value[:8], "little")
+    return counts
+
+
+def updates_lost(flows: np.ndarray, before: dict[int, int], after: dict[int, int]) -> int:
+    """Return how many delivered packets, by flow, no record counts any more: state that left and was lost nevertheless.
+
+    A packet that was counted and not delivered makes up for another one of its flow; there are hardly any.
+    """
+    return sum(max(0, int(flow[timeline.PACKETS]) - after.get(source, 0) + before.get(source, 0))
+               for flow in flows for source in [int(flow[timeline.SOURCE])])  # fmt: skip
 
 
 def ends(bench: Bench) -> tuple[str, str]:
