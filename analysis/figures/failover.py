@@ -55,13 +55,13 @@ def of_hosts(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def updates(frame: pd.DataFrame) -> str:
-    """Say how much of what packets counted was lost although they left, when they wait for the copies and when they do not."""
+    """Say how many packets left and are counted nowhere, when they wait for the copies and when they do not."""
     lost = frame[(frame["metric"] == "updates_lost") & frame["valid"] & (frame["replicas"] > 1)]
     if lost.empty:
         return ""
     waits = lost["asynchronous"].isna() if "asynchronous" in lost else lost["valid"]
     said = [f"{digits(float(rows['value'].median()))} where {packets} for the copies"
-            for packets, rows in (("packets wait", lost[waits]), ("they do not wait", lost[~waits])) if not rows.empty]  # fmt: skip
+            for packets, rows in (("packets wait", lost[waits]), ("they do not wait", lost[~waits])) if len(rows)]  # fmt: skip
     return f" Packets that were delivered and are counted nowhere: {listing(said)}."
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from datastore.native import jit
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
 from datastore.native.libc import POLLIN, doze, now_ns, poll, pollfd
-from datastore.native.memory import load16, load32, load64
+from datastore.native.memory import load16, load64, network16, network32
 from experiments.workloads import timeline
 from experiments.workloads.generator import DENSE_GAP_NS, PR_SET_TIMERSLACK, STAMP_AT, STAMP_BYTES
 from nfs.dataplane.frames import Frames, give_frame, make_frames
@@ -91,7 +91,7 @@ def take(sink: Sink, memory: np.ndarray, at: int, length: int, now: int) -> None
     latency_ns = now - np.int64(load64(memory, at + STAMP_AT + 8))
     record_ns(sink.latency, latency_ns)
     if sink.line.control[timeline.BIN_NS]:
-        source = np.int64(load32(memory, at + 26)) << 16 | np.int64(load16(memory, at + 34))
+        source = np.int64(network32(memory, at + 26)) << 16 | np.int64(network16(memory, at + 34))
         timeline.note(sink.line, slot, source, latency_ns, now)
 
 

@@ -132,4 +132,5 @@ def test_the_sink_tells_the_line_the_source_it_sees() -> None:
             sinks.take(counter, memory, 0, 60, int(counter.line.control[timeline.ORIGIN_NS]) + sequence)
         assert counter.control[sinks.RECEIVED] == 3
         assert counter.line.flows[:, timeline.CHANGES].sum() == changes
+        assert counter.line.flows[:, timeline.SOURCE].max() == (0x0A400007 << 16 | 40004) * changes
         assert counter.line.bins[0, timeline.RECEIVED] == 3 * (wanted is not None)
