@@ -19,6 +19,7 @@ EXPERIMENT = Experiment(
                   "settings": {"search_steps": 3, "search_seconds": 0.2}},
         "quick": {"sweeps": ({**SYNCHRONOUS, "nf": ("traffic_counter",), "repeats": 2},
                              {**SYNCHRONOUS, "nf": ("firewall",), "placement": ("integrated",), "repeats": 2},
+                             {**GRID, "nf": ("firewall",), "placement": ("centralized",), "repeats": 2},
                              {**ASYNCHRONOUS, "placement": ("integrated",)}),
                   "settings": {"search_steps": 5}},
         "paper": {"sweeps": ({**GRID, "replicas": (1, 2, 3)}, {**ASYNCHRONOUS, "replicas": (2, 3)}), "repeats": 5,

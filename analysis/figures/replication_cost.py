@@ -85,4 +85,21 @@ def answer(frame: pd.DataFrame) -> str:
     if rates and latencies:
         sentence += (f"; with two copies each, it delivers {spread([r for r in rates if r])} of what centralized does, which "
                      f"takes {spread([r for r in latencies if r])} its median latency")  # fmt: skip
-    return f"{sentence}."
+    return f"{sentence}.{in_round_trips(frame)}"
+
+
+def in_round_trips(frame: pd.DataFrame) -> str:
+    """Say what waiting for a second copy adds to the median, in storage round trips: what one read adds when the state is remote.
+
+    A firewall whose connections are open reads with every packet and hardly writes; a traffic counter writes with every packet.
+    """
+    medians = [typical(frame, "p50_us", nf=nf, placement=placement, replicas=copies)
+               for nf, placement, copies in (("traffic_counter", "integrated", 2), ("traffic_counter", "integrated", 1),
+                                             ("firewall", "centralized", 1), ("firewall", "integrated", 1))]  # fmt: skip
+    found = [median for median in medians if median is not None]
+    if len(found) < 4:
+        return ""
+    added_us, trip_us = found[0] - found[1], found[2] - found[3]
+    share = f", {digits(added_us / trip_us)} round trips" if trip_us > 0 else ""
+    return (f" The second copy adds {digits(added_us)} µs to the median of the traffic counter; a read from a store host adds "
+            f"{digits(trip_us)} µs to the firewall's{share}.")  # fmt: skip

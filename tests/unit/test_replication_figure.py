@@ -51,6 +51,17 @@ def test_the_answer_says_what_the_second_copy_costs(run: Path) -> None:
     )
 
 
+def test_what_waiting_adds_is_told_in_round_trips(run: Path) -> None:
+    firewalls = [{**trial(placement, 1, us, 100, {}), "trial": f"firewall/{placement}", "nf": "firewall"}
+                 for placement, us in (("integrated", 190), ("centralized", 390))]  # fmt: skip
+    with (run / "trials.jsonl").open("a") as file:
+        file.write("".join(json.dumps(each) + "\n" for each in firewalls))
+    assert said("replication_cost", run).endswith(
+        " The second copy adds 300 µs to the median of the traffic counter; a read from a store host adds 200 µs to the "
+        "firewall's, 1.5 round trips."
+    )
+
+
 def test_a_run_without_points_is_answered_too(tmp_path: Path) -> None:
     (tmp_path / "trials.jsonl").write_text(json.dumps(trial("integrated", 2, 1, 1, {})) + "\n")
     assert "integrated with one and with two copies" in said("replication_cost", tmp_path)
