@@ -84,6 +84,7 @@ class Coordination:
         self._switch_descriptors: set[int] = set()
         self._instances: dict[str, LineSocket] = {}
         self._answered_ns: dict[str, int] = {}
+        self._looked_ns = now_ns
         self._saved = self.coordinator.save()
         self._published = self.coordinator.map.epoch
         self._lines: dict[int, LineSocket] = {}
@@ -117,6 +118,9 @@ class Coordination:
         self._watch_switch()
         self.selector.select(timeout_s)
         looked_ns = time.monotonic_ns()  # what was said before is heard before anybody is taken for silent, however late this is
+        if looked_ns - self._looked_ns > 2 * self.coordinator.timing.heartbeat_ns:
+            self.coordinator.was_stopped(looked_ns)
+        self._looked_ns = looked_ns
         for key, _ in self.selector.select(0):
             if key.fileobj is self.listener:
                 self._accept()

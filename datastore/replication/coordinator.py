@@ -119,6 +119,8 @@ class Coordinator:
     suspects: dict[tuple[str, str], int] = field(default_factory=dict)
     dirty: bool = False
     log: list[str] = field(default_factory=list)
+    judges_ns: int = 0
+    """Before that nobody is taken for dead, see `was_stopped`."""
     may_hand_over: set[int] | None = None
     """The moves whose primary may retire (`switchover.py`); None: all."""
     may_end: set[int] | None = None
@@ -297,8 +299,16 @@ class Coordinator:
 
     def next_lapse_ns(self, now_ns: int) -> int:
         """Return when the next lease will be over, if nobody asks for a new one; a heartbeat from now if that is earlier."""
-        due = [state.granted_until_ns for state in self.hosts.values() if state.granted_until_ns > now_ns]
-        return min([now_ns + self.timing.heartbeat_ns, *due])
+        due = [self.judges_ns, *(state.granted_until_ns for state in self.hosts.values())]
+        return min([now_ns + self.timing.heartbeat_ns, *(at_ns for at_ns in due if at_ns > now_ns)])
+
+    def was_stopped(self, now_ns: int) -> None:
+        """This process did not run for a while, nor did the machine perhaps, with hosts that have not spoken since. They get
+        two heartbeats to do so before they are judged.
+
+        (A. Dadgar, J. Phillips, J. Currey: Lifeguard: Local health awareness for more accurate failure detection, 2018.)
+        """
+        self.judges_ns = now_ns + 2 * self.timing.heartbeat_ns
 
     def alive(self, now_ns: int) -> list[str]:
         """Return the hosts that are there: with a lease, or heard of within one."""
@@ -312,6 +322,8 @@ class Coordinator:
 
     def _fail(self, now_ns: int) -> None:
         """Let groups go on without the hosts whose lease is over, unless that would leave no copy: one may come back with it."""
+        if now_ns < self.judges_ns:
+            return
         gone = [host for host, state in self.hosts.items()
                 if state.incarnation and self._lapsed(host, now_ns) and self._silent(host, now_ns)]  # fmt: skip
         if not gone:

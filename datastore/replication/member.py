@@ -44,7 +44,7 @@ class Member:
         self.gossip.bind(address)
         self._line: LineSocket | None = None
         self._dialer = Dialer(*coordinators)
-        self._looked_ns = self._beat_ns = self._heard_ns = 0
+        self._worked_ns = self._looked_ns = self._beat_ns = self._heard_ns = 0
         self._told: tuple[Any, ...] = ()
         self._ping_ns = [0] * len(peers)
 
@@ -69,6 +69,9 @@ class Member:
     def work(self) -> None:
         """Hear the coordinator, tell it what is due, mend connections."""
         now_ns = time.monotonic_ns()
+        if now_ns - self._worked_ns > 2 * self.timing.heartbeat_ns:
+            self.replica.was_stopped(now_ns)
+        self._worked_ns = now_ns
         self.peers.mend()
         self._listen()
         self.replica.advance(now_ns)

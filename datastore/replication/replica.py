@@ -192,6 +192,11 @@ class Replica:
         all_committed = ship.committed(words, partition) >= ship.changes(words, partition)
         return bool(ship.role(words, partition) == RETIRING and all_committed)
 
+    def was_stopped(self, now_ns: int) -> None:
+        """This process did not run for a while: what peers owe it may be on its way. They get their time anew."""
+        owing_ns = self.shipping.links[:, :, ship.OWING_NS]
+        owing_ns[owing_ns != 0] = now_ns
+
     def _unreachable(self, now_ns: int) -> list[str]:
         """Return the peers that owe an acknowledgment for too long."""
         found = []

@@ -105,6 +105,8 @@ class Switchover:
     def plan(self, now_ns: int, coordinator: Coordinator) -> None:
         """Bring every move one step further and work out the steering; tells the coordinator which primaries may hand over."""
         dead = self.dead(now_ns, coordinator.timing.lease_ns + coordinator.timing.margin_ns)
+        if now_ns < coordinator.judges_ns:
+            dead &= self._planned[1]
         stores = frozenset(name for name in coordinator.alive(now_ns) if name not in dead or self._outlived(name, coordinator))
         planned = (coordinator.map.epoch, frozenset(dead), stores)
         if planned == self._planned and not coordinator.moves and not self.under_way:

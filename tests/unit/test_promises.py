@@ -122,6 +122,16 @@ def test_no_packet_loop_sees_all_committed_while_roles_change(primary: Replica, 
     assert seen == [[UNCOMMITTED, UNCOMMITTED], [UNCOMMITTED, STAY]]
 
 
+def test_who_was_stopped_gives_peers_their_time_anew(primary: Replica) -> None:
+    owing, patience_ns = primary.shipping.links[0, 0], TIMING.unreachable_ns
+    owing[ship.OWING_NS] = PROMISED_NS
+    late_ns = PROMISED_NS + patience_ns + 1
+    assert primary.beat(late_ns).unreachable == ("nf2",)
+    primary.was_stopped(late_ns)
+    assert primary.beat(late_ns + patience_ns).unreachable == ()
+    assert primary.beat(late_ns + patience_ns + 1).unreachable == ("nf2",)
+
+
 HANDED_OVER = Group(("nf2", "nf1"), 5, joined={"nf1": 3, "nf2": 3})
 
 

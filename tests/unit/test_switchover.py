@@ -168,6 +168,20 @@ def test_a_dead_instance_loses_its_packets_at_once_and_its_partitions_after():
     assert {cluster.successor(p) for p in (0, 2)} == {"nf2"}  # without waiting for the dead to drain
 
 
+def test_who_was_stopped_judges_nobody_before_all_had_time_to_speak():
+    cluster = Cluster()
+    cluster.now_ns += 2 * SPAN_NS  # the whole machine stood still
+    cluster.coordinator.was_stopped(cluster.now_ns)
+    cluster.beat(silent="nf1")
+    assert cluster.switchover.steering == ["nf1", "nf2", "nf1", "nf2"]
+    assert {group.members for group in cluster.coordinator.map.groups} == {("nf1", "nf2"), ("nf2", "nf1")}
+    assert cluster.coordinator.next_lapse_ns(cluster.now_ns) <= cluster.now_ns + 2 * TIMING.heartbeat_ns
+    for _ in range(2 * TIMING.heartbeat_ns // 1_000_000 + 1):
+        cluster.beat(silent="nf1")
+    assert cluster.switchover.steering == ["nf2"] * 4
+    assert {group.members for group in cluster.coordinator.map.groups} == {("nf2",)}
+
+
 def test_packets_stay_where_the_only_copy_is():
     cluster = Cluster(replicas=1)
     before = list(cluster.switchover.steering)
