@@ -251,7 +251,7 @@ class Coordination:
                 newest = coordinator.map if message["map"] != coordinator.map.epoch else None
                 return {"map": newest.to_json() if newest else None}
             if "move" in message:
-                coordinator.move(map(int, message["move"]["partitions"]), str(message["move"]["target"]))
+                self._move(list(map(int, message["move"]["partitions"])), str(message["move"]["target"]))
                 return {"epoch": coordinator.map.epoch}
             if "moves" in message:
                 return {"moves": len(coordinator.moves)}
@@ -260,6 +260,19 @@ class Coordination:
         except (NearstateError, KeyError, TypeError, ValueError) as error:
             return {"error": str(error)}
         return {"error": f"unknown message {sorted(message)}: send beat, map, move, moves or status"}
+
+    def _move(self, partitions: list[int], target: str) -> None:
+        """Begin a move. Raises NearstateError for partitions that are on their way elsewhere, or do not exist."""
+        coordinator = self.coordinator
+        alive = coordinator.alive(time.monotonic_ns())
+        for partition in partitions:
+            other = coordinator.moves.get(partition, target)
+            if other != target and other in alive:
+                raise NearstateError(f"partition {partition} is on its way to {other}: move it again once it is there")
+        groups = coordinator.map.groups
+        there = {partition for partition in range(len(groups)) if partition not in coordinator.moves
+                 and groups[partition].primary == target and not groups[partition].successor}  # fmt: skip
+        coordinator.move([partition for partition in partitions if partition not in there], target)
 
     def publish(self) -> bool:
         """Save what was decided and tell every store; False when it could not be saved, and is taken back."""
@@ -288,6 +301,8 @@ class Coordination:
                     self._drop(line)
         if self.switchover:
             self._give_orders()
+        if len(coordinator.moves) != len(self._saved["moves"]):  # some have ended: nobody waits until that is saved
+            coordinator.dirty = True
         return True
 
     def status(self) -> dict[str, Any]:

@@ -299,7 +299,8 @@ class Coordinator:
 
     def next_lapse_ns(self, now_ns: int) -> int:
         """Return when the next lease will be over, if nobody asks for a new one; a heartbeat from now if that is earlier."""
-        due = [self.judges_ns, *(state.granted_until_ns for state in self.hosts.values())]
+        due = [self.judges_ns, *(max(state.granted_until_ns, state.heard_ns + self.timing.lease_ns)
+                                 for state in self.hosts.values())]  # fmt: skip
         return min([now_ns + self.timing.heartbeat_ns, *(at_ns for at_ns in due if at_ns > now_ns)])
 
     def was_stopped(self, now_ns: int) -> None:

@@ -89,7 +89,7 @@ class Member:
                 changed |= self.replica.hear(now_ns, read_grant(message["grant"]))
             if changed:
                 self.table.words[EPOCH] = self.replica.map.epoch
-                self._ping(now_ns, 0)
+                self._ping(time.monotonic_ns(), 0)
             if changed or now_ns - self._looked_ns >= self._pause_ns() - self._slack_ns():
                 self._beat(changed)
             self._line.flush()

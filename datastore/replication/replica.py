@@ -190,7 +190,15 @@ class Replica:
         """Tell whether all that this host did as a partition's primary is committed, and it does nothing more."""
         words = self.words
         all_committed = ship.committed(words, partition) >= ship.changes(words, partition)
-        return bool(ship.role(words, partition) == RETIRING and all_committed)
+        return bool(ship.role(words, partition) == RETIRING and all_committed and self._is_shipped(partition))
+
+    def _is_shipped(self, partition: int) -> bool:
+        """Tell whether whoever counts has all of a partition, also where nothing waits for that (asynchronous)."""
+        if not self.shipping.control[ship.ASYNCHRONOUS]:
+            return True
+        links, changes = self.shipping.links[:, partition], ship.changes(self.words, partition)
+        return all(link[ship.UNDER_WAY] == 0 and link[ship.CHANGES_ACKED] >= changes
+                   for link in links if link[ship.MODE] == ship.COUNTED)  # fmt: skip
 
     def was_stopped(self, now_ns: int) -> None:
         """This process did not run for a while: what peers owe it may be on its way. They get their time anew."""

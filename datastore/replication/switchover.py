@@ -62,6 +62,7 @@ class Switchover:
     """Packets of partitions that are watched since before do not go the old way any more."""
     _planned: tuple[int, frozenset[str], frozenset[str]] = (0, frozenset(), frozenset())
     """The map, dead instances and stores that are there, for which the last plan was made."""
+    _began_ns: int = 0
 
     @classmethod
     def of(cls, instances: list[str], steering: list[str], aligned: bool) -> Switchover:
@@ -104,6 +105,7 @@ class Switchover:
 
     def plan(self, now_ns: int, coordinator: Coordinator) -> None:
         """Bring every move one step further and work out the steering; tells the coordinator which primaries may hand over."""
+        self._began_ns = self._began_ns or now_ns
         dead = self.dead(now_ns, coordinator.timing.lease_ns + coordinator.timing.margin_ns)
         if now_ns < coordinator.judges_ns:
             dead &= self._planned[1]
@@ -127,8 +129,11 @@ class Switchover:
         if self.aligned:
             self._watch(now_ns)
             self._follow_packets(coordinator, dead)
-            coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead)}
-            coordinator.may_end = {p for p in coordinator.moves if self._has_followed(p, coordinator, dead)}
+            is_young = now_ns < self._began_ns + coordinator.timing.lease_ns + coordinator.timing.margin_ns
+            unknown = {name for name, instance in self.instances.items() if is_young and not instance.heard_ns}
+            orphans = set() if is_young else self.instances.keys() - set(coordinator.alive(now_ns))
+            coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead, unknown)}
+            coordinator.may_end = {p for p in coordinator.moves if self._has_followed(p, coordinator, dead, unknown, orphans)}
 
     def _outlived(self, name: str, coordinator: Coordinator) -> bool:
         """Tell whether the store of a dead instance's host is there without it.
@@ -154,7 +159,7 @@ class Switchover:
     def _begin_and_end(self, coordinator: Coordinator, dead: set[str]) -> None:
         groups = coordinator.map.groups
         for partition, target in list(self.under_way.items()):
-            if coordinator.moves.get(partition) != target or target in dead:
+            if coordinator.moves.get(partition) != target or target in dead or target not in groups[partition].members:
                 del self.under_way[partition]
         for target in dead & set(coordinator.moves.values()):
             coordinator.give_up(target)
@@ -174,21 +179,32 @@ class Switchover:
         """Tell whether anybody waits for packets to go their new way."""
         return any(since >= self.settled_ns for since in self.watched.values())
 
-    def _may_hand_over(self, partition: int, coordinator: Coordinator, dead: set[str]) -> bool:
-        """Tell whether a partition's primary may retire: its packets go to the next one, and wait there."""
-        source = coordinator.map.groups[partition].primary
-        if not source or not self._speaks(source, dead) or not self._speaks(coordinator.moves[partition], dead):
+    def _may_hand_over(self, partition: int, coordinator: Coordinator, dead: set[str], unknown: set[str]) -> bool:
+        """Tell whether a partition's primary may retire: its packets go to the next one, and wait there.
+
+        unknown: instances that were not heard yet and may be there, since this coordinator has only begun.
+        """
+        source, target = coordinator.map.groups[partition].primary, coordinator.moves[partition]
+        if unknown & {source, target}:
+            return False
+        if not source or not self._speaks(source, dead) or not self._speaks(target, dead):
             return True
         return partition in self.watched
 
-    def _has_followed(self, partition: int, coordinator: Coordinator, dead: set[str]) -> bool:
-        """Tell whether state and packets of a partition are where they were to go: nothing of it comes or waits elsewhere."""
+    def _has_followed(
+        self, partition: int, coordinator: Coordinator, dead: set[str], unknown: set[str], orphans: set[str]
+    ) -> bool:
+        """Tell whether state and packets of a partition are where they were to go: nothing of it comes or waits elsewhere.
+
+        orphans: instances whose host's store is not there; what they hold is lost with it.
+        """
         target = coordinator.moves[partition]
-        if coordinator.map.groups[partition].primary != target:
+        if coordinator.map.groups[partition].primary != target or target in unknown:
             return False
         if not self._speaks(target, dead):
             return True
-        others = [name for name in self.instances if name != target and self._speaks(name, dead)]
+        others = [name for name in self.instances
+                  if name != target and (name in unknown or self._speaks(name, dead | orphans))]  # fmt: skip
         is_drained = self._is_settled(partition) and all(partition in self.instances[name].quiet for name in others)
         return partition in self.under_way and (is_drained or not others)
 

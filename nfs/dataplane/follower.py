@@ -29,17 +29,16 @@ class Follower:
     """Tells and hears until closed. `orders`: what was heard and not yet carried out, oldest first."""
 
     def __init__(
-        self, coordinators: Sequence[Sequence[Any]], report: Callable[[Sequence[int]], dict[str, Any]], call: Callable[[], None],
+        self, coordinators: Sequence[Sequence[Any]], report: Callable[[], dict[str, Any]], call: Callable[[], None],
         timing: Timing,
     ) -> None:  # fmt: skip
-        """coordinators: (host, port) of each; one leads and listens. report: given the watched partitions, what to tell
-        ({"instance": ...} of `coordination.py`). call: wakes the loop.
+        """coordinators: (host, port) of each; one leads and listens. report: what to tell ({"instance": ...} of
+        `coordination.py`). call: wakes the loop.
         """
         self.orders: deque[dict[str, Any]] = deque()
         self._report, self._call = report, call
         self._pause_s, self._silence_s = timing.heartbeat_ns / 1e9, SILENCE_LEASES * timing.lease_ns / 1e9
         self._dialer = Dialer(*coordinators)
-        self._watch: list[int] = []
         self._told = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
@@ -72,8 +71,8 @@ class Follower:
             if now_s - heard_s > self._silence_s:
                 raise TimeoutError
             if now_s >= due_s:
-                line.send({"instance": self._report(self._watch)})
-                due_s = now_s + (self._pause_s / 8 if self._watch else self._pause_s)
+                line.send({"instance": self._report()})
+                due_s = now_s + self._pause_s
             waited: list[Any] = [line, self._told]
             ready = select.select(waited, [], [], max(0.0, due_s - now_s))[0]
             if self._told in ready:
@@ -85,7 +84,6 @@ class Follower:
             for message in line.receive():
                 orders = message.get("orders")
                 if orders:
-                    self._watch = orders["watch"]
                     self.orders.append(orders)
                     self._call()
 

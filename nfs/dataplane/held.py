@@ -97,7 +97,8 @@ def outcome(words: np.ndarray, partition: int, reign: int, need: int, has_lease:
     committed = is_committed(words, partition, need)
     role = load_acquire(words, partition_at(words, partition) + ROLE)
     if np.int64(role >> np.uint64(ROLE_BITS)) != reign or not rules(np.int64(role & np.uint64(ROLE_MASK))):
-        return GO if np.int64(load_acquire(words, word(words, ENDED_AT) + partition)) == reign else UNCOMMITTED
+        handed_over = np.int64(load_acquire(words, word(words, ENDED_AT) + partition))
+        return GO if reign > 0 and handed_over == reign else UNCOMMITTED
     return GO if committed and has_lease else STAY
 
 

@@ -155,6 +155,15 @@ def reachable(engine: Engine, words: np.ndarray, partition: int) -> Any:
     return engine.control[DOWN] >> engine.primary[partition] & 1 == 0
 
 
+@inline
+def must_park(engine: Engine, words: np.ndarray, partition: int) -> Any:
+    """Tell whether a packet cannot go on: nobody can be asked, or one before it waits whom it would overtake elsewhere."""
+    queue = engine.held.queues
+    if queue[partition, PARKED_COUNT] > 0 or (engine.primary[partition] != HERE and queue[partition, HEAD] >= 0):
+        return True
+    return not reachable(engine, words, partition)
+
+
 @jit
 def park(engine: Engine, index: int, step: int, partition: int) -> int:
     """Let a packet wait until its partition is somewhere; returns WAITS, or the code of a drop."""
@@ -185,7 +194,7 @@ def hold(engine: Engine, words: np.ndarray, index: int, step: int, reign: int, c
     engine.adds[index, 0] = 0
     if control[ADDING]:
         keep_adds(engine, index, step)
-    packet[WAITS_HOW], packet[WAITS_AT], packet[REIGN] = HELD, step, reign
+    packet[WAITS_HOW], packet[WAITS_AT], packet[WAITS_SINCE_NS], packet[REIGN] = HELD, step, control[NOW_NS], reign
     packet[NEED], packet[ALSO_PARTITION] = changes(words, partition), control[ALSO]
     if control[ALSO] >= 0:
         packet[ALSO_NEED], packet[ALSO_REIGN] = changes(words, control[ALSO]), control[CLAIMED_IN]
@@ -254,8 +263,8 @@ def release_partition(engine: Engine, inside: Port, outside: Port, frames: Frame
             code = DROP_CAUSE + causes.STATE_UNREACHABLE if late else access(engine, words, client, index, step)
         else:
             outcome = judge(held, words, index, partition, has_lease)
-            if outcome == STAY:
-                break
+            if outcome == STAY and (has_lease or control[NOW_NS] - packet[WAITS_SINCE_NS] <= LONGEST_WAIT_NS):
+                break  # without a lease for so long the store is gone, and nobody will say what became of it
             take_first(held, engine.next_packet, partition)
             control[WAITING] -= 1
             if outcome != GO:
@@ -276,7 +285,7 @@ def take_step(engine: Engine, words: np.ndarray, client: ClientState, index: int
     if engine.steps[step, KEY] != NONE:
         if engine.control[REPLICATES]:
             partition = np.int64(engine.packets[index].partition)
-            if engine.held.queues[partition, PARKED_COUNT] > 0 or not reachable(engine, words, partition):
+            if must_park(engine, words, partition):
                 return park(engine, index, step, partition)
         return access(engine, words, client, index, step)
     code = run_functions(engine, index, step, engine.values[engine.values.shape[0] - 1], 0, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,8 +86,9 @@ class Process:
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
         self._drains: dict[int, Drain] = {}
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
-        self.follower = Follower(self.coordinators, self.report, self.call, Timing.of(config.get("lease_ms"))
-                                 ) if self.coordinators else None  # fmt: skip
+        self._quiet: list[int] = []
+        """The watched partitions of which no packet is here, nor on its way, as the loop saw last."""
+        self.follower: Follower | None = None
 
     def _find_state(self) -> tuple[Table, list[dict[str, Any]], np.ndarray, int]:
         """Return the table on this host, the remote stores, the primaries by partition, and the map's epoch."""
@@ -144,23 +144,23 @@ class Process:
         if self.bell:
             self.bell.ring_own()
 
-    def report(self, watched: Sequence[int]) -> dict[str, Any]:
-        """Return what the coordinator is told of this instance; from another thread."""
-        held = self.engine.held
-        return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.epoch,
-                "parked": np.flatnonzero(held.parking).tolist(), "quiet": self._quiet(watched)}  # fmt: skip
+    def join(self) -> None:
+        """Speak to the coordinator from now on: this process can carry out orders."""
+        if self.coordinators:
+            self.follower = Follower(self.coordinators, self.report, self.call, Timing.of(self.config.get("lease_ms")))
 
-    def _quiet(self, watched: Sequence[int]) -> list[int]:
-        """Return the partitions of which no packet is here, nor on its way."""
-        engine, drains = self.engine, dict(self._drains)
-        drained = [p for p in watched if p in drains and drains[p].is_done]
-        flying = {int(low) & 0xFFFF for low in engine.flight_keys[engine.flights[:, PHASE] > 0, 1]}
-        return [p for p in drained if engine.held.queues[p, HEAD] < 0 and p not in flying]
+    def report(self) -> dict[str, Any]:
+        """Return what the coordinator is told of this instance; from another thread. What was quiet before orders that are not
+        carried out yet does not count."""
+        quiet = [] if self.follower and self.follower.orders else self._quiet
+        return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.epoch,
+                "parked": np.flatnonzero(self.engine.held.parking).tolist(), "quiet": quiet}  # fmt: skip
 
     def follow(self) -> None:
         """Carry out the coordinator's orders."""
         self.engine.control[CALLED] = 0
         while self.follower and self.follower.orders:
+            self._quiet = []
             orders = self.follower.orders.popleft()
             if orders["map"]:
                 self._adopt(ClusterMap.from_json(orders["map"]))
@@ -173,14 +173,21 @@ class Process:
         self._drain()
 
     def _drain(self) -> None:
-        """See of the partitions that are sent elsewhere now whether all their packets have been through the loop."""
-        ports, done = [opened.port for opened in self.opened], False
+        """See of the partitions that are sent elsewhere now whether all their packets have been through the loop, and left it.
+
+        Between two bursts: while the loop runs, a packet may be on its way from one place to another.
+        """
+        ports, engine = [opened.port for opened in self.opened], self.engine
         for drain in self._unfinished():
             if not drain.marks and time.monotonic_ns() - drain.since_ns >= ARRIVAL_NS:
                 drain.marks = [mark(port) for port in ports]
-            if drain.marks and all(map(has_passed, ports, drain.marks)):
-                drain.is_done = done = True
-        if done and self.follower:
+            drain.is_done = bool(drain.marks) and all(map(has_passed, ports, drain.marks))
+        flying = {int(low) & 0xFFFF for low in engine.flight_keys[engine.flights[:, PHASE] > 0, 1]} if self._drains else set()
+        quiet = [partition for partition, drain in self._drains.items()
+                 if drain.is_done and engine.held.queues[partition, HEAD] < 0 and partition not in flying]  # fmt: skip
+        news = set(quiet) - set(self._quiet)
+        self._quiet = quiet
+        if news and self.follower:
             self.follower.tell()
 
     def _unfinished(self) -> list[Drain]:
@@ -210,7 +217,7 @@ class Process:
 
     def process_packets(self, duration_ns: int = SLICE_NS) -> None:
         """Run the packet loop for a while."""
-        if self._unfinished():
+        if len(self._quiet) < len(self._drains):
             duration_ns = min(duration_ns, DRAIN_SLICE_NS)
         inside, outside = (opened.port for opened in self.opened)
         run(self.engine, inside, outside, self.frames, self.table.words, self.client.state, duration_ns)
@@ -245,6 +252,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     process.process_packets(0)
     for opened in process.opened:  # whoever is told "ready" may send at once
         refill(opened.port, process.frames)
+    process.join()
     control.send({"ready": True, "port_kind": process.opened[0].kind})
     while True:
         process.process_packets()

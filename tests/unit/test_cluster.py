@@ -15,6 +15,7 @@ import pytest
 from datastore import __main__ as command_line
 from datastore.native.errors import NearstateError
 from datastore.replication import coordination
+from datastore.replication.coordinator import Heartbeat
 from datastore.replication.maps import ClusterMap
 from datastore.replication.report import troubles
 from datastore.replication.routed import ask
@@ -106,6 +107,24 @@ def test_status_and_move_on_the_command_line(cluster, capsys):
     assert "unknown store host 'nf9'" in capsys.readouterr().err
     assert command_line.main(["status", "127.0.0.1:1", "--json"]) == 1
     assert "no coordinator answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_move_of_what_is_on_its_way_elsewhere_is_refused(tmp_path):
+    config = {"address": "127.0.0.1", "port": 0, "cluster": 1, "replicas": 2, "hosts": HOSTS,
+              "placement": [["nf1", "nf2"]] * PARTITIONS, "state": str(tmp_path / "state.json")}  # fmt: skip
+    process = coordination.Coordination(config)
+    try:
+        for name in HOSTS:
+            beat = Heartbeat(name, 1, 5, 1, 0)
+            process.coordinator.hear(time.monotonic_ns(), beat)
+        assert "epoch" in process.command({"move": {"partitions": [2, 3], "target": "nf3"}})
+        told = process.command({"move": {"partitions": [1, 3], "target": "nf2"}})
+        assert told == {"error": "partition 3 is on its way to nf3: move it again once it is there"}
+        assert "epoch" in process.command({"move": {"partitions": [3, 4], "target": "nf3"}})
+        assert "epoch" in process.command({"move": {"partitions": [5], "target": "nf1"}})  # it is there
+        assert process.coordinator.moves == dict.fromkeys((2, 3, 4), "nf3")
+    finally:
+        process.close()
 
 
 def test_a_coordinator_that_cannot_save_changes_nothing_and_says_why(tmp_path):

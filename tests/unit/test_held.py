@@ -15,8 +15,9 @@ from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, ENDED_AT, L
 from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from nfs.dataplane import load
-from nfs.dataplane.engine import EPOCH
+from nfs.dataplane.engine import EPOCH, HERE
 from nfs.dataplane.headers import OUTSIDE
+from nfs.dataplane.held import PARKED_COUNT, SINCE_NS
 from tests.packets import SERVER, ethernet
 from tests.rig import VALUE_BYTES, Rig
 
@@ -79,6 +80,30 @@ def test_without_a_lease_nothing_leaves(rig):
     assert rig.send(b"a") == []
     rig.table.words[LEASE_NS] = time.monotonic_ns() + 10**12
     assert rig.send(b"b") == [b"a", b"b"]
+
+
+def test_who_has_lost_its_store_holds_nothing_for_ever(rig):
+    rig.commit(0)
+    assert rig.send(b"a") == []
+    rig.engine.held.packets[:, SINCE_NS] -= 3_000_000_000  # as if it had waited so long
+    assert rig.send() == []
+    assert rig.counts()["waiting"] == 1  # with a lease it will be known
+    rig.table.words[LEASE_NS] = 1
+    assert rig.send() == []
+    assert rig.counts()["uncommitted"] == 1
+
+
+def test_nobody_overtakes_a_held_packet_by_asking_elsewhere(rig):
+    rig.commit(0)
+    assert rig.send(b"a") == []
+    rig.engine.primary[PARTITION] = 0  # its map says so already
+    assert rig.send(b"b") == []
+    assert rig.engine.held.queues[PARTITION, PARKED_COUNT] == 1
+    rig.engine.primary[PARTITION] = HERE
+    rig.commit(1)
+    assert rig.send() == [b"a"]
+    rig.commit(2)
+    assert rig.send() == [b"b"]
 
 
 def test_what_was_not_committed_goes_with_the_role(rig):

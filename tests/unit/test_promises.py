@@ -14,7 +14,7 @@ from datastore.replication import shipping as ship
 from datastore.replication.coordinator import Grant, Timing
 from datastore.replication.maps import ClusterMap, Group
 from datastore.replication.replica import Ping, Replica
-from datastore.store.layout import BACKUP, COMMITTED_AT, PRIMARY
+from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_ALWAYS, COMMITTED_AT, PRIMARY
 from datastore.store.table import VALUE, Table, commit_record, open_record
 from nfs.dataplane.held import ALSO_PARTITION, ALSO_REIGN, GO, NEED, REIGN, STAY, UNCOMMITTED, judge, make_held
 
@@ -156,6 +156,16 @@ def test_what_ran_before_a_partition_was_handed_over_leaves(primary, new, commit
         primary.words[int(primary.words[COMMITTED_AT])] = ship.changes(primary.words, 0)
     follow(primary, 5, new, PROMISED_NS + 1)
     assert look(primary, 3) == outcome
+
+
+def test_also_what_nothing_waits_for_is_shipped_before_a_partition_is_handed_over(primary: Replica) -> None:
+    primary.shipping.control[ship.ASYNCHRONOUS] = 1
+    link = primary.shipping.links[0, 0]
+    follow(primary, 4, Group(("nf1", "nf2"), 3, successor="nf2", joined={"nf1": 3, "nf2": 3}), PROMISED_NS)
+    primary.words[int(primary.words[COMMITTED_AT])] = COMMITTED_ALWAYS
+    primary.words[int(primary.words[CHANGES_AT])] = 7
+    for link[ship.CHANGES_ACKED], link[ship.UNDER_WAY], is_drained in ((6, 0, False), (7, 1, False), (7, 0, True)):
+        assert primary.is_drained(0) == is_drained
 
 
 def test_a_claim_elsewhere_is_lost_with_that_partitions_role() -> None:

@@ -20,9 +20,11 @@ class Cluster:
     """A coordinator and its switchover; stores and instances that say what they are told to."""
 
     def __init__(
-        self, replicas: int = 2, partitions: int = 4, moves: dict[int, str] | None = None, handed_over: bool = False
-    ) -> None:
-        """moves: under way since an earlier coordinator. handed_over: partition 0 is nf2's by now, and so are its packets."""
+        self, replicas: int = 2, partitions: int = 4, moves: dict[int, str] | None = None, handed_over: bool = False,
+        heard: bool = True,
+    ) -> None:  # fmt: skip
+        """moves: under way since an earlier coordinator. handed_over: partition 0 is nf2's by now, and so are its packets.
+        heard: everybody has spoken already."""
         placement = [[HOSTS[(p + r) % 2] for r in range(replicas)] for p in range(partitions)]
         if handed_over:
             placement[0].reverse()
@@ -31,7 +33,8 @@ class Cluster:
         self.coordinator.moves |= moves or {}
         self.switchover = Switchover.of(list(HOSTS), [group[0] for group in placement], True)
         self.switchover.take_charge(self.coordinator)
-        self.beat()
+        if heard:
+            self.beat()
 
     def beat(self, silent: str = "", **said: Any) -> None:
         """Let every store follow the newest map, and every instance report; `silent` does not."""
@@ -145,6 +148,52 @@ def test_who_dies_within_a_move_is_not_waited_for():
     assert cluster.coordinator.map.groups[0].primary == "nf2"
     assert cluster.orders("nf2")["park"] == []
     assert cluster.coordinator.moves == {}
+
+
+def test_an_instance_whose_store_is_gone_is_not_waited_for():
+    """What it holds of its store's reign it cannot let go any more."""
+    cluster = steered()
+    cluster.hand_over(0)
+    cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
+    for _ in range(2 * SPAN_NS // 1_000_000):
+        cluster.now_ns += 1_000_000
+        epoch = cluster.coordinator.map.epoch
+        cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf2", 1, 2, epoch, cluster.now_ns))
+        cluster.report("nf1")
+        cluster.report("nf2", parked=(0,))
+        cluster.plan()
+    assert cluster.orders("nf2")["park"] == []
+    assert cluster.coordinator.moves == {}
+
+
+def test_packets_go_where_they_can_be_served_when_the_targets_store_is_gone():
+    cluster = steered()
+    for _ in range(2 * SPAN_NS // 1_000_000):
+        cluster.now_ns += 1_000_000
+        epoch = cluster.coordinator.map.epoch
+        cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf1", 1, 1, epoch, cluster.now_ns))
+        cluster.report("nf1")
+        cluster.report("nf2", parked=(0,))
+        cluster.plan()
+    assert cluster.coordinator.map.groups[0].members == ("nf1",)
+    assert cluster.orders("nf2")["park"] == []
+    assert cluster.switchover.steering[0] == "nf1"
+
+
+def test_who_was_not_heard_yet_is_waited_for_in_a_move_of_an_earlier_coordinator():
+    cluster = Cluster(moves={0: "nf2"}, handed_over=True, heard=False)
+    cluster.report("nf2", parked=(0,))
+    for _ in range(3):
+        cluster.switchover.confirmed = list(cluster.switchover.steering)
+        cluster.plan()
+        cluster.now_ns += 1_000_000
+        cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns)
+    assert cluster.orders("nf2")["park"] == [0]  # nf1 may have packets from before
+    cluster.now_ns += SPAN_NS
+    cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf2", 1, 2, cluster.coordinator.map.epoch, cluster.now_ns))
+    cluster.report("nf2", parked=(0,))
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == []
 
 
 def test_no_more_than_a_batch_parks_at_a_time():
