@@ -14,7 +14,7 @@ from analysis.summary import typical
 EXPERIMENT = "rejoin"
 HEADLINES = tuple(Headline(metric) for metric in ("refill_ms", "foreground_cost_ratio", "goodput_during_kpps"))
 COURSES = {"full_ratio": "all copies (share)", "storage_mbps": "storage (Mbit/s)", "store_cores": "stores' CPU (cores)"}
-SHOWN_MS = (-300, 700)
+SHOWN_MS = (-300, 1000)
 """Of the time around the store's return: as much again before and after a refill as it takes."""
 
 

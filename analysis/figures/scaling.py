@@ -10,14 +10,14 @@ from matplotlib.lines import Line2D
 from analysis import style
 from analysis.answers import digits, listing, missing
 from analysis.figures import Headline
-from analysis.figures.failover import all_courses, cases, label
+from analysis.figures.failover import SMALL_PT, all_courses, cases, label
 from analysis.sheet import Sheet, title
 from analysis.summary import typical
 
 EXPERIMENT = "scaling"
 HEADLINES = tuple(Headline(metric) for metric in ("out_ms", "in_ms", "packets_delayed", "packets_lost", "flow_reordered"))
-COSTS = {"out_ms": "move out (ms)", "in_ms": "move in (ms)", "packets_delayed": "delayed over 20 ms", "packets_lost": "lost",
-         "flow_reordered": "out of flow order"}  # fmt: skip
+COSTS = {"out_ms": "move out (ms)", "in_ms": "move in (ms)", "out_highest_ms": "longest delay (ms)",
+         "packets_delayed": "delayed over 20 ms", "packets_lost": "lost", "flow_reordered": "out of flow order"}  # fmt: skip
 COPIES: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white", "markeredgewidth": 0.8}
 """What sets several replicas apart from one."""
 
@@ -36,7 +36,9 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
         for placement, replicas, rows in cases(frame[(frame["nf"] == nf) & (frame["metric"] == metric)]):
             changes = COPIES if replicas > 1 else {}
             sheet.curve(axes, rows.assign(flows=rows["flows"] / 2), "flows", placement, f"{name}, R = {replicas}", **changes)
-        axes.set(xscale="log", xlabel="flows moved", title=name, ylim=(0, None))
+        highest = max(1.0, axes.get_ylim()[1])  # a count of none is no axis of hundredths
+        axes.set(xscale="log", xlabel="flows moved", ylim=(0, highest))
+        axes.set_title(name, fontsize=SMALL_PT)
     looks = [(style.line(placement) | (COPIES if replicas > 1 else {}), label(placement, replicas))
              for placement, replicas, _ in cases(lines)]  # fmt: skip
     sheet.legend_of([Line2D([], [], **look) for look, _ in looks], [name for _, name in looks])
