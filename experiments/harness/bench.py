@@ -351,7 +351,7 @@ class Bench:
         self.generator = self.launcher.spawn(
             "generator", client, "experiments.workloads.generator:main",
             kind | {"source_mac": client.interfaces["net"].mac, "next_hop_mac": next_hop,
-                    "server": str(server.interfaces["net"].ipv4).partition("/")[0], "traffic": traffic})  # fmt: skip
+                    "server": str(server.interfaces["net"].ipv4).partition("/")[0], "traffic": traffic}, prompt=True)  # fmt: skip
         self.wait_ready([self.sink, self.generator])
 
     def warm_up(self) -> None:
