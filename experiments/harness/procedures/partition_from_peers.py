@@ -34,6 +34,8 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     if "storage" not in bench.network.hosts[victim].interfaces:
         raise NearstateError(f"host {victim!r} has no interface on a storage network: nothing to cut")
     concerned = served_by(bench, victim)
+    if not concerned:  # a busy machine: it was not heard for a lease, and replaced
+        raise NearstateError(f"before any cut: {victim} serves nothing; its place was taken while the trial began")
     load = {"bin_us": settings["bin_us"], "watch": concerned}
     began_ns = bench.offer(settings["offered_kpps"], settings["seconds"], load)
     until_ns = began_ns + int(settings["seconds"] * 1e9)
