@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from analysis import style
 from analysis.answers import digits, listing, missing
 from analysis.figures import Headline
+from analysis.figures.replication_cost import waits
 from analysis.results import time_line
 from analysis.sheet import Sheet, title
 from analysis.summary import typical
@@ -50,7 +51,7 @@ def draw(frame: pd.DataFrame, sheet: Sheet) -> None:
 
 def of_hosts(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of trials that lost a whole host, and whose packets waited for copies."""
-    waited = frame if "asynchronous" not in frame else frame[frame["asynchronous"].isna()]
+    waited = frame[waits(frame)]
     return waited if "lost" not in waited else waited[waited["lost"].isna()]
 
 
@@ -59,9 +60,9 @@ def updates(frame: pd.DataFrame) -> str:
     lost = frame[(frame["metric"] == "updates_lost") & frame["valid"] & (frame["replicas"] > 1)]
     if lost.empty:
         return ""
-    waits = lost["asynchronous"].isna() if "asynchronous" in lost else lost["valid"]
+    kept = waits(lost)
     said = [f"{digits(float(rows['value'].median()))} where {packets} for the copies"
-            for packets, rows in (("packets wait", lost[waits]), ("they do not wait", lost[~waits])) if len(rows)]  # fmt: skip
+            for packets, rows in (("packets wait", lost[kept]), ("they do not wait", lost[~kept])) if len(rows)]  # fmt: skip
     return f" Packets that were delivered and are counted nowhere: {listing(said)}."
 
 
