@@ -249,6 +249,7 @@ class Replica:
             return  # a later primary has been here: the map that says so is on its way
         fresh = ship.reign(words, partition) != group.reign or not ship.rules(ship.role(words, partition))
         if fresh:
+            shipping.claims[partition] = max(int(shipping.followed[partition, ship.EPOCH]), 0), ship.changes(words, partition)
             shipping.followed[partition] = (-1, 0, 0, 0)
             ship.leave_all(shipping, words, partition)
         for peer, host in enumerate(self.peers):
@@ -258,7 +259,8 @@ class Replica:
                     ship.starve(shipping, words, peer, partition)
             elif link[ship.MODE] == ship.OUT or link[ship.LINK_JOINED] != group.joined[host]:
                 mode = ship.LEARNING if host in group.learners else ship.COUNTED
-                ship.feed(shipping, words, peer, partition, mode, group.joined[host])
+                has_claim = fresh and mode == ship.COUNTED and shipping.claims[partition, 0] > 0
+                ship.feed(shipping, words, peer, partition, mode, group.joined[host], ship.CLAIM if has_claim else ship.IMAGE)
         if fresh:
             ship.recommit(shipping, words, partition)
         self._set_role(partition, RETIRING if group.successor else PRIMARY, group.reign)
@@ -267,8 +269,9 @@ class Replica:
         """This host is a backup, is learning, or has nothing to do with the partition. before: the group until now."""
         words, followed = self.words, self.shipping.followed[partition]
         ruled, reign = ship.rules(ship.role(words, partition)), int(ship.reign(words, partition))
+        has_handed_over = ruled and self._has_handed_over(partition, group, before)
         joined = group.joined[self.host] if self.host in group.members + group.learners else 0
-        if ruled and self._has_handed_over(partition, group, before):  # written down before the role, see `nfs/dataplane/held.py`
+        if has_handed_over:  # written down before the role, see `nfs/dataplane/held.py`
             words[int(words[ENDED_AT]) + partition] = reign
         anew = ruled or followed[ship.JOINED] != joined
         standing = (ship.MEMBER if self.host in group.members else 0) | int(followed[ship.STANDING]) & ship.COUNTS
@@ -280,7 +283,7 @@ class Replica:
             ship.leave_all(self.shipping, words, partition)
         followed[ship.STANDING] = standing
         if anew:
-            followed[:] = (-1, 0, joined, standing & ship.MEMBER)
+            followed[:] = (reign if has_handed_over else -1, 0, joined, standing & ship.MEMBER)
 
     def _has_handed_over(self, partition: int, group: Group, before: Group) -> bool:
         """Tell whether the successor rules because this host said that all it had done is committed.

@@ -13,9 +13,14 @@ A lost frame's bits are pending again. Frames carry two epochs, since when their
 its replica (older than what the peer knows: refused), a serial number, and the serial of the last frame acknowledged: a peer
 whose own is not in between has missed something and asks for an image. So frames may be lost, doubled and late.
 
-    image    every record of the partition; always the first frame of a primary to a peer
+    image    every record of the partition; the first frame of a primary to a peer that learns, or misses something
+    claim    the first frame of a new primary to a peer that was a member before: what changed since the primary took over, for
+             whoever then had as many changes of the same earlier primary; others ask for an image
     delta    what changed
     news     nothing but what is committed by now: a clean backup may answer reads
+
+Why a claim can be trusted: within one reign the changes of a partition are one sequence, so two replicas that have the first n of
+it are alike (as entries of one term and index are in Raft: D. Ongaro, J. Ousterhout, 2014, section 5.3).
 
 Completion records travel in the frame of the changes they belong to: a retry after a failover finds both or neither.
 
@@ -23,7 +28,9 @@ A frame, after the header of four words that all frames have (`store/protocol.py
 
     0   partition (16) | kind and flags (16) | buckets that follow (32)
     1   epoch of the primary (32) | epoch of the peer (32)    2  serial of the last frame acknowledged    3  serial
+        of a claim: epoch of the earlier primary
     4   changes after this frame    5  changes committed    6  version floor    7  records (32) | completions that follow (32)
+                                       of a claim: the earlier primary's changes
     8.. a bucket: number << 8 | bits; its first word; the slots of bits 0 to 6
         a completion: client id, then the record of its ring
 
@@ -88,18 +95,19 @@ GAP = 254
 DUPLICATE = 253
 """`judge`: this frame, or a later one, was applied already; it is acknowledged again."""
 REPLICATE_WORDS, ACK_WORDS = 8, 3
-IMAGE, NEWS, COUNTED_FLAG = 1, 2, 4
+IMAGE, NEWS, COUNTED_FLAG, CLAIM = 1, 2, 4, 8
 
 # how a peer takes part in a partition
 OUT, LEARNING, COUNTED = range(3)
 """COUNTED: nothing is committed without it. A learning one becomes that with the acknowledgment of its image."""
 # words of a link; those of the first cache line are looked at for all partitions whenever something may be due
-MODE, UNDER_WAY, WANTS_IMAGE, SENT_IMAGE, CHANGES_SENT, CHANGES_ACKED, DONE_ACKED, TOLD = range(8)
+MODE, UNDER_WAY, FIRST, SENT_FIRST, CHANGES_SENT, CHANGES_ACKED, DONE_ACKED, TOLD = range(8)
 SENT, ACKED, DONE_SENT, SENT_NS, COUNTED_FROM, LINK_JOINED, OWING_NS, REFUSED = range(8, 16)
 LINK_WORDS = 16
-"""SENT, ACKED: serials. LINK_JOINED: the epoch at which the peer became a replica, this time. OWING_NS: when the
-first frame was sent that the peer owes an acknowledgment for; 0: it owes none. REFUSED: how often in a row the peer has refused
-the frame under way; negative: it has not answered the last time yet."""
+"""FIRST: IMAGE or CLAIM where one is to be sent, else 0; SENT_FIRST: what that was of the frame sent last. SENT, ACKED: serials.
+LINK_JOINED: the epoch at which the peer became a replica, this time. OWING_NS: when the first frame was sent that the peer owes
+an acknowledgment for; 0: it owes none. REFUSED: how often in a row the peer has refused the frame under way; negative: it has not
+answered the last time yet."""
 # words of `followed`
 EPOCH, SERIAL, JOINED, STANDING = range(4)
 """JOINED: the epoch at which this host became a replica, this time; 0: it is none, and takes no frames. STANDING: bits."""
@@ -114,6 +122,8 @@ backups that find a record clean a little earlier."""
 IMAGES_AT_ONCE = 4
 """Under way to a peer that learns. Measured: a refill of 100,000 records under 60 kpps takes 250 to 370 ms with 16 at a time, and
 costs 4 to 29 % of the packets meanwhile; with 4 it takes 410 to 510 ms, and costs 7 to 11 %."""
+NO_BASE = 1 << 62
+"""Serial before a frame that needs a claim to be right: nobody has it."""
 DONE_QUEUE = 1024
 """Completion records of a partition that can be on their way; more, and the peer gets an image."""
 LOW16, LOW32 = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF)
@@ -125,8 +135,9 @@ class Shipping(NamedTuple):
     links: int64[peers, partitions, LINK_WORDS]. pending, unacked: uint64[peers, partitions, dirty words], as the table's dirty
     bytes. done: int64[partitions, DONE_QUEUE], word indices of completion records, and done_end: int64[partitions], how many
     there ever were. has_done: uint8[partitions], 0: the table has no completion record of the partition, and is not searched for
-    them, which takes 10 us. followed: int64[partitions, 4], the last frame applied. connected: uint8[clients], for `find_client`.
-    control: int64[5].
+    them, which takes 10 us. followed: int64[partitions, 4], the last frame applied. claims: int64[partitions, 2], the earlier
+    primary of a partition that this host rules, and how many of its changes there were; 0: none. connected: uint8[clients], for
+    `find_client`. control: int64[5].
     """
 
     links: np.ndarray
@@ -136,6 +147,7 @@ class Shipping(NamedTuple):
     done_end: np.ndarray
     has_done: np.ndarray
     followed: np.ndarray
+    claims: np.ndarray
     connected: np.ndarray
     control: np.ndarray
 
@@ -160,6 +172,7 @@ def make_shipping(words: np.ndarray, peers: int, connected: np.ndarray, asynchro
         np.zeros(partitions, np.int64),
         np.ones(partitions, np.uint8),
         np.zeros((partitions, 4), np.int64),
+        np.zeros((partitions, 2), np.int64),
         connected,
         control,
     )
@@ -205,11 +218,15 @@ def rules(role: int) -> Any:
 
 
 @jit
-def feed(shipping: Shipping, words: np.ndarray, peer: int, partition: int, mode: int, joined: int) -> None:
-    """Begin to ship a partition to a peer, with an image. COUNTED: nothing is committed any more until it has it."""
+def feed(shipping: Shipping, words: np.ndarray, peer: int, partition: int, mode: int, joined: int, first: int) -> None:
+    """Begin to ship a partition to a peer, with `first`, IMAGE or CLAIM. COUNTED: nothing is committed until that is
+    acknowledged."""
     link = shipping.links[peer, partition]
-    link[MODE], link[WANTS_IMAGE], link[UNDER_WAY], link[LINK_JOINED], link[OWING_NS] = mode, 1, 0, joined, 0
+    link[MODE], link[FIRST], link[UNDER_WAY], link[LINK_JOINED], link[OWING_NS] = mode, first, 0, joined, 0
     link[CHANGES_ACKED], link[COUNTED_FROM] = 0, changes(words, partition)
+    link[DONE_ACKED] = shipping.done_end[partition]
+    for n in range(shipping.pending.shape[2]):
+        shipping.pending[peer, partition, n] = shipping.unacked[peer, partition, n] = U0
     recommit(shipping, words, partition)
 
 
@@ -249,7 +266,7 @@ def has_to_ship(shipping: Shipping, words: np.ndarray, peer: int, partition: int
         links[peer, partition, MODE] != OUT
         and links[peer, partition, UNDER_WAY] == 0
         and (
-            links[peer, partition, WANTS_IMAGE] != 0
+            links[peer, partition, FIRST] != 0
             or changes(words, partition) != links[peer, partition, CHANGES_SENT]
             or shipping.done_end[partition] != links[peer, partition, DONE_ACKED]
             or news_is_due(shipping, words, peer, partition, now_ns)
@@ -461,16 +478,16 @@ def write_frame(
     """`ship`, with the lock held and the dirty bits handed out."""
     link, base = shipping.links[peer, partition], partition_at(words, partition)
     if shipping.done_end[partition] - link[DONE_ACKED] > DONE_QUEUE:
-        link[WANTS_IMAGE] = 1
+        link[FIRST] = IMAGE
     step = 1 + DONE_VALUE + word(words, VALUE_WORDS)
-    kind = IMAGE if link[WANTS_IMAGE] != 0 else 0
+    kind = link[FIRST]
     now_changed = changes(words, partition)
     if kind == IMAGE:
         want_all(shipping, words, peer, partition)
         completions = count_completions(shipping, words, partition)
     else:
         completions = shipping.done_end[partition] - link[DONE_ACKED]
-        if completions == 0 and now_changed == link[CHANGES_SENT]:
+        if kind == 0 and completions == 0 and now_changed == link[CHANGES_SENT]:
             kind = NEWS
     needed = REPLICATE_WORDS + completions * step
     if kind != NEWS:
@@ -490,13 +507,15 @@ def write_frame(
         if link[OWING_NS] == 0:
             link[OWING_NS] = now_ns
         link[CHANGES_SENT], link[DONE_SENT] = now_changed, shipping.done_end[partition]
-        link[SENT_IMAGE], link[WANTS_IMAGE], link[SENT_NS] = kind & IMAGE, 0, now_ns
+        link[SENT_FIRST], link[FIRST], link[SENT_NS] = kind, 0, now_ns
     link[TOLD] = min(committed(words, partition), link[CHANGES_ACKED] if kind == NEWS else now_changed)
     flags = kind | (COUNTED_FLAG if link[MODE] == COUNTED else 0)
     out[at] = np.uint64(partition) | np.uint64(flags) << np.uint64(16) | np.uint64(buckets) << np.uint64(32)
     out[at + 1] = np.uint64(reign(words, partition)) | np.uint64(link[LINK_JOINED]) << np.uint64(32)
     out[at + 2], out[at + 3] = np.uint64(link[ACKED]), np.uint64(link[SENT])
     out[at + 4], out[at + 5], out[at + 6] = np.uint64(now_changed), np.uint64(link[TOLD]), words[base + FLOOR]
+    if kind == CLAIM:
+        out[at + 2], out[at + 5] = np.uint64(shipping.claims[partition, 0]), np.uint64(shipping.claims[partition, 1])
     out[at + 7] = words[base + COUNT] | np.uint64(completions) << np.uint64(32)
     return to - at
 
@@ -506,7 +525,7 @@ def images_under_way(shipping: Shipping, peer: int) -> int:
     """Return how many images a peer has not acknowledged yet."""
     count = np.int64(0)
     for partition in range(shipping.links.shape[1]):
-        count += shipping.links[peer, partition, UNDER_WAY] != 0 and shipping.links[peer, partition, SENT_IMAGE] != 0
+        count += shipping.links[peer, partition, UNDER_WAY] != 0 and shipping.links[peer, partition, SENT_FIRST] == IMAGE
     return count
 
 
@@ -525,7 +544,7 @@ def ship_all(
         partition = first + n if first + n < partitions else first + n - partitions
         if not has_to_ship(shipping, words, peer, partition, now_ns):
             continue
-        if shipping.links[peer, partition, MODE] == LEARNING and shipping.links[peer, partition, WANTS_IMAGE] != 0:
+        if shipping.links[peer, partition, MODE] == LEARNING and shipping.links[peer, partition, FIRST] == IMAGE:
             if images < 0:
                 images = images_under_way(shipping, peer)
             if images >= IMAGES_AT_ONCE:
@@ -595,7 +614,7 @@ def take_ack(shipping: Shipping, words: np.ndarray, peer: int, ack: np.ndarray, 
     if np.int64(ack[at + 2]) != link[SENT] or link[UNDER_WAY] == 0:
         return status
     if status == GAP:
-        link[UNDER_WAY], link[WANTS_IMAGE] = 0, 1
+        link[UNDER_WAY], link[FIRST] = 0, IMAGE
         return status
     if status != OK:  # it does not know of a map yet that this host knows, or the other way round: `lose` sends it again
         link[REFUSED] = 1 + abs(link[REFUSED])
@@ -651,7 +670,8 @@ def lose(shipping: Shipping, peer: int, before_ns: int, refused_before_ns: int) 
             continue
         for n in range(shipping.unacked.shape[2]):
             shipping.pending[peer, partition, n] |= shipping.unacked[peer, partition, n]
-        link[WANTS_IMAGE] |= link[SENT_IMAGE]
+        if link[FIRST] == 0:
+            link[FIRST] = link[SENT_FIRST]
         link[UNDER_WAY], link[CHANGES_SENT] = 0, -1
         lost += 1
     return lost
@@ -661,18 +681,30 @@ def lose(shipping: Shipping, peer: int, before_ns: int, refused_before_ns: int) 
 
 
 @inline
-def judge(kind: int, epoch: int, joined: int, base: int, serial: int, my_epoch: int, my_joined: int, my_serial: int) -> Any:
+def judge(is_first: bool, epoch: int, joined: int, base: int, serial: int, my_epoch: int, my_joined: int, my_serial: int) -> Any:
     """Return what to do with a frame, given the last one applied: OK (apply it), DUPLICATE, STALE_EPOCH or GAP.
 
-    STALE_EPOCH is also the answer to a frame for a replica that this host does not know to be.
+    is_first: it needs none before it: an image, or a claim that is right. STALE_EPOCH is also the answer to a frame for a replica
+    that this host does not know to be.
     """
     if epoch < my_epoch or joined != my_joined:
         return STALE_EPOCH
     if epoch > my_epoch:
-        return OK if kind == IMAGE else GAP
+        return OK if is_first else GAP
     if serial <= my_serial:
         return DUPLICATE
-    return OK if kind == IMAGE or base <= my_serial else GAP
+    return OK if is_first or base <= my_serial else GAP
+
+
+@inline
+def is_right(shipping: Shipping, words: np.ndarray, frame: np.ndarray, at: int) -> Any:
+    """Tell whether a frame that claims how much this host has of the earlier primary is right, or one of this primary was before:
+    then all that changed since is in it. Who rules still is the earlier one, and has not heard that it has handed over."""
+    partition, epoch = np.int64(frame[at] & LOW16), np.int64(frame[at + 1] & LOW32)
+    if shipping.followed[partition, EPOCH] == epoch:
+        return reign(words, partition) == epoch
+    has = shipping.followed[partition, EPOCH] == np.int64(frame[at + 2]) and changes(words, partition) == np.int64(frame[at + 5])
+    return has and not rules(role(words, partition))
 
 
 @jit
@@ -716,9 +748,11 @@ def apply(
     followed = shipping.followed[partition]
     my_epoch = reign(words, partition)
     my_serial = followed[SERIAL] if my_epoch == followed[EPOCH] else -1
-    status = judge(flags & IMAGE, epoch, joined, np.int64(frame[at + 2]), np.int64(frame[at + 3]), my_epoch, followed[JOINED],
-                   my_serial)  # fmt: skip
-    if status == OK and my_epoch == epoch and rules(role(words, partition)):
+    is_first, base = flags & IMAGE != 0, np.int64(frame[at + 2])
+    if flags & CLAIM:
+        is_first, base = is_right(shipping, words, frame, at), NO_BASE
+    status = judge(is_first, epoch, joined, base, np.int64(frame[at + 3]), my_epoch, followed[JOINED], my_serial)
+    if rules(role(words, partition)) and ((status == OK and my_epoch == epoch) or (status == GAP and flags & CLAIM)):
         status = STALE_EPOCH
     if status == OK:
         status = overwrite(shipping, words, owner, now_s, frame, at, length, partition)
@@ -762,7 +796,7 @@ def overwrite(
     read_completions(shipping, words, now_s, frame, to_completions, completions)
     words[base + FLOOR], words[base + COUNT] = frame[at + 6], frame[at + 7] & LOW32
     words[word(words, CHANGES_AT) + partition] = frame[at + 4]
-    words[word(words, COMMITTED_AT) + partition] = frame[at + 5]
+    words[word(words, COMMITTED_AT) + partition] = U0 if flags & CLAIM else frame[at + 5]
     shipping.followed[partition, EPOCH], shipping.followed[partition, SERIAL] = epoch, np.int64(frame[at + 3])
     fence()
     stand(shipping, words, partition, flags & COUNTED_FLAG)

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from datastore.replication import shipping as ship
 from datastore.replication.shipping import (
     ACK_WORDS,
+    CLAIM,
     COUNTED,
     GAP,
+    IMAGE,
     LEARNING,
     Shipping,
     apply,
@@ -28,7 +30,7 @@ from datastore.replication.shipping import (
     take_ack,
 )
 from datastore.store import layout
-from datastore.store.layout import BACKUP, NO_ROLE, PRIMARY
+from datastore.store.layout import BACKUP, NO_ROLE, PRIMARY, RETIRING
 from datastore.store.protocol import FRAME_HEADER_WORDS, find_client
 from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, TOO_MANY_CLIENTS, UNKNOWN_PARTITION
 from datastore.store.table import VALUE, Table, commit_record, open_record, sweep
@@ -101,7 +103,7 @@ def pair() -> Iterator[tuple[Side, Side]]:
     """A primary of partition 0 and a host that is to be its backup since map 1."""
     primary, backup = make_side(PRIMARY), make_side(NO_ROLE)
     backup.shipping.followed[0] = (-1, 0, 1, ship.MEMBER)
-    feed(primary.shipping, primary.table.words, 0, 0, LEARNING, 1)
+    feed(primary.shipping, primary.table.words, 0, 0, LEARNING, 1, IMAGE)
     yield primary, backup
     for side in (primary, backup):
         side.table.verify()
@@ -200,6 +202,108 @@ def test_who_missed_something_asks_for_an_image(pair):
     assert primary.hear(ack) == GAP
     exchange(primary, backup)
     assert backup.records() == primary.records()
+
+
+def hand_over(former: Side, heir: Side, epoch: int = 2) -> None:
+    """Make the backup primary, as `Replica._rule` does, of a former primary that has heard of it."""
+    heir.shipping.claims[0] = heir.shipping.followed[0, ship.EPOCH], changes(heir.table.words, 0)
+    heir.shipping.followed[0] = (-1, 0, 0, 0)
+    feed(heir.shipping, heir.table.words, 0, 0, COUNTED, 1, CLAIM)
+    heir.table.set_role(0, PRIMARY, epoch)
+    former.shipping.followed[0] = (1, 0, 1, ship.MEMBER)
+    former.table.set_role(0, NO_ROLE, epoch)
+
+
+def buckets_of(frame: np.ndarray) -> int:
+    return int(frame[0]) >> 32
+
+
+def role_of(side: Side) -> int:
+    return int(ship.role(side.table.words, 0))
+
+
+def test_who_hands_over_needs_no_image(pair):
+    former, heir = pair
+    for number in range(9):
+        former.write(number, number + 1)
+    exchange(former, heir)
+    hand_over(former, heir)
+    heir.write(3, 77)
+    (frame,) = heir.frames()
+    assert buckets_of(frame) == 1
+    assert committed(heir.table.words, 0) == 0  # not before it is acknowledged
+    assert heir.hear(former.take(frame)) == OK
+    assert former.records() == heir.records()
+    assert former.records()[3][1] == 77
+    assert committed(heir.table.words, 0) == changes(heir.table.words, 0) == 10
+    assert role_of(former) == BACKUP
+    heir.write(4, 78)
+    exchange(heir, former)
+    assert former.records() == heir.records()
+
+
+def test_a_claim_without_changes_makes_a_backup(pair):
+    former, heir = pair
+    former.write(1, 5)
+    exchange(former, heir)
+    hand_over(former, heir)
+    (frame,) = heir.frames()
+    assert buckets_of(frame) == 0
+    assert heir.hear(former.take(frame)) == OK
+    assert role_of(former) == BACKUP
+    assert former.records() == heir.records() == {1: (1, 5)}
+
+
+@pytest.mark.parametrize("of_which_reign", [1, 7])
+def test_who_has_more_than_is_claimed_or_of_another_reign_gets_an_image(pair, of_which_reign):
+    former, heir = pair
+    former.write(1, 5)
+    exchange(former, heir)
+    if of_which_reign == 1:
+        former.write(2, 6)  # never committed
+    hand_over(former, heir)
+    former.shipping.followed[0, ship.EPOCH] = of_which_reign
+    (frame,) = heir.frames()
+    ack = former.take(frame)
+    assert status_of(ack) == GAP
+    assert role_of(former) == NO_ROLE
+    assert heir.hear(ack) == GAP
+    exchange(heir, former)
+    assert former.records() == heir.records() == {1: (1, 5)}
+    assert role_of(former) == BACKUP
+
+
+def test_a_lost_claim_is_made_again_with_all_that_changed_since(pair):
+    former, heir = pair
+    former.write(1, 5)
+    exchange(former, heir)
+    hand_over(former, heir)
+    heir.write(2, 6)
+    (lost,) = heir.frames()
+    lose(heir.shipping, 0, 1 << 60, 0)
+    heir.write(3, 7)
+    (again,) = heir.frames()
+    assert status_of(former.take(lost)) == OK  # late, but before the other
+    assert heir.hear(former.take(again)) == OK
+    assert status_of(former.take(lost)) == OK  # known: nothing is done
+    assert former.records() == heir.records() == {1: (1, 5), 2: (1, 6), 3: (1, 7)}
+    assert committed(heir.table.words, 0) == changes(heir.table.words, 0)
+
+
+def test_who_rules_still_believes_no_claim_until_it_has_heard_of_it(pair):
+    former, heir = pair
+    former.write(1, 5)
+    exchange(former, heir)
+    hand_over(former, heir)
+    former.table.set_role(0, RETIRING, 1)
+    former.shipping.followed[0] = (-1, 0, 1, 0)
+    (frame,) = heir.frames()
+    assert status_of(former.take(frame)) == STALE_EPOCH
+    assert role_of(former) == RETIRING
+    former.table.set_role(0, NO_ROLE, 2)
+    former.shipping.followed[0] = (1, 0, 1, ship.MEMBER)
+    assert status_of(former.take(frame)) == OK
+    assert former.records() == heir.records()
 
 
 def test_an_image_takes_away_what_the_primary_does_not_have(pair):

@@ -115,7 +115,7 @@ class Stage:
     def read(self, name: str) -> int | None:
         """Return what a host answers, None when it refuses."""
         host, out = self.actors[name], np.zeros(16, np.uint64)
-        status = get(host.words, host.owner, 1, 1, *self.KEY, out, 0)
+        status = get(host.words, host.owner, host.replica.map.epoch, 1, *self.KEY, out, 0)
         return int(out[OPERATION_VALUE]) if status == OK and host.replica.has_lease(host.now()) else None
 
     def write_when_it_rules(self, name: str, value: int) -> None:
@@ -175,4 +175,27 @@ def test_a_learner_that_counts_is_not_read():
     stage.cut("nf4", "control")
     stage.write_when_it_rules("nf2", 222)
     assert stage.read("nf4") is None
+    stage.world.close()
+
+
+@pytest.mark.parametrize("happens", ["hand-over", "failover"])
+def test_who_is_level_with_the_next_primary_gets_no_image(happens):
+    stage = Stage(3)
+    stage.write("nf1", 111)
+    stage.world.run(0.05)
+    if happens == "failover":
+        stage.actors["nf1"].crash()
+    else:
+        stage.actors["control"].coordinator.move([0], "nf2")
+    stage.world.run(0.3)
+    group, heir = stage.actors["control"].coordinator.map.groups[0], stage.actors["nf2"]
+    assert group.primary == "nf2"
+    level = {"nf3"} if happens == "failover" else {"nf1", "nf3"}
+    links = {host: heir.shipping.links[heir.replica.peers.index(host), 0] for host in group.members[1:]}
+    assert {host for host, link in links.items() if link[shipping.SENT_FIRST] == shipping.CLAIM} == level
+    assert all(link[shipping.MODE] == shipping.COUNTED and link[shipping.UNDER_WAY] == 0 for link in links.values())
+    assert stage.read("nf3") == 111
+    stage.write("nf2", 222)
+    stage.world.run(0.05)
+    assert [stage.read(host) for host in group.members] == [222] * 3
     stage.world.close()

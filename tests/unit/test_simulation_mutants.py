@@ -42,8 +42,10 @@ def without(name: str, answer: Any, *modules: Any) -> Patch:
 def trusts_every_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = shipping.judge
 
-    def judge(kind: int, epoch: int, joined: int, base: int, serial: int, my_epoch: int, my_joined: int, my_serial: int) -> Any:
-        return sound(kind, max(epoch, my_epoch), joined, base, serial, my_epoch, joined, my_serial)
+    def judge(
+        is_first: bool, epoch: int, joined: int, base: int, serial: int, my_epoch: int, my_joined: int, my_serial: int
+    ) -> Any:
+        return sound(is_first, max(epoch, my_epoch), joined, base, serial, my_epoch, joined, my_serial)
 
     monkeypatch.setattr(shipping, "judge", judge)
 
@@ -152,6 +154,7 @@ MUTANTS: dict[str, Patch] = {
     "trusts its own old completion records": trusts_old_completions,
     "answers after it was deposed": answers_when_deposed,
     "forgets what a lost frame held": forgets_lost_frames,
+    "believes every claim of how much it has": without("is_right", True, shipping),
     "obeys maps for an earlier process": obeys_maps_for_others,
     "promotes before the lease is over": promotes_early,
     "counts learners that know nothing": without("is_synchronised", True, shipping),
