@@ -62,6 +62,9 @@ WAITS, MOVED = 255, 254
 """Verdict codes: the packet waits; its partition is not (or no longer) here, and nothing was done."""
 MOST_ATTEMPTS = 4096
 """Runs of a function on one packet; far above what any function should claim."""
+STAGE, CAME_NS = range(2)
+"""Of a packet, in `Engine.stages`."""
+NEVER = np.iinfo(np.int64).max
 TURNED = 1 << 8
 RECLAIM_NS = 10_000_000
 """How long the loop sleeps at most while the kernel has frames of ours. Longer than the scheduler's tick (4 ms): an earlier
@@ -78,7 +81,8 @@ class Engine(NamedTuple):
     """State of one packet loop.
 
     packets: PACKET[frames], by frame number; originals: the same before a function that rewrites saw them; next_packet:
-    int64[frames], the packet that waits behind this one; stages: int64[frames], steps taken. steps, members: see `steps.py`.
+    int64[frames], the packet that waits behind this one; stages: int64[frames, 2], by STAGE: steps taken, by CAME_NS: when the
+    packet came. steps, members: see `steps.py`.
     env: int64[n], what the functions know and ask for. primary: int64[partitions], HERE or the number of the store host.
     flights: int64[limit, FLIGHT_WORDS], keys and stamps uint64[limit, 3], values uint64[limit + 1, 2 * value words]: the
     record the functions work on, and the one last committed (the last row is scratch). claims: uint64[limit, 7]. adds:
@@ -131,9 +135,9 @@ def make_engine(chain: Chain, frames: Frames, primary: np.ndarray, owner: int, e
     control[VALUE_WORDS], control[OWNER], control[EPOCH] = value_words, owner, epoch
     control[FLIGHTS_FREE], control[WAITING_LIMIT], control[HOSTS] = flights, count // 2, hosts
     control[SPIN_NS], control[REPLICATES] = int(spin_us * 1000), replicates
-    index, waiting = np.full(count, -1, np.int64), np.zeros(count, np.int64)
+    index, stages = np.full(count, -1, np.int64), np.zeros((count, 2), np.int64)
     return Engine(control, make_ledger(), np.zeros(count, PACKET), np.zeros(count if chain.rewrites else 1, PACKET), index,
-                  waiting, chain.steps, chain.members, chain.env, primary.astype(np.int64),
+                  stages, chain.steps, chain.members, chain.env, primary.astype(np.int64),
                   np.full((flights, FLIGHT_WORDS), -1, np.int64), np.zeros((flights, 3), np.uint64),
                   np.zeros((flights + 1, 2 * value_words), np.uint64), np.zeros((flights, 3 + CLAIM_WORDS), np.uint64),
                   np.zeros((count, 1 + 4 * ADDS), np.int64), make_pending(), make_fragments(), np.arange(flights, dtype=np.int64),

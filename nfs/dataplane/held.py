@@ -70,6 +70,18 @@ def put_last(held: Held, next_packet: np.ndarray, active: int, partition: int, i
 
 
 @inline
+def put_back(held: Held, next_packet: np.ndarray, active: int, partition: int, index: int) -> Any:
+    """As `put_last`, but before all that are parked: the packet was the first of them, or there are none."""
+    queue = held.queues[partition]
+    if queue[PARKED_COUNT] == 0:
+        return put_last(held, next_packet, active, partition, index)
+    next_packet[index] = queue[HEAD]
+    queue[HEAD] = index
+    queue[PARKED_COUNT] += 1
+    return np.int64(active)
+
+
+@inline
 def take_first(held: Held, next_packet: np.ndarray, partition: int) -> None:
     """Take the first packet out of a partition's queue; there is one."""
     queue = held.queues[partition]

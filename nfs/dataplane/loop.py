@@ -46,6 +46,7 @@ from nfs.dataplane.answers import ask_again, flush_requests, take_answers
 from nfs.dataplane.engine import (
     BURSTS,
     CALLED,
+    CAME_NS,
     CHANGED,
     DOWN,
     HELD_NS,
@@ -60,6 +61,7 @@ from nfs.dataplane.engine import (
     REPLICATES,
     SEEN_COMMITS,
     SPIN_NS,
+    STAGE,
     WAITING,
     Engine,
     make_engine,
@@ -67,7 +69,7 @@ from nfs.dataplane.engine import (
 from nfs.dataplane.fragments import find_flow, remember_first
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames
 from nfs.dataplane.headers import INSIDE, parse
-from nfs.dataplane.passage import advance_burst, release_held
+from nfs.dataplane.passage import advance_burst, note_oldest, release_held
 from nfs.dataplane.pending import nearly_full
 from nfs.dataplane.port import BURST, Port, reclaim, refill, rx_burst, tx_flush, unsent
 from nfs.dataplane.verdicts import drop, leave
@@ -87,7 +89,7 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
     for i in range(count):
         index = engine.addresses[i] // FRAME_BYTES
         status = parse(frames.memory, engine.addresses[i], engine.lengths[i], arrived_from, engine.packets, index)
-        engine.stages[index] = 0
+        engine.stages[index, STAGE], engine.stages[index, CAME_NS] = 0, control[NOW_NS]
         if status == causes.FRAGMENT:
             if find_flow(engine.fragments, engine.packets, index, frames.memory, control[NOW_NS]):
                 status = 0
@@ -219,3 +221,4 @@ def warm() -> None:
     engine = make_engine(load_chain(["passthrough"], {}, 8), frames, np.full(1, HERE), 0, 1, 1, 0)
     client = store_client.Client([], 1, 8, 1, 1)
     run(engine, port, port, frames, np.zeros(1, np.uint64), client.state, 0)
+    note_oldest(engine, np.zeros(1, np.int64))

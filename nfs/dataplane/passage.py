@@ -21,7 +21,9 @@ from nfs.dataplane.declaration import FORWARD, TURN
 from nfs.dataplane.engine import (
     ADDING,
     ALSO,
+    BATCH_HEAD,
     C_LOW,
+    CAME_NS,
     CHANGED,
     CLAIMED_IN,
     CLAIMER,
@@ -36,16 +38,20 @@ from nfs.dataplane.engine import (
     LONGEST_WAIT_NS,
     MOST_ATTEMPTS,
     MOVED,
+    NEVER,
     NOW_NS,
     OWNER,
+    PHASE,
     QUEUES,
     REFUSED,
     REPLICATES,
     SEEN_COMMITS,
+    STAGE,
     STEPS,
     TAKEN,
     TURNED,
     WAITING,
+    WAITING_HEAD,
     WAITING_LIMIT,
     WAITS,
     Engine,
@@ -70,6 +76,7 @@ from nfs.dataplane.held import (
     is_committed,
     judge,
     lease_holds,
+    put_back,
     put_last,
     take_first,
 )
@@ -165,13 +172,16 @@ def must_park(engine: Engine, words: np.ndarray, partition: int) -> Any:
 
 
 @jit
-def park(engine: Engine, index: int, step: int, partition: int) -> int:
-    """Let a packet wait until its partition is somewhere; returns WAITS, or the code of a drop."""
+def park(engine: Engine, index: int, step: int, partition: int, is_first: bool) -> int:
+    """Let a packet wait until its partition is somewhere; returns WAITS, or the code of a drop. is_first: before all that do."""
     control, packet = engine.control, engine.held.packets[index]
     if control[WAITING] >= control[WAITING_LIMIT]:
         return DROP_CAUSE + causes.WAITING_ROOM_FULL
     packet[WAITS_HOW], packet[WAITS_AT], packet[WAITS_SINCE_NS] = PARKED, step, control[NOW_NS]
-    control[QUEUES] = put_last(engine.held, engine.next_packet, control[QUEUES], partition, index)
+    if is_first:
+        control[QUEUES] = put_back(engine.held, engine.next_packet, control[QUEUES], partition, index)
+    else:
+        control[QUEUES] = put_last(engine.held, engine.next_packet, control[QUEUES], partition, index)
     control[WAITING] += 1
     return WAITS
 
@@ -185,7 +195,7 @@ def hold(engine: Engine, words: np.ndarray, index: int, step: int, reign: int, c
     if code == MOVED:
         if engine.steps[step, REWRITES]:
             engine.packets[index] = engine.originals[index]
-        return park(engine, index, step, partition)
+        return park(engine, index, step, partition, True)  # `must_park` let it pass: whoever is parked came after it
     if code != FORWARD and code != TURN:
         if code != WAITS and control[ADDING]:
             add_now(engine, words, step)
@@ -274,9 +284,31 @@ def release_partition(engine: Engine, inside: Port, outside: Port, frames: Frame
         released += 1
         if code != WAITS and step_taken(engine, frames, index, step, code):
             advance(engine, inside, outside, frames, words, client, index)
-        if index == last:
+        if index == last or index == held.queues[partition, HEAD]:
             break
     return released
+
+
+@jit
+def note_oldest(engine: Engine, oldest: np.ndarray) -> None:
+    """Write into `oldest`, int64[partitions], when the oldest packet of each partition that waits here came; NEVER: none does."""
+    oldest[:] = NEVER
+    flights = engine.flights
+    for flight in range(flights.shape[0]):
+        if flights[flight, PHASE] > 0:
+            note_oldest_of(engine, oldest, flights[flight, WAITING_HEAD])
+            note_oldest_of(engine, oldest, flights[flight, BATCH_HEAD])
+    for n in range(engine.control[QUEUES]):
+        note_oldest_of(engine, oldest, engine.held.queues[engine.held.active[n], HEAD])
+
+
+@jit
+def note_oldest_of(engine: Engine, oldest: np.ndarray, index: int) -> None:
+    """`note_oldest` of the packet `index` and all that wait behind it; -1: there is none."""
+    while index >= 0:
+        partition = np.int64(engine.packets[index].partition)
+        oldest[partition] = min(oldest[partition], engine.stages[index, CAME_NS])
+        index = engine.next_packet[index]
 
 
 @jit
@@ -286,7 +318,7 @@ def take_step(engine: Engine, words: np.ndarray, client: ClientState, index: int
         if engine.control[REPLICATES]:
             partition = np.int64(engine.packets[index].partition)
             if must_park(engine, words, partition):
-                return park(engine, index, step, partition)
+                return park(engine, index, step, partition, False)
         return access(engine, words, client, index, step)
     code = run_functions(engine, index, step, engine.values[engine.values.shape[0] - 1], 0, 0)
     if engine.control[ADDING]:
@@ -298,7 +330,7 @@ def take_step(engine: Engine, words: np.ndarray, client: ClientState, index: int
 def advance(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
             index: int) -> None:  # fmt: skip
     """Take a packet through the steps it has before it, until it leaves, is dropped, or waits."""
-    while engine.stages[index] & (TURNED - 1) < engine.control[STEPS]:
+    while engine.stages[index, STAGE] & (TURNED - 1) < engine.control[STEPS]:
         step = step_of(engine, index)
         if engine.steps[step, KEY] != NONE:
             make_key(engine.steps[step, KEY], engine.steps[step, KIND], engine.packets, index)
@@ -334,7 +366,7 @@ def advance_burst(engine: Engine, inside: Port, outside: Port, frames: Frames, w
             code = take_step(engine, words, client, index, step)
             if code == WAITS or not step_taken(engine, frames, index, step, code):
                 continue
-            if engine.stages[index] & TURNED:
+            if engine.stages[index, STAGE] & TURNED:
                 advance(engine, inside, outside, frames, words, client, index)
                 continue
             burst[on] = index

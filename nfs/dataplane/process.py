@@ -18,13 +18,13 @@ from datastore.store.client import Client, give_up
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.statuses import NOT_PRIMARY
 from datastore.store.table import Table
-from nfs.dataplane.engine import CALLED, CONFLICTS, DOWN, EPOCH, FETCHES, HERE, PHASE, WRITES, Engine, make_engine
+from nfs.dataplane.engine import CALLED, CONFLICTS, DOWN, EPOCH, FETCHES, HERE, WRITES, Engine, make_engine
 from nfs.dataplane.follower import Follower
 from nfs.dataplane.frames import Frames, free_frames, make_frames
-from nfs.dataplane.held import HEAD
 from nfs.dataplane.housekeeping import Housekeeper, Reader
 from nfs.dataplane.ledger import device_drops, to_counts
 from nfs.dataplane.loop import conserved, run, waiting
+from nfs.dataplane.passage import note_oldest
 from nfs.dataplane.port import TX_REFUSED, OpenPort, has_passed, mark, open_ports, refill
 from nfs.dataplane.steps import load_chain
 
@@ -45,11 +45,11 @@ READER_CLIENTS = 1 << 16
 @dataclass
 class Drain:
     """What is known of partitions, of one order, whose packets the switch sends elsewhere since `since_ns`: marks in the rings
-    behind the last of them, and whether the loop is past these."""
+    behind the last of them, and when the loop was past these; 0: not yet."""
 
     since_ns: int
     marks: list[int] = field(default_factory=list)
-    is_done: bool = False
+    passed_ns: int = 0
 
 
 class Process:
@@ -85,9 +85,11 @@ class Process:
         self._dialling: dict[int, Future[Any]] = {}
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
         self._drains: dict[int, Drain] = {}
+        self._oldest = np.zeros(PARTITIONS, np.int64)
+        note_oldest(self.engine, self._oldest)  # loads its code, which takes 10 ms, before there are packets
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
         self._quiet: list[int] = []
-        """The watched partitions of which no packet is here, nor on its way, as the loop saw last."""
+        """The watched partitions of which no packet that came before their marks is here any more, as the loop saw last."""
         self.follower: Follower | None = None
 
     def _find_state(self) -> tuple[Table, list[dict[str, Any]], np.ndarray, int]:
@@ -177,21 +179,23 @@ class Process:
 
         Between two bursts: while the loop runs, a packet may be on its way from one place to another.
         """
-        ports, engine = [opened.port for opened in self.opened], self.engine
+        ports = [opened.port for opened in self.opened]
         for drain in self._unfinished():
             if not drain.marks and time.monotonic_ns() - drain.since_ns >= ARRIVAL_NS:
                 drain.marks = [mark(port) for port in ports]
-            drain.is_done = bool(drain.marks) and all(map(has_passed, ports, drain.marks))
-        flying = {int(low) & 0xFFFF for low in engine.flight_keys[engine.flights[:, PHASE] > 0, 1]} if self._drains else set()
+            if drain.marks and all(map(has_passed, ports, drain.marks)):
+                drain.passed_ns = time.monotonic_ns()
+        if self._drains:
+            note_oldest(self.engine, self._oldest)
         quiet = [partition for partition, drain in self._drains.items()
-                 if drain.is_done and engine.held.queues[partition, HEAD] < 0 and partition not in flying]  # fmt: skip
+                 if 0 < drain.passed_ns < self._oldest[partition]]  # fmt: skip
         news = set(quiet) - set(self._quiet)
         self._quiet = quiet
         if news and self.follower:
             self.follower.tell()
 
     def _unfinished(self) -> list[Drain]:
-        return [drain for drain in {id(drain): drain for drain in self._drains.values()}.values() if not drain.is_done]
+        return [drain for drain in {id(drain): drain for drain in self._drains.values()}.values() if not drain.passed_ns]
 
     def _adopt(self, new: ClusterMap) -> None:
         """Ask whom a newer map names from now on. A partition that nobody serves stays where it was."""

@@ -14,7 +14,7 @@ from datastore.native.libc import address
 from datastore.store import statuses
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import DROP, FORWARD, TURN
-from nfs.dataplane.engine import ADDING, CLAIMER, DROP_CAUSE, MOVED, NOW_NS, REPLICATES, STEPS, TIMEOUT_S, TURNED, Engine
+from nfs.dataplane.engine import ADDING, CLAIMER, DROP_CAUSE, MOVED, NOW_NS, REPLICATES, STAGE, STEPS, TIMEOUT_S, TURNED, Engine
 from nfs.dataplane.frames import Frames, give_frame
 from nfs.dataplane.headers import INSIDE
 from nfs.dataplane.port import Port, tx_push
@@ -37,7 +37,7 @@ def _call(typingctx, function, packet, record, env):
 @inline
 def step_of(engine: Engine, index: int) -> Any:
     """Return the number of the step that packet `index` is at; there is one."""
-    stage = engine.stages[index] & (TURNED - 1)
+    stage = engine.stages[index, STAGE] & (TURNED - 1)
     return stage if engine.packets[index].arrived_from == INSIDE else engine.control[STEPS] - 1 - stage
 
 
@@ -116,11 +116,11 @@ def step_taken(engine: Engine, frames: Frames, index: int, step: int, code: int)
         return False
     if engine.steps[step, REWRITES]:
         write_back(frames.memory, engine.packets, index)
-    engine.stages[index] += 1
+    engine.stages[index, STAGE] += 1
     if code == TURN:
-        if engine.stages[index] & TURNED:
+        if engine.stages[index, STAGE] & TURNED:
             drop(engine, frames, index, causes.BY_VERDICT)
             return False
         turn_around(frames.memory, engine.packets, index)
-        engine.stages[index] = TURNED
+        engine.stages[index, STAGE] = TURNED
     return True

@@ -15,9 +15,10 @@ from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, ENDED_AT, L
 from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from nfs.dataplane import load
-from nfs.dataplane.engine import EPOCH, HERE
+from nfs.dataplane.engine import EPOCH, HERE, NEVER, QUEUES
 from nfs.dataplane.headers import OUTSIDE
-from nfs.dataplane.held import PARKED_COUNT, SINCE_NS
+from nfs.dataplane.held import HEAD, PARKED_COUNT, SINCE_NS, put_back, take_first
+from nfs.dataplane.passage import note_oldest
 from tests.packets import SERVER, ethernet
 from tests.rig import VALUE_BYTES, Rig
 
@@ -163,6 +164,42 @@ def test_parked_by_order_behind_what_is_held(rig):
     assert rig.send(b"c") == []  # ran, and waits for its change
     rig.commit(3)
     assert rig.send() == [b"b", b"c"]
+
+
+def test_who_could_not_go_on_after_all_stays_the_first(rig):
+    """The loop sees that it may before it takes the lock; the partition may go to another host in between."""
+    rig.engine.held.parking[PARTITION] = 1
+    assert rig.send(b"a", b"b") == []
+    held, following = rig.engine.held, rig.engine.next_packet
+    first = int(held.queues[PARTITION, HEAD])
+    take_first(held, following, PARTITION)
+    rig.engine.control[QUEUES] = put_back(held, following, rig.engine.control[QUEUES], PARTITION, first)
+    held.parking[PARTITION] = 0
+    assert rig.send(b"c") == [b"a", b"b", b"c"]
+
+
+def test_the_age_of_what_waits_is_known(rig):
+    oldest = np.zeros(PARTITIONS, np.int64)
+    note_oldest(rig.engine, oldest)  # and is compiled by now: no packet waits for that
+    assert (oldest == NEVER).all()
+    began_ns = time.monotonic_ns()
+    rig.commit(0)
+    assert rig.send(b"a") == []
+    first_ns = time.monotonic_ns()
+    rig.engine.held.parking[PARTITION] = 1
+    assert rig.send(b"b") == []
+    note_oldest(rig.engine, oldest)
+    assert began_ns < oldest[PARTITION] < first_ns
+    assert (np.delete(oldest, PARTITION) == NEVER).all()
+    rig.commit(1)
+    assert rig.send() == [b"a"]
+    note_oldest(rig.engine, oldest)
+    assert first_ns < oldest[PARTITION] < time.monotonic_ns()
+    rig.engine.held.parking[PARTITION] = 0
+    rig.commit(2)
+    assert rig.send() == [b"b"]
+    note_oldest(rig.engine, oldest)
+    assert (oldest == NEVER).all()
 
 
 def test_nobody_waits_for_ever(rig, monkeypatch):
