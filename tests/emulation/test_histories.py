@@ -12,7 +12,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +58,14 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journa
         yield made
 
 
+def wait_until(what: str, is_so: Callable[[], bool], limit_s: float = 60.0) -> None:
+    """Wait until something is so. Raises AssertionError when it takes too long."""
+    deadline_s = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < deadline_s, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.02)
+
+
 class Faults:
     """Things that happen to a bench's stores, chosen by a seed.
 
@@ -84,11 +92,16 @@ class Faults:
     def kill(self, host: str) -> None:
         self.pass_over()
         self.done.append(f"kill {host}")
-        self.bench.wait_full()
+        self.wait_full()
         self.bench.stores[host].kill()
-        while any(host in g["members"] + g["learners"] for g in self.bench.status()["map"]["groups"]):
-            time.sleep(0.02)
+        wait_until(f"{host} is in no group", lambda: not any(
+            host in group["members"] + group["learners"] for group in self.bench.status()["map"]["groups"]))  # fmt: skip
         self.bench.restart_store(host)
+        self.wait_full()
+
+    def wait_full(self) -> None:
+        """Wait until every group has its replicas, on all hosts: the bench is content with those that are there."""
+        wait_until("all have a lease", lambda: all(host["lease_ms"] > 0 for host in self.bench.status()["hosts"].values()))
         self.bench.wait_full()
 
     def move(self, host: str) -> None:
@@ -185,7 +198,7 @@ def test_histories_under_faults_are_linearizable(emulation, tmp_path, replicas):
             time.sleep(faults.chance.uniform(0.02, 0.1))
             faults.strike()
         faults.pass_over()
-        bench.wait_full()
+        faults.wait_full()
         stop.set()
         for client in clients:
             client.join(600)
