@@ -69,6 +69,8 @@ class Replica:
         self.coordinator_lease_ns = 1
         self.promised_until_ns, self.promise_until_ns, self.peer_epoch = ([0] * len(self.peers) for _ in range(3))
         self._deferred: dict[int, Group] = {}
+        self._drained: dict[int, int] = {}
+        """In which reign this host said of a partition that it has stopped: it changes nothing since, whoever joins meanwhile."""
 
     def hear(self, now_ns: int, grant: Grant) -> bool:
         """Take what the coordinator says; tell whether the map changed."""
@@ -170,6 +172,8 @@ class Replica:
                 if is_new and ship.is_synchronised(self.shipping, peer, partition):
                     synchronised.append((partition, host))
             if group.successor and self.is_drained(partition):
+                self._drained[partition] = int(ship.reign(self.words, partition))
+            if group.successor and self._drained.get(partition) == ship.reign(self.words, partition):
                 released.append(partition)
         return Heartbeat(self.host, self.cluster, self.incarnation, self.map.epoch, now_ns, tuple(synchronised), tuple(released),
                          tuple(self._unreachable(now_ns)), self._lag())  # fmt: skip
@@ -263,6 +267,8 @@ class Replica:
                 ship.feed(shipping, words, peer, partition, mode, group.joined[host], ship.CLAIM if has_claim else ship.IMAGE)
         if fresh:
             ship.recommit(shipping, words, partition)
+        if not group.successor:
+            self._drained.pop(partition, None)
         self._set_role(partition, RETIRING if group.successor else PRIMARY, group.reign)
 
     def _follow(self, partition: int, group: Group, before: Group) -> None:
@@ -291,7 +297,7 @@ class Replica:
         Whose lease was over is taken out of the group, or joins it anew: then others may have ruled before this host stopped.
         """
         stays = self.host in group.members and group.joined[self.host] == before.joined.get(self.host)
-        return stays and group.primary == before.successor and self.is_drained(partition)
+        return stays and group.primary == before.successor and self._drained.get(partition) == ship.reign(self.words, partition)
 
     def _set_role(self, partition: int, role: int, reign: int) -> None:
         status = locking.set_role(self.words, self.owner, partition, role, reign)

@@ -515,6 +515,7 @@ def write_frame(
     out[at + 2], out[at + 3] = np.uint64(link[ACKED]), np.uint64(link[SENT])
     out[at + 4], out[at + 5], out[at + 6] = np.uint64(now_changed), np.uint64(link[TOLD]), words[base + FLOOR]
     if kind == CLAIM:
+        link[TOLD] = 0  # it says nothing of what is committed
         out[at + 2], out[at + 5] = np.uint64(shipping.claims[partition, 0]), np.uint64(shipping.claims[partition, 1])
     out[at + 7] = words[base + COUNT] | np.uint64(completions) << np.uint64(32)
     return to - at
@@ -699,12 +700,11 @@ def judge(is_first: bool, epoch: int, joined: int, base: int, serial: int, my_ep
 @inline
 def is_right(shipping: Shipping, words: np.ndarray, frame: np.ndarray, at: int) -> Any:
     """Tell whether a frame that claims how much this host has of the earlier primary is right, or one of this primary was before:
-    then all that changed since is in it. Who rules still is the earlier one, and has not heard that it has handed over."""
+    then all that changed since is in it."""
     partition, epoch = np.int64(frame[at] & LOW16), np.int64(frame[at + 1] & LOW32)
     if shipping.followed[partition, EPOCH] == epoch:
         return reign(words, partition) == epoch
-    has = shipping.followed[partition, EPOCH] == np.int64(frame[at + 2]) and changes(words, partition) == np.int64(frame[at + 5])
-    return has and not rules(role(words, partition))
+    return shipping.followed[partition, EPOCH] == np.int64(frame[at + 2]) and changes(words, partition) == np.int64(frame[at + 5])
 
 
 @jit
@@ -752,7 +752,7 @@ def apply(
     if flags & CLAIM:
         is_first, base = is_right(shipping, words, frame, at), NO_BASE
     status = judge(is_first, epoch, joined, base, np.int64(frame[at + 3]), my_epoch, followed[JOINED], my_serial)
-    if rules(role(words, partition)) and ((status == OK and my_epoch == epoch) or (status == GAP and flags & CLAIM)):
+    if status == OK and my_epoch == epoch and rules(role(words, partition)):
         status = STALE_EPOCH
     if status == OK:
         status = overwrite(shipping, words, owner, now_s, frame, at, length, partition)

@@ -28,8 +28,11 @@ from datastore.native.libc import address, libc_fcntl, sched_yield
 from datastore.native.memory import compare_and_swap, fence, fetch_add, load_acquire, pause, store_release
 from datastore.store.layout import (
     CHANGE,
+    CHANGES_AT,
     COMPLETION,
+    DIRTY_OFFSET,
     DONE_SEQUENCE,
+    FIRST,
     INSERT,
     LOCK,
     OWNER_PIDS,
@@ -44,8 +47,10 @@ from datastore.store.layout import (
     ROLLBACKS,
     STAMP,
     STATUS_COUNTS,
+    STRIDE,
     TAKEOVERS,
     U0,
+    U1,
     UNDO,
     UNDO_COPY,
     VALUE_WORDS,
@@ -106,6 +111,8 @@ def roll_back(words: np.ndarray, base: int) -> None:
         tag = U0 if kind == INSERT else tag_of(hash32(words, words[slot], words[slot + 1]))
         set_tag(words, undo, tag)
         recount(words, base)
+        if words[DIRTY_OFFSET] != U0:  # overflow bytes may read otherwise now: copies with as many changes are to be alike
+            words[word(words, CHANGES_AT) + (base - word(words, FIRST)) // word(words, STRIDE)] += U1
     done = word(words, base + COMPLETION)
     if done != 0:
         words[done + DONE_SEQUENCE] = U0

@@ -154,8 +154,24 @@ def test_what_ran_before_a_partition_was_handed_over_leaves(primary, new, commit
     assert look(primary, 3) == STAY
     if committed:
         primary.words[int(primary.words[COMMITTED_AT])] = ship.changes(primary.words, 0)
+    assert primary.beat(PROMISED_NS).released == ((0,) if committed else ())
+    primary.words[int(primary.words[COMMITTED_AT])] = 0  # somebody who learned counts from now on, and has less
+    assert primary.beat(PROMISED_NS).released == ((0,) if committed else ())
     follow(primary, 5, new, PROMISED_NS + 1)
     assert look(primary, 3) == outcome
+
+
+def test_who_goes_on_ruling_has_not_stopped(primary: Replica) -> None:
+    both = {"nf1": 3, "nf2": 3}
+    follow(primary, 4, Group(("nf1", "nf2"), 3, successor="nf2", joined=both), PROMISED_NS)
+    assert primary.beat(PROMISED_NS).released == (0,)
+    follow(primary, 5, Group(("nf1", "nf2"), 3, joined=both), PROMISED_NS)
+    slot = int(open_record(primary.words, primary.owner, np.uint64(1 << 32), np.uint64(5), 5, 1))
+    commit_record(primary.words, primary.owner, slot, 0)
+    follow(primary, 6, Group(("nf1", "nf2"), 3, successor="nf2", joined=both), PROMISED_NS)
+    assert primary.beat(PROMISED_NS).released == ()
+    follow(primary, 7, Group(("nf2", "nf1"), 7, joined=both), PROMISED_NS)
+    assert look(primary, 3) == UNCOMMITTED
 
 
 def test_also_what_nothing_waits_for_is_shipped_before_a_partition_is_handed_over(primary: Replica) -> None:

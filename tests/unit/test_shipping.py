@@ -242,8 +242,11 @@ def test_who_hands_over_needs_no_image(pair):
     assert former.records() == heir.records()
 
 
-def test_a_claim_without_changes_makes_a_backup(pair):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_claim_without_changes_makes_a_clean_backup(pair, asynchronous):
     former, heir = pair
+    for side in pair:
+        side.shipping.control[ship.ASYNCHRONOUS] = asynchronous
     former.write(1, 5)
     exchange(former, heir)
     hand_over(former, heir)
@@ -251,6 +254,8 @@ def test_a_claim_without_changes_makes_a_backup(pair):
     assert buckets_of(frame) == 0
     assert heir.hear(former.take(frame)) == OK
     assert role_of(former) == BACKUP
+    exchange(heir, former)  # the news of it
+    assert committed(former.table.words, 0) == changes(former.table.words, 0) == 1
     assert former.records() == heir.records() == {1: (1, 5)}
 
 
@@ -290,13 +295,13 @@ def test_a_lost_claim_is_made_again_with_all_that_changed_since(pair):
     assert committed(heir.table.words, 0) == changes(heir.table.words, 0)
 
 
-def test_who_rules_still_believes_no_claim_until_it_has_heard_of_it(pair):
+def test_who_rules_takes_no_frames_until_it_has_heard_that_it_does_not(pair):
     former, heir = pair
     former.write(1, 5)
     exchange(former, heir)
     hand_over(former, heir)
     former.table.set_role(0, RETIRING, 1)
-    former.shipping.followed[0] = (-1, 0, 1, 0)
+    former.shipping.followed[0] = (-1, 0, 0, 0)
     (frame,) = heir.frames()
     assert status_of(former.take(frame)) == STALE_EPOCH
     assert role_of(former) == RETIRING
