@@ -167,7 +167,9 @@ def test_who_goes_on_ruling_has_not_stopped(primary: Replica) -> None:
     assert primary.beat(PROMISED_NS).released == (0,)
     follow(primary, 5, Group(("nf1", "nf2"), 3, joined=both), PROMISED_NS)
     slot = int(open_record(primary.words, primary.owner, np.uint64(1 << 32), np.uint64(5), 5, 1))
+    primary.words[slot + VALUE] = 7
     commit_record(primary.words, primary.owner, slot, 0)
+    assert ship.changes(primary.words, 0) == 1
     follow(primary, 6, Group(("nf1", "nf2"), 3, successor="nf2", joined=both), PROMISED_NS)
     assert primary.beat(PROMISED_NS).released == ()
     follow(primary, 7, Group(("nf2", "nf1"), 7, joined=both), PROMISED_NS)
