@@ -173,7 +173,7 @@ class Replica:
                     synchronised.append((partition, host))
             if group.successor and self.is_drained(partition):
                 self._drained[partition] = int(ship.reign(self.words, partition))
-            if group.successor and self._drained.get(partition) == ship.reign(self.words, partition):
+            if group.successor and self._has_stopped(partition):
                 released.append(partition)
         return Heartbeat(self.host, self.cluster, self.incarnation, self.map.epoch, now_ns, tuple(synchronised), tuple(released),
                          tuple(self._unreachable(now_ns)), self._lag())  # fmt: skip
@@ -297,7 +297,11 @@ class Replica:
         Whose lease was over is taken out of the group, or joins it anew: then others may have ruled before this host stopped.
         """
         stays = self.host in group.members and group.joined[self.host] == before.joined.get(self.host)
-        return stays and group.primary == before.successor and self._drained.get(partition) == ship.reign(self.words, partition)
+        return stays and group.primary == before.successor and self._has_stopped(partition)
+
+    def _has_stopped(self, partition: int) -> bool:
+        """Tell whether this host said in its present reign that it changes nothing of a partition any more."""
+        return self._drained.get(partition) == int(ship.reign(self.words, partition))
 
     def _set_role(self, partition: int, role: int, reign: int) -> None:
         status = locking.set_role(self.words, self.owner, partition, role, reign)

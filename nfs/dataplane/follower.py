@@ -5,7 +5,7 @@ are *orders*; the loop is called back to Python and carries them out between two
 
     map     the cluster map, if it is news
     park    the partitions whose packets are to be kept until further orders: they are on their way to this host
-    watch   the partitions of which the coordinator wants to know when none of their packets come or wait here any more
+    watch   the partitions of which the coordinator wants to know when all their packets that came here are gone
 """
 
 from __future__ import annotations

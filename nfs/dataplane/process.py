@@ -86,7 +86,6 @@ class Process:
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
         self._drains: dict[int, Drain] = {}
         self._oldest = np.zeros(PARTITIONS, np.int64)
-        note_oldest(self.engine, self._oldest)  # loads its code, which takes 10 ms, before there are packets
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
         self._quiet: list[int] = []
         """The watched partitions of which no packet that came before their marks is here any more, as the loop saw last."""
@@ -149,6 +148,7 @@ class Process:
     def join(self) -> None:
         """Speak to the coordinator from now on: this process can carry out orders."""
         if self.coordinators:
+            note_oldest(self.engine, self._oldest)  # loads its code, which takes 10 ms, before there are packets
             self.follower = Follower(self.coordinators, self.report, self.call, Timing.of(self.config.get("lease_ms")))
 
     def report(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from datastore.store.table import Table
 from nfs.dataplane import declaration
 from nfs.dataplane.ledger import FRAGMENT, imbalance
 from tests import packets
-from tests.conftest import Bench, Host, ask, make_bench, received
+from tests.conftest import Bench, Host, ask, make_bench, received, wait_for
 from tests.packets import icmp_error, tcp, udp
 from topologies.emulation.processes import RunningProcess
 
@@ -262,13 +262,6 @@ def test_more_flows_at_once_than_the_window_holds_all_get_through(bench: Bench, 
     assert ledger["waiting_room_full"] > 0
     assert ledger["forwarded"] + ledger["waiting_room_full"] == 3000
     assert len(counters(table)) == ledger["forwarded"]
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def wait_for_cause(nf: RunningProcess, cause: str, count: int) -> None:

@@ -12,7 +12,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from datastore.verification.history import read_history
 from datastore.verification.linearizability import LINEARIZABLE, VIOLATION, check_history
 from experiments.harness.bench import COORDINATOR_PORT, STORE_PORT, Bench
 from experiments.harness.spec import Experiment, Trial
+from tests.conftest import wait_for
 from tests.rack import emulation_of, working_rack
 from tests.recorded import HIGH, KEYS, read_all, record_key, work
 from topologies.emulation import system
@@ -39,6 +40,8 @@ CLIENTS = 8
 OPERATIONS = (1_000_000 if LONG else 25_000) // CLIENTS
 """Of each client, for each number of replicas: two runs make 50,000 operations and 50 faults."""
 LEASE_MS = 250.0
+LONG_S = 60.0
+"""Far above what stores and coordinator take to agree."""
 VALUE_BYTES = 16
 HOOKS = {"input": "iifname", "output": "oifname"}
 """Where packets of one direction pass in a host, and what the interface is called there."""
@@ -56,14 +59,6 @@ table inet nearstate_cut {{
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journal, Launcher]]:
     with emulation_of("histories", tmp_path_factory) as made:
         yield made
-
-
-def wait_until(what: str, is_so: Callable[[], bool], limit_s: float = 60.0) -> None:
-    """Wait until something is so. Raises AssertionError when it takes too long."""
-    deadline_s = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < deadline_s, f"not within {limit_s:g} s: {what}"
-        time.sleep(0.02)
 
 
 class Faults:
@@ -94,14 +89,14 @@ class Faults:
         self.done.append(f"kill {host}")
         self.wait_full()
         self.bench.stores[host].kill()
-        wait_until(f"{host} is in no group", lambda: not any(
-            host in group["members"] + group["learners"] for group in self.bench.status()["map"]["groups"]))  # fmt: skip
+        wait_for(lambda: not any(host in group["members"] + group["learners"] for group in self.bench.status()["map"]["groups"]),
+                 f"{host} is in no group", LONG_S)  # fmt: skip
         self.bench.restart_store(host)
         self.wait_full()
 
     def wait_full(self) -> None:
         """Wait until every group has its replicas, on all hosts: the bench is content with those that are there."""
-        wait_until("all have a lease", lambda: all(host["lease_ms"] > 0 for host in self.bench.status()["hosts"].values()))
+        wait_for(lambda: all(host["lease_ms"] > 0 for host in self.bench.status()["hosts"].values()), "all have a lease", LONG_S)
         self.bench.wait_full()
 
     def move(self, host: str) -> None:
