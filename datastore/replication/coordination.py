@@ -7,7 +7,6 @@ leases go on as they are, no map changes, and `status` says why.
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import signal
 import socket
@@ -22,6 +21,7 @@ from datastore.replication import etcd
 from datastore.replication.coordinator import Coordinator, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
 from datastore.replication.messages import LineSocket, grant_message, read_beat
+from datastore.replication.speaker import take_precedence
 from datastore.replication.state_file import FileState
 from datastore.replication.switch import Switch
 from datastore.replication.switchover import Switchover, check_steering
@@ -83,6 +83,11 @@ class Coordination:
         self._ordered: dict[str, dict[str, Any]] = {}
         self._switch_descriptors: set[int] = set()
         self._instances: dict[str, LineSocket] = {}
+        self._incarnations: dict[str, int] = {}
+        """Of the store processes on `_hosts`' lines."""
+        self._closed: dict[str, int] = {}
+        """Store processes whose line was closed by their end, and on whose table an NF process may still work."""
+        self._parted: set[LineSocket] = set()
         self._answered_ns: dict[str, int] = {}
         self._looked_ns = now_ns
         self._saved = self.coordinator.save()
@@ -127,10 +132,8 @@ class Coordination:
             elif isinstance(key.data, LineSocket):
                 self._converse(key.data)
         for line in [line for line in self._lines.values() if line.has_output]:
-            try:
+            with contextlib.suppress(OSError):  # what is lost is found when it is read from
                 line.flush()
-            except OSError:
-                self._drop(line)
         self._advance(looked_ns)
         self.publish()
 
@@ -168,10 +171,7 @@ class Coordination:
             known = {"epoch": self.coordinator.map.epoch, "park": orders["park"], "watch": orders["watch"]}
             if orders["map"] or known != self._ordered.get(name):
                 self._ordered[name] = known
-                try:
-                    line.send({"orders": orders})
-                except OSError:
-                    self._drop(line)
+                self._tell(line, {"orders": orders})
 
     def _hear_instance(self, line: LineSocket, report: dict[str, Any]) -> None:
         """Take an instance's report. Raises NearstateError when it is of another cluster."""
@@ -179,13 +179,15 @@ class Coordination:
             raise NearstateError(f"instance {report['host']} of cluster {report['cluster']:x}: this coordinator steers others")
         now_ns = time.monotonic_ns()
         name = self.switchover.hear(now_ns, report)
+        if report.get("store_ended"):
+            self.coordinator.end(now_ns, name, int(report["store_ended"]))
         if self._instances.get(name) is not line:
             self._instances[name] = line
             self._ordered.pop(name, None)
             self._answered_ns.pop(name, None)
         if now_ns - self._answered_ns.get(name, 0) >= self.coordinator.timing.lease_ns:
             self._answered_ns[name] = now_ns
-            line.send({"heard": True})
+            self._tell(line, {"heard": True})
 
     def _accept(self) -> None:
         try:
@@ -199,20 +201,50 @@ class Coordination:
     def _converse(self, line: LineSocket) -> None:
         try:
             for message in line.receive():
+                if "parting" in message:
+                    self._parted.add(line)
+                    continue
                 if "instance" in message:
                     self._hear_instance(line, message["instance"])
                     continue
-                line.send(self._answer(line, message))
+                self._tell(line, self._answer(line, message))
         except NearstateError as error:
-            line.send({"error": str(error)})
+            self._tell(line, {"error": str(error)})
+            self._drop(line)
+        except ConnectionResetError:
+            self._take_end(line)
             self._drop(line)
         except (OSError, KeyError, TypeError, ValueError):
             self._drop(line)
+
+    def _tell(self, line: LineSocket, message: dict[str, Any]) -> None:
+        """Send a message. A lost connection is found when it is read from: there may be something left to hear."""
+        with contextlib.suppress(OSError):
+            line.send(message)
+
+    def _take_end(self, line: LineSocket) -> None:
+        """A process' connection was closed, and not by the process itself, which says so before: the kernel did, at its end.
+
+        The end of a store process is not the end of its host's lease where an NF process works on the same table. That one says
+        when it does so no longer (`store_ended`), or has ended too.
+        """
+        if line in self._parted:
+            return
+        now_ns, instances = time.monotonic_ns(), self.switchover.instances if self.switchover else {}
+        for name in [name for name, other in self._instances.items() if other is line]:
+            instances[name].has_ended = True
+            if name in self._closed:
+                self.coordinator.end(now_ns, name, self._closed[name])
+        for host in [host for host, other in self._hosts.items() if other is line]:
+            self._closed[host] = self._incarnations[host]
+            if host not in instances or instances[host].has_ended:
+                self.coordinator.end(now_ns, host, self._incarnations[host])
 
     def _drop(self, line: LineSocket) -> None:
         if self._lines.pop(line.fileno(), None) is None:
             return
         self.selector.unregister(line.connection)
+        self._parted.discard(line)
         for host in [host for host, other in self._hosts.items() if other is line]:
             del self._hosts[host]
         for name in [name for name, other in self._instances.items() if other is line]:
@@ -228,7 +260,7 @@ class Coordination:
                     return grant_message(Grant(beat.incarnation, beat.sent_ns, 0, 0, None, "this coordinator leads no longer"))
                 grant = coordinator.hear(time.monotonic_ns(), beat)
                 if not grant.refusal:
-                    self._hosts[beat.host] = line
+                    self._hosts[beat.host], self._incarnations[beat.host] = line, beat.incarnation
                 if not self.publish():
                     grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
                 return grant_message(grant)
@@ -295,10 +327,7 @@ class Coordination:
         if coordinator.map.epoch != self._published:
             self._published = coordinator.map.epoch
             for host, line in list(self._hosts.items()):
-                try:
-                    line.send(grant_message(coordinator.news(host)))
-                except OSError:
-                    self._drop(line)
+                self._tell(line, grant_message(coordinator.news(host)))
         if self.switchover:
             self._give_orders()
         if len(coordinator.moves) != len(self._saved["moves"]):  # some have ended: nobody waits until that is saved
@@ -320,7 +349,8 @@ class Coordination:
                 "instances": {name: {"heard_ms_ago": (now_ns - instance.heard_ns) / 1e6 if instance.heard_ns else None,
                                      "link": not instance.cut_ns}
                               for name, instance in instances.items()},
-                "replicas": self.coordinator.replicas, "log": self.coordinator.log[-20:]}  # fmt: skip
+                "replicas": self.coordinator.replicas, "log": self.coordinator.log[-20:],
+                "failovers": [vars(failover) for failover in self.coordinator.failovers]}  # fmt: skip
 
     def close(self) -> None:
         """Close every connection."""
@@ -341,8 +371,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     stores are on those hosts, "controller": path of its socket, or ""}. Sends {"ready": true, "port": n}, with "leads": false
     while it stands by, or {"error": line}; answers commands; ends at {"stop": true}, SIGTERM, or when the other side is gone.
     """
-    with contextlib.suppress(OSError):  # on a machine of its own it would not wait behind packets; here it shares a few cores
-        os.nice(-10)
+    take_precedence()  # on a machine of its own it would not wait behind packets; here it shares a few cores
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
     told: list[str] = []

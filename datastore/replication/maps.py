@@ -8,12 +8,14 @@ A map is data with an epoch; the coordinator alone makes new ones. Each partitio
     successor  the member that the primary is to hand over to, or nobody
     reign      the epoch since which the primary is primary
     joined     for each of these hosts the epoch at which it became a replica
+
+`ended` tells of hosts which store process (by its incarnation) is known to have ended: its lease, and promises to it, are over.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -53,6 +55,7 @@ class ClusterMap:
 
     epoch: int
     groups: tuple[Group, ...]
+    ended: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def first(cls, placement: Sequence[Sequence[str]], epoch: int = 1) -> ClusterMap:
@@ -118,7 +121,8 @@ class ClusterMap:
                 if number == len(kinds):
                     kinds.append(described)
                 numbers[id(group)] = number
-        return {"epoch": self.epoch, "kinds": kinds, "groups": [numbers[id(group)] for group in self.groups]}
+        return {"epoch": self.epoch, "kinds": kinds, "groups": [numbers[id(group)] for group in self.groups],
+                "ended": dict(self.ended)}  # fmt: skip
 
     @classmethod
     def from_json(cls, document: dict[str, Any] | str) -> ClusterMap:
@@ -129,7 +133,8 @@ class ClusterMap:
                 Group(tuple(g["members"]), int(g["reign"]), tuple(g["learners"]), tuple(g["leaving"]), g["successor"],
                       {str(host): int(epoch) for host, epoch in g["joined"].items()})
                 for g in fields["kinds"]]  # fmt: skip
-            return cls(int(fields["epoch"]), tuple(kinds[kind] for kind in fields["groups"]))
+            ended = {str(host): int(incarnation) for host, incarnation in fields.get("ended", {}).items()}
+            return cls(int(fields["epoch"]), tuple(kinds[kind] for kind in fields["groups"]), ended)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise NearstateError(f"not a cluster map: {error!r}") from error
 

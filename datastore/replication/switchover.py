@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datastore.native.errors import NearstateError, unknown
-from datastore.replication.coordinator import Coordinator, Timing
+from datastore.replication.coordinator import Coordinator, Failover, Timing
 
 BATCH = 128
 """Moves between `park` and `go` at a time: a parked packet waits until its whole batch has been steered and drained.
@@ -42,6 +42,8 @@ class Instance:
     heard_ns: int = 0
     cut_ns: int = 0
     """Since when one of its links is down; 0: none is."""
+    has_ended: bool = False
+    """Its process is gone for certain."""
     epoch: int = 0
     parked: frozenset[int] = frozenset()
     quiet: frozenset[int] = frozenset()
@@ -80,7 +82,7 @@ class Switchover:
         if name not in self.instances:
             raise unknown("instance", name, self.instances)
         instance = self.instances[name]
-        instance.heard_ns, instance.epoch = now_ns, int(report["epoch"])
+        instance.heard_ns, instance.epoch, instance.has_ended = now_ns, int(report["epoch"]), False
         instance.parked = frozenset(map(int, report["parked"]))
         instance.quiet = frozenset(map(int, report["quiet"])) & self.watched.keys()
         return name
@@ -92,10 +94,14 @@ class Switchover:
             instance.cut_ns = (instance.cut_ns or now_ns) if name in down else 0
 
     def dead(self, now_ns: int, span_ns: int) -> set[str]:
-        """Return the instances that were heard once and then not for `span_ns`, or had a link down for as long."""
+        """Return the instances that ended, were heard once and then not for `span_ns`, or had a link down for as long."""
         since = now_ns - span_ns
         return {name for name, instance in self.instances.items()
-                if 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since}  # fmt: skip
+                if instance.has_ended or 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since}  # fmt: skip
+
+    def _why_dead(self, name: str) -> str:
+        instance = self.instances[name]
+        return "instance ended" if instance.has_ended else "link down" if instance.cut_ns else "instance silent"
 
     def next_lapse_ns(self, now_ns: int, timing: Timing) -> int:
         """Return when the next instance will be dead, if nothing is heard of it; a heartbeat from now if that is earlier."""
@@ -108,7 +114,8 @@ class Switchover:
         self._began_ns = self._began_ns or now_ns
         dead = self.dead(now_ns, coordinator.timing.lease_ns + coordinator.timing.margin_ns)
         if now_ns < coordinator.judges_ns:
-            dead &= self._planned[1]
+            dead &= self._planned[1] | {name for name in dead if self.instances[name].has_ended}
+        coordinator.failovers.extend(Failover(now_ns, name, self._why_dead(name)) for name in sorted(dead - self._planned[1]))
         stores = frozenset(name for name in coordinator.alive(now_ns) if name not in dead or self._outlived(name, coordinator))
         planned = (coordinator.map.epoch, frozenset(dead), stores)
         if planned == self._planned and not coordinator.moves and not self.under_way:
@@ -142,7 +149,7 @@ class Switchover:
         packets stay with the only copy.
         """
         instance, span_ns = self.instances[name], 2 * coordinator.timing.heartbeat_ns
-        return instance.cut_ns > 0 or coordinator.hosts[name].heard_ns - instance.heard_ns > span_ns
+        return instance.has_ended or instance.cut_ns > 0 or coordinator.hosts[name].heard_ns - instance.heard_ns > span_ns
 
     def _living(self, partition: int, wanted: str, members: tuple[str, ...], dead: set[str]) -> str:
         """Return `wanted`, or in place of a dead instance another one, if possible where a copy of the state is."""
