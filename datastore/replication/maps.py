@@ -19,7 +19,6 @@ from functools import cached_property
 from typing import Any
 
 from datastore.native.errors import NearstateError
-from datastore.store.partitions import PartitionMap
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,3 @@ class ClusterMap:
             return cls(int(fields["epoch"]), tuple(kinds[kind] for kind in fields["groups"]))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise NearstateError(f"not a cluster map: {error!r}") from error
-
-    def placement(self) -> PartitionMap:
-        """Return who serves what, as clients need it; a partition without members keeps an empty name."""
-        return PartitionMap(self.epoch, tuple(group.members or ("",) for group in self.groups))

@@ -235,7 +235,7 @@ class Bench:
     def _start_store(self, host: str, stage: Sequence[str]) -> None:
         config = {"host": host, "table": self.table_name(host), "capacity": self.settings["capacity"],
                   "value_bytes": self.settings["value_bytes"], "address": self.storage_address(host), "port": STORE_PORT,
-                  "cluster": self.cluster_id, "epoch": 1, "map": self.map_of(stage), "create": True,
+                  "cluster": self.cluster_id, "map": self.map_of(stage), "create": True,
                   **({"replication": self._replication(host, stage)} if self.is_coordinated else {})}  # fmt: skip
         target = "datastore.store.server:main"
         self.stores[host] = self.launcher.spawn(f"store-{host}", self.network.hosts[host], target, config)
@@ -303,11 +303,6 @@ class Bench:
         self.functions[host] = self.launcher.spawn(
             f"nf-{host}", self.nf_hosts[number], "nfs.dataplane.process:main", self.function_config(host, number)
         )
-
-    def restart_function(self, host: str) -> None:
-        """Start a killed NF process again; it works on the table of the store that its host has now."""
-        self._start_function(host)
-        self.wait_ready([self.functions[host]])
 
     def function_config(self, host: str, number: int) -> dict[str, Any]:
         """Return the configuration of the NF process on `host`: its stage's functions, their settings and their state."""

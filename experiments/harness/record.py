@@ -1,6 +1,6 @@
 """Where results go: one folder a run, one line a trial, written as soon as the trial has ended.
 
-results/<run id>/  spec.json host.json trials.jsonl histograms/ logs/ figures/      results/latest -> the newest run
+results/<run id>/  spec.json host.json trials.jsonl logs/ figures/      results/latest -> the newest run
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Record:
         run_id = f"{stamp}-{''.join(random.choices(ALPHABET, k=4))}"
         folder = results / run_id
         try:
-            for name in ("histograms", "logs", "figures"):
+            for name in ("logs", "figures"):
                 (folder / name).mkdir(parents=True)
             record = cls(folder)
             record.write("spec.json", spec | {"run_id": run_id})
@@ -109,10 +109,6 @@ class Record:
         for line in (self.folder / "trials.jsonl").read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)
-
-    def finished(self) -> set[str]:
-        """Return the names of the finished trials: a resumed run skips them."""
-        return {trial["trial"] for trial in self.trials()}
 
     def validity(self) -> dict[str, bool]:
         """Return for each finished trial whether it can be believed."""

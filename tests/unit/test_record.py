@@ -28,7 +28,7 @@ def trial(number: int, size: int = 0) -> dict[str, object]:
 
 def test_a_new_run_has_its_folder_and_is_the_latest(record: Record, tmp_path: Path) -> None:
     assert {path.name for path in record.folder.iterdir()} == {
-        "spec.json", "host.json", "trials.jsonl", "histograms", "logs", "figures",
+        "spec.json", "host.json", "trials.jsonl", "logs", "figures",
     }  # fmt: skip
     assert record.spec["run_id"] == record.run_id
     assert Record.open("latest", tmp_path).folder == record.folder
