@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from datastore import surroundings
+
+if __name__ == "__main__":
+    surroundings.start_anew()  # before a library is imported
+
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -28,6 +28,7 @@ from experiments.harness.spec import Experiment, Trial, peer_names
 from experiments.workloads import timeline
 from experiments.workloads.traffic import CHOICES, packets_in
 from nfs.dataplane.port import KINDS
+from topologies.emulation import topology
 from topologies.emulation.network import EmulatedHost, Network
 from topologies.emulation.processes import Launcher, RunningProcess
 
@@ -65,18 +66,6 @@ class Bench:
         """The NF hosts of each stage of the chain, the innermost stage first; one stage with all of them for most trials."""
         return spec.staged([host.name for host in self.nf_hosts], self.trial.nf)
 
-    def steering(self, stage: Sequence[str], paths: str = SYMMETRIC) -> list[str]:
-        """Return the host of a stage that each partition's packets are sent to: round robin. With asymmetric paths, the one that
-        its answers are sent to: the next one.
-
-        Raises NearstateError for other paths, and for asymmetric ones with a single host.
-        """
-        if paths not in PATHS:
-            raise unknown("value of setting paths", paths, PATHS)
-        if paths == ASYMMETRIC and len(stage) < 2:
-            raise NearstateError(f"paths={paths!r} with {len(stage)} NF host: answers need another one, so at least 2")
-        return [stage[(partition + (paths == ASYMMETRIC)) % len(stage)] for partition in range(PARTITIONS)]
-
     def _hosts(self, role: str) -> list[EmulatedHost]:
         return [host for host in self.network.hosts.values() if host.role == role]
 
@@ -88,7 +77,7 @@ class Bench:
     def cluster(self, stage: Sequence[str]) -> Cluster:
         """Return what the placement may know of a stage: its state is placed as if its hosts were the only ones."""
         stores = tuple(host.name for host in self._hosts("store"))
-        return Cluster(tuple(stage), stores, tuple(self.steering(stage)), self.trial.replicas)
+        return Cluster(tuple(stage), stores, tuple(steering_of(stage)), self.trial.replicas)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -164,7 +153,7 @@ class Bench:
         mapped = self.map_of(stage)
         placement = mapped["replicas"] if mapped else [[] for _ in range(PARTITIONS)]
         controller = str(self.network.commands_path()) if self.network.switch else ""
-        steering = {"instances": list(stage), "steering": self.steering(stage), "controller": controller,
+        steering = {"instances": list(stage), "steering": steering_of(stage), "controller": controller,
                     "aligned": placements.load(self.trial.placement).store_role == "nf"}  # fmt: skip
         self._coordinator_config = {
             "address": self.storage_address("control"), "port": COORDINATOR_PORT, "cluster": self.cluster_id,
@@ -288,7 +277,7 @@ class Bench:
     def steer(self, paths: str) -> None:
         """Steer every partition in every stage, its answers back the same way or by another NF host (`steering`)."""
         for stage in self.stages if self.network.switch else ():
-            ways = list(zip(self.steering(stage), self.steering(stage, paths), strict=True))
+            ways = list(zip(steering_of(stage), steering_of(stage, paths), strict=True))
             for forward, back in sorted(set(ways)):
                 self.network.steer([p for p in range(PARTITIONS) if ways[p] == (forward, back)], forward, back)
 
@@ -497,6 +486,29 @@ def settings(trial: Trial, experiment: Experiment) -> dict[str, Any]:
     """Return the procedure's parameters as a trial has them."""
     procedure = importlib.import_module(f"experiments.harness.procedures.{experiment.procedure}")
     return {**procedure.SETTINGS, **experiment.settings, **trial.settings, **trial.sweep}
+
+
+def steering_of(stage: Sequence[str], paths: str = SYMMETRIC) -> list[str]:
+    """Return the host of a stage that each partition's packets are sent to: round robin. With asymmetric paths, the one that
+    its answers are sent to: the next one.
+
+    Raises NearstateError for other paths, and for asymmetric ones with a single host.
+    """
+    if paths not in PATHS:
+        raise unknown("value of setting paths", paths, PATHS)
+    if paths == ASYMMETRIC and len(stage) < 2:
+        raise NearstateError(f"paths={paths!r} with {len(stage)} NF host: answers need another one, so at least 2")
+    return [stage[(partition + (paths == ASYMMETRIC)) % len(stage)] for partition in range(PARTITIONS)]
+
+
+def network_parameters(trial: Trial, experiment: Experiment) -> dict[str, Any]:
+    """Return the topology's parameters: a store host only where the placement (or the peer) keeps state on one."""
+    if trial.placement in peer_names():
+        role = getattr(importlib.import_module(f"experiments.peers.{trial.placement}"), "STORES", None)
+    else:
+        role = placements.load(trial.placement).store_role
+    swept = {key: trial.sweep[key] for key in topology.parameters(trial.topology) if key in trial.sweep}
+    return {"store_hosts": trial.replicas if role == "store" else 0, **experiment.network, **swept}
 
 
 def sleep_until(when_ns: int) -> None:

@@ -20,14 +20,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from datastore import placements
 from datastore.native.errors import NearstateError, unknown
 from experiments.harness import doctor, spec
-from experiments.harness.bench import Bench, settings
+from experiments.harness.bench import Bench, network_parameters, settings
 from experiments.harness.progress import Progress
 from experiments.harness.record import Record, commit
 from experiments.harness.spec import Experiment, Trial
-from topologies.emulation import recorder, topology
+from topologies.emulation import recorder
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
@@ -59,6 +58,8 @@ def run(names: Sequence[str], profile: str = "quick", resume: str | None = None,
     if resume:
         record = Record.open(resume)
         profile = record.spec["profile"]
+        for note in record.notes:
+            print(f"{record.run_id}: {note}; its trial is run again", flush=True)
         if pcap and not record.spec.get("pcap"):
             raise NearstateError(f"--pcap: run {record.run_id} began without recording and goes on so; start a new run with it")
         pcap = record.spec.get("pcap", False)
@@ -156,16 +157,6 @@ def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: 
     line["seconds"] = time.monotonic() - clock
     summarise(line)
     return line
-
-
-def network_parameters(trial: Trial, experiment: Experiment) -> dict[str, Any]:
-    """Return the topology's parameters: a store host only where the placement (or the peer) keeps state on one."""
-    if trial.placement in spec.peer_names():
-        role = getattr(importlib.import_module(f"experiments.peers.{trial.placement}"), "STORES", None)
-    else:
-        role = placements.load(trial.placement).store_role
-    swept = {key: trial.sweep[key] for key in topology.parameters(trial.topology) if key in trial.sweep}
-    return {"store_hosts": trial.replicas if role == "store" else 0, **experiment.network, **swept}
 
 
 def summarise(line: dict[str, Any]) -> None:
