@@ -20,6 +20,8 @@ from datastore.native.errors import NearstateError
 __all__ = ["Run", "read_run"]
 
 CONFIGURATION = ("experiment", "topology", "placement", "nf", "replicas")
+COUNTED = ("false_failovers",)
+"""What points say of their fidelity that is summarised as metrics are: a fault of the system, not of the machine."""
 COLUMNS = ("run", "trial", *CONFIGURATION, "repeat", "sweep", "valid", "reasons", "metric", "value", "histogram")
 
 
@@ -56,9 +58,10 @@ def _trial_rows(run: str, trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "valid": bool(trial.get("valid", True)) and bool(point.get("valid", True)),
             "reasons": "; ".join(reasons),
         }
+        counted = {name: count for name, count in point.get("fidelity", {}).items() if name in COUNTED}
         scalars = {
             name: float(value)
-            for name, value in point.get("metrics", {}).items()
+            for name, value in {**point.get("metrics", {}), **counted}.items()
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
         histograms = {**point.get("histograms", {}), **point.get("time_lines", {})}

@@ -166,6 +166,9 @@ def summarise(line: dict[str, Any]) -> None:
         values = [point["fidelity"][key] for point in points if point.get("fidelity", {}).get(key) is not None]
         if values:
             line["fidelity"][key] = max(values)
+    replaced = [point["fidelity"]["false_failovers"] for point in points if "false_failovers" in point.get("fidelity", {})]
+    if replaced:
+        line["fidelity"]["false_failovers"] = sum(replaced)
     totals: dict[str, Any] = {}
     for point in points:
         _add(totals, point.get("ledger", {}))
