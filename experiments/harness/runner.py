@@ -29,10 +29,11 @@ from experiments.harness.spec import Experiment, Trial
 from topologies.emulation import recorder
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
-from topologies.emulation.processes import Launcher
+from topologies.emulation.processes import Launcher, LauncherSilent
 
 ATTEMPTS = 2
 """How often a trial that turns out invalid is run."""
+LOADING_S, COMPILING_S = 20.0, 900.0
 PRELOAD = ("experiments.harness.preload",)
 
 
@@ -101,7 +102,7 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
     if not trials:
         return
     with Journal(record.run_id) as journal, Launcher(journal, record.folder / "logs", PRELOAD) as launcher:
-        launcher.wait_ready()
+        wait_for(launcher)
         waiting = deque(trials)
         while waiting:
             trial = waiting.popleft()
@@ -111,6 +112,16 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
             again = next_attempt(trial, record.validity())
             waiting.extend([again] if again else [])
             progress.end(trial.name, result["seconds"], result["invalid_reasons"], bool(again))
+
+
+def wait_for(launcher: Launcher) -> None:
+    """Wait until the launcher has loaded what is compiled, which takes seconds; what has changed it compiles first, and that is
+    told: it takes minutes, once."""
+    try:
+        launcher.wait_ready(LOADING_S)
+    except LauncherSilent:
+        print(f"compiling what has changed since it was compiled last; this may take {COMPILING_S / 60:.0f} minutes", flush=True)
+        launcher.wait_ready(COMPILING_S)
 
 
 def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: Launcher, pcap: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class QuietShell(Node):
                 if Path(f"/proc/{self.pid}/ns/net").readlink() != ours:
                     return
             if self.shell.poll() is not None or time.monotonic() > deadline:
-                raise NearstateError(f"host {self.name}: no network namespace; run as root, in a container that may make them")
+                raise NearstateError(f"host {self.name}: no network namespace; {system.privilege_advice()}")
             time.sleep(0.001)
 
     def terminate(self) -> None:
