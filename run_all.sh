@@ -14,6 +14,7 @@ results/<run id>/report.html and prints where it is, with a table of centralized
   --pcap             record every trial at each host interface, in results/<run id>/pcap/
   -h, --help         this text
 
+exit status: 0; 1 when something failed, or an experiment has no valid trial; 2 for a wrong argument
 example: sudo ./run_all.sh --profile smoke state_access_latency
 experiments and their questions, after the first call: .venv/bin/python -m experiments list'
 
@@ -37,6 +38,15 @@ while (($#)); do
 done
 [[ $profile == smoke || $profile == quick || $profile == paper ]] ||
   refuse "unknown profile '$profile': valid are smoke, quick and paper"
+
+known=()  # a file of experiments/ is an experiment, as in experiments/harness/spec.py
+for file in experiments/*.py; do
+  name=${file##*/} name=${name%.py}
+  [[ $name == _* || ! -e $file ]] || known+=("$name")
+done
+for name in ${experiments[@]+"${experiments[@]}"}; do
+  [[ " ${known[*]-} " == *" $name "* && $name != *" "* ]] || refuse "unknown experiment '$name': valid are ${known[*]-}"
+done
 
 source experiments/harness/setup.sh
 set_up emulation

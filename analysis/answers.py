@@ -21,8 +21,8 @@ def microseconds(value_us: float) -> str:
 
 
 def times(high: float, low: float) -> str:
-    """Return how many times larger `high` is than `low`."""
-    return f"{digits(high / low)}x" if low else "infinitely many times"
+    """Return how many times larger `high` is than `low`; `∞x` of 0."""
+    return f"{digits(high / low)}x" if low else "∞x"
 
 
 def spread(values: Iterable[float], unit: str = "x") -> str:

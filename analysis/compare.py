@@ -16,9 +16,10 @@ from rich.table import Table
 
 from analysis.answers import digits
 from analysis.figures import Headline, definitions, highest_carried_kpps
+from analysis.metrics import HIGHER, NEITHER, better
 from analysis.results import measurements, read_run
 from analysis.style import PLACEMENTS, order_nfs, order_topologies
-from analysis.summary import better, summarize
+from analysis.summary import summarize
 from datastore.native.errors import NearstateError, unknown
 
 SETTING = ["experiment", "topology", "nf", "replicas", "sweep", "metric", "unit"]
@@ -28,8 +29,8 @@ SETTING = ["experiment", "topology", "nf", "replicas", "sweep", "metric", "unit"
 class Comparison:
     """One metric at one point under two placements: medians of the repeats, `ratio` = other / baseline.
 
-    `winner` is the better one's name ("" when equal). `clear` says that the 95 % confidence intervals do not meet: more
-    than chance; False also where there is but one repeat and so no interval.
+    `winner` is the better one's name ("" when equal, or when the metric ranks nothing). `clear` says that the 95 % confidence
+    intervals do not meet: more than chance; False also where there is but one repeat and so no interval.
     """
 
     experiment: str
@@ -47,7 +48,7 @@ class Comparison:
 
     @property
     def factor(self) -> float:
-        """How many times better the winner is (at least 1)."""
+        """How many times better the winner is (at least 1); infinity where one side is 0."""
         return max(self.ratio, 1 / self.ratio) if self.ratio else math.inf
 
 
@@ -116,7 +117,9 @@ def _matches(headline: Headline, pair: pd.Series, frame: pd.DataFrame) -> bool:
 def _comparison(pair: pd.Series, baseline: str, other: str) -> Comparison:
     before, after = pair["median_baseline"], pair["median_other"]
     ratio = after / before if before else (1.0 if after == before else math.inf)
-    winner = "" if after == before else other if (after > before) == (better(pair["metric"]) == "higher") else baseline
+    direction = better(pair["metric"])
+    ranked = after != before and direction != NEITHER
+    winner = "" if not ranked else other if (after > before) == (direction == HIGHER) else baseline
     clear = bool(pair["low_baseline"] > pair["high_other"] or pair["low_other"] > pair["high_baseline"])
     return Comparison(
         pair["experiment"],
@@ -154,10 +157,23 @@ def _swept(name: str, value: Any) -> str:
 
 
 def verdict(row: Comparison) -> str:
-    """Return which placement is better and by what factor, `?` where the confidence intervals meet or are missing."""
+    """Return which placement is better and by what factor, `?` where the confidence intervals meet or are missing.
+
+    Where one of them is 0 there is no factor: both values are said, the winner's first.
+    """
     if not row.winner:
-        return "equal"
-    return f"{row.winner} {digits(row.factor) if math.isfinite(row.factor) else 'infinitely many'}x{'' if row.clear else ' ?'}"
+        return "equal" if row.baseline == row.other else "differ"
+    if math.isfinite(row.factor):
+        said = f" {digits(row.factor)}x"
+    else:
+        ends = sorted((row.baseline, row.other), reverse=better(row.metric) == HIGHER)
+        said = f": {digits(ends[0])} against {digits(ends[1])}"
+    return f"{row.winner}{said}{'' if row.clear else ' ?'}"
+
+
+def ratio(row: Comparison) -> str:
+    """Return the ratio as said in a table: none where the baseline is 0."""
+    return digits(row.ratio) if math.isfinite(row.ratio) else "-"
 
 
 def print_comparison(
@@ -170,7 +186,7 @@ def print_comparison(
         return
     header = ("experiment", "measured at", "metric", baseline, other, "ratio", "better")
     lines = [
-        (row.experiment, point(row), row.metric, digits(row.baseline), digits(row.other), digits(row.ratio), verdict(row))
+        (row.experiment, point(row), row.metric, digits(row.baseline), digits(row.other), ratio(row), verdict(row))
         for row in rows
     ]
     note = "" if all(row.clear for row in rows) else "? the 95 % confidence intervals meet, or one repeat gives none"

@@ -18,12 +18,13 @@ from PIL import Image
 
 from analysis import style
 from analysis.answers import digits
-from analysis.compare import Comparison, comparisons, place, point, verdict
+from analysis.compare import Comparison, comparisons, place, point, ratio, verdict
 from analysis.figures import Definition, definitions
+from analysis.metrics import better, unit
 from analysis.redraw import draw_figure
-from analysis.results import Run, measurements, read_run
+from analysis.results import COUNTED, Run, measurements, read_run
 from analysis.sheet import PNG_DPI
-from analysis.summary import better, summarize, unit
+from analysis.summary import summarize
 from analysis.topology import picture
 
 PAIRS = (("centralized", "integrated"), ("redis", "centralized"), ("nftables", "local"))
@@ -66,8 +67,13 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.j2")
 
 
+HEADINGS = {"false_failovers": "hosts replaced while alive"}
+
+
 def _measure(name: str) -> str:
     """Return a metric's name as a table's heading: `generator_lateness_p99_us` -> `generator lateness p99 (µs)`."""
+    if name in HEADINGS:
+        return HEADINGS[name]
     words, _, suffix = name.rpartition("_")
     return (
         f"{words.replace('_', ' ')} ({unit(name).replace('us', 'µs')})" if unit(name) != "count" else f"{words} {suffix}".strip()
@@ -157,7 +163,7 @@ def _line(row: Comparison, summary: pd.DataFrame, placements: Sequence[str]) -> 
         "unit": row.unit,
         "better": better(row.metric),
         "cells": cells,
-        "ratio": digits(row.ratio),
+        "ratio": ratio(row),
         "verdict": verdict(row),
         "clear": row.clear,
     }
@@ -199,7 +205,10 @@ def _topologies(trials: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _fidelity(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a line per placement: how many trials, and median and worst of everything the trials say of their fidelity."""
+    """Return a line per placement: how many trials, and median and worst of everything the trials say of their fidelity.
+
+    Hosts replaced while alive are counted: the sum, and of how many trials.
+    """
     measures = sorted({name for trial in trials for name, value in _flat(trial.get("fidelity", {})) if _number(value)})
     lines = []
     for placement in style.order(trial["placement"] for trial in trials):
@@ -211,7 +220,7 @@ def _fidelity(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "placement": placement,
                 "trials": len(here),
                 "valid": sum(map(_valid, here)),
-                "cells": [_spread(values[name]) for name in measures],
+                "cells": [_total(values[name]) if name in COUNTED else _spread(values[name]) for name in measures],
             }
         )
     return {"measures": measures, "lines": lines}
@@ -290,6 +299,11 @@ def _spread(values: Iterable[float]) -> str:
         return ""
     middle, worst = digits(median(ordered)), digits(ordered[-1])
     return middle if middle == worst else f"{middle} (worst {worst})"
+
+
+def _total(counts: Sequence[float]) -> str:
+    """Return the sum of counts and of how many trials it is; empty without any."""
+    return f"{sum(counts):g} in {len(counts)} trial{'' if len(counts) == 1 else 's'}" if counts else ""
 
 
 def _number(value: Any) -> bool:

@@ -8,75 +8,21 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from hdrh.histogram import HdrHistogram
 
+from analysis.folder import Run, read_run
 from datastore.native.errors import NearstateError
 
+__all__ = ["Run", "read_run"]
+
 CONFIGURATION = ("experiment", "topology", "placement", "nf", "replicas")
+COUNTED = ("false_failovers",)
+"""What points say of their fidelity that is summarised as metrics are: a fault of the system, not of the machine."""
 COLUMNS = ("run", "trial", *CONFIGURATION, "repeat", "sweep", "valid", "reasons", "metric", "value", "histogram")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One results folder as read; `notes` says, a line each, what could not be read."""
-
-    path: Path
-    spec: dict[str, Any]
-    host: dict[str, Any]
-    trials: tuple[dict[str, Any], ...]
-    notes: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return str(self.spec.get("run_id") or self.path.resolve().name)
-
-
-def read_run(path: Path) -> Run:
-    """Read a results folder. A line a crash left half-written is left out and noted; anything but a run is refused."""
-    path = Path(path)
-    if not (path / "trials.jsonl").is_file():
-        raise NearstateError(f"{path} is no run: it holds no trials.jsonl; a run is a folder of results/, such as results/latest")
-    trials, notes = _read_trials(path / "trials.jsonl")
-    return Run(
-        path, _read_object(path / "spec.json", notes), _read_object(path / "host.json", notes), tuple(trials), tuple(notes)
-    )
-
-
-def _read_trials(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    trials: dict[tuple[str, bool, int], dict[str, Any]] = {}
-    notes: list[str] = []
-    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            trial = json.loads(line)
-            identity = str(trial["trial"]) + "".join(str(trial[name]) for name in ("experiment", "topology", "placement"))
-        except (ValueError, KeyError, TypeError):
-            notes.append(f"trials.jsonl line {number} is no whole trial (a run killed while writing?): left out")
-            continue
-        valid = bool(trial.get("valid", True))
-        # Every invalid attempt is counted; a trial measured twice counts once, or it would weigh double in the median.
-        key = (identity, valid, 0 if valid else number)
-        if key in trials:
-            notes.append(f"trials.jsonl line {number} measures {trial['trial']} again: the earlier line is left out")
-        trials[key] = trial
-    if notes and not trials:
-        raise NearstateError(f"{path} holds no trial that can be read: {notes[0]}")
-    return list(trials.values()), notes
-
-
-def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        notes.append(f"{path.name} cannot be read: {error}")
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def measurements(runs: Iterable[Run]) -> pd.DataFrame:
@@ -112,9 +58,10 @@ def _trial_rows(run: str, trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "valid": bool(trial.get("valid", True)) and bool(point.get("valid", True)),
             "reasons": "; ".join(reasons),
         }
+        counted = {name: count for name, count in point.get("fidelity", {}).items() if name in COUNTED}
         scalars = {
             name: float(value)
-            for name, value in point.get("metrics", {}).items()
+            for name, value in {**point.get("metrics", {}), **counted}.items()
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
         histograms = {**point.get("histograms", {}), **point.get("time_lines", {})}

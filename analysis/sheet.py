@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -199,6 +200,11 @@ def title(name: str) -> str:
     return name.replace("_", " ")
 
 
-def paper() -> Any:
-    """Return the context in which a paper's figures are drawn and saved."""
-    return matplotlib.rc_context(style.PAPER)
+@contextlib.contextmanager
+def paper() -> Iterator[None]:
+    """Draw and save a paper's figures within this: matplotlib's own defaults and `style.PAPER`, whatever matplotlibrc, style or
+    backend the user has chosen for other work, and what was chosen again afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"backend": "agg", **style.PAPER})
+        yield

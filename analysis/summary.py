@@ -11,40 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.metrics import unit
 from analysis.results import CONFIGURATION, measurements, read_run
 
 COLUMNS = (*CONFIGURATION, "sweep", "metric", "unit", "median", "low", "high", "trials", "invalid_trials")
 POINT = [*CONFIGURATION, "sweep", "metric"]
 
-UNITS = {
-    "ns": "ns",
-    "us": "us",
-    "ms": "ms",
-    "s": "s",
-    "kpps": "kpps",
-    "mpps": "Mpps",
-    "kops": "kops",
-    "gbps": "Gbit/s",
-    "mbps": "Mbit/s",
-    "bytes": "B",
-    "mbytes": "MB",
-    "ratio": "ratio",
-    "percent": "%",
-}
-HIGHER_IS_BETTER = ("kpps", "mpps", "kops", "gbps", "mbps")
-
 # Student's t, two-sided 95 %, for 1 to 4 degrees of freedom (Abramowitz and Stegun, table 26.10).
 STUDENT_T_95 = (12.706, 4.303, 3.182, 2.776)
-
-
-def unit(metric: str) -> str:
-    """Return the unit a metric's name ends in; a name without one is a count."""
-    return UNITS.get(metric.rpartition("_")[2], "count") if "_" in metric else "count"
-
-
-def better(metric: str) -> str:
-    """Return which way a metric is better: "higher" for rates of work done, "lower" for time, memory, loss and cost."""
-    return "higher" if metric.rpartition("_")[2] in HIGHER_IS_BETTER else "lower"
 
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:

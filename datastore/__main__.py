@@ -6,6 +6,11 @@ a lock and copied again when someone was at work on them (`Table.records`).
 
 from __future__ import annotations
 
+from datastore import surroundings
+
+if __name__ == "__main__":
+    surroundings.start_anew()  # before a library is imported
+
 import argparse
 import itertools
 import json

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from datastore import surroundings
+
+if __name__ == "__main__":
+    surroundings.start_anew()  # before a library is imported
+
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +46,8 @@ def list_experiments(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run experiments, then draw the figures and the report and print the comparison."""
+    """Run experiments, draw figures and report, print the comparison; exit status 1 where an experiment has no valid trial."""
+    from analysis.outcome import outcome
     from experiments.harness import runner
 
     try:
@@ -50,6 +57,11 @@ def run(arguments: argparse.Namespace) -> None:
             "interrupted; what has ended is safe: go on with `python -m experiments run --resume latest`"
         ) from None
     report(record.folder, arguments.baseline, arguments.other)
+    found = outcome(record.folder)
+    for line in found.lines:
+        print(line)
+    if found.unanswered:
+        raise NearstateError(f"no trial was valid of {', '.join(found.unanswered)}: nothing is known of it; the report says why")
 
 
 @contextmanager
@@ -180,6 +192,7 @@ def _placements(added: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; an error the user can mend is one line on standard error and exit code 1."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is none to other processes; matplotlib reads it when it is imported
     parsed = parser().parse_args(arguments)
     if parsed.command == "compare" and not parsed.run:
         parsed.run = ["latest"]

@@ -40,7 +40,7 @@ EXPERIMENT = Experiment(
                        {**COORDINATED_COUNTER, "replicas": (1, 3), "repeats": 20},
                        {**COORDINATED_COUNTER, "replicas": (2,), "repeats": 50}, {**ASYNCHRONOUS, "repeats": 20},
                        {**PARTS, "repeats": 20},
-                       {**PEERS, "repeats": 20}),
+                       {**PEERS, "nf_hosts": (2,), "repeats": 20}),
             "network": {"nf_hosts": 3},
         },
     },

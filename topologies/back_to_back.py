@@ -9,21 +9,22 @@ client net --- inside nf1 outside --- net server
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from datastore.native.errors import NearstateError
 from topologies.emulation.topology import DataCenter
 
 
 class BackToBack(DataCenter):
     """store_hosts: 0 or 1. delay_us: of each link and direction. cpu: cores by role. nf_hosts is 1."""
 
+    RANGES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "nf_hosts": (1, 1, "it has no switch, so 1 (or use rack)"),
+        "store_hosts": (0, 1, "one cable, so 0 or 1 (or use rack)"),
+    }
+
     def build(
         self, nf_hosts: int = 1, store_hosts: int = 0, delay_us: float = 0.0, cpu: Mapping[str, float] | None = None
     ) -> None:
-        if nf_hosts != 1:
-            raise NearstateError(f"topology back_to_back: nf_hosts={nf_hosts}; it has no switch, so 1 (or use rack)")
-        if store_hosts > 1:
-            raise NearstateError(f"topology back_to_back: store_hosts={store_hosts}; one cable, so 0 or 1 (or use rack)")
         nf = self.host("nf1", "nf")
         self.cable(self.host("client", "client"), "net", nf, "inside", delay_us)
         self.cable(self.host("server", "server"), "net", nf, "outside", delay_us)

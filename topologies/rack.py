@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from datastore.native.errors import NearstateError
 from topologies.emulation.topology import DataCenter
 
 
@@ -30,10 +29,6 @@ class Rack(DataCenter):
         cpu: Mapping[str, float] | None = None,
         server_hosts: int = 1,
     ) -> None:
-        if nf_hosts < 1:
-            raise NearstateError("topology rack: nf_hosts=0; at least one NF host carries the traffic")
-        if server_hosts < 1:
-            raise NearstateError("topology rack: server_hosts=0; at least one server answers")
         tor = self.switch("tor")
         self.cable(self.host("client", "client"), "net", tor, delay_us=delay_us)
         for name in ("server", *(f"server{number}" for number in range(2, server_hosts + 1))):

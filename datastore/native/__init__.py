@@ -1,6 +1,7 @@
 """Python compiled to machine code: how every hot function of nearstate is compiled, and where the result is kept.
 
-Compiled functions lie on disk below `.venv/compiled`, one folder for each kind of compilation; `cache` says when one is stale.
+Compiled functions lie on disk below `.venv/compiled`, one folder for each kind of compilation; `cache` says when one is stale,
+`datastore.surroundings` where they lie for a user who cannot write there.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from datastore.surroundings import prepare
+
 ROOT = Path(__file__).resolve().parents[2]
 
 CHECKED = os.environ.get("NUMBA_BOUNDSCHECK") == "1"
 """True when array accesses, also the unaligned ones of `memory`, are checked against the array's length."""
 
-CACHE = ROOT / ".venv" / "compiled" / f"python{sys.version_info[0]}.{sys.version_info[1]}{'-checked' * CHECKED}"
-os.environ.setdefault("NUMBA_CACHE_DIR", str(CACHE))
-os.environ["NUMBA_CACHE_LOCATOR_CLASSES"] = "datastore.native.cache.ImportsLocator"
+prepare(ROOT, f"python{sys.version_info[0]}.{sys.version_info[1]}{'-checked' * CHECKED}")
 
-import numba  # noqa: E402  (the cache folder must be named before Numba reads its settings)
+import numba  # noqa: E402  (Numba reads its settings when it is imported)
 
 from datastore.native.indices import count_from_the_front  # noqa: E402
 

@@ -61,6 +61,17 @@ def stamp(path: Path) -> str:
 class ImportsLocator(UserProvidedCacheLocator):
     """Files in NUMBA_CACHE_DIR, valid while the source and its imports are unchanged."""
 
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        """Return the folder of a source's functions: by its path in the repository, so that a copy of the checkout, `.venv` and
+        all, finds what it brought along."""
+        path = Path(py_file).resolve()
+        return (
+            ".".join(path.relative_to(ROOT).parent.parts)
+            if path.is_relative_to(ROOT)
+            else Path(path).parent.name + ("-" + hashlib.sha256(str(path.parent).encode()).hexdigest()[:16])
+        )
+
     def get_source_stamp(self) -> str:
         """Return what Numba compares with the stamp it stored."""
         return stamp(Path(self._py_file))

@@ -28,10 +28,15 @@ def import_file(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:  # whatever a user's file may raise
-        path = ROOT / f"{module.replace('.', '/')}.py"
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        reason = str(error) if isinstance(error, NearstateError) else f"{type(error).__name__}: {error}"
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines, reason = [error.lineno], f"{type(error).__name__}: {error.msg}"
-        place = ":".join(map(str, [path.relative_to(ROOT), *lines[-1:]]))
-        raise NearstateError(f"{place}: {reason}") from error
+        raise located(module, error) from error
+
+
+def located(module: str, error: Exception) -> NearstateError:
+    """Return the error that says in which line of a user's file, by its module, `error` came up, and what it says."""
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    reason = str(error) if isinstance(error, NearstateError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines, reason = [error.lineno], f"{type(error).__name__}: {error.msg}"
+    place = ":".join(map(str, [path.relative_to(ROOT), *lines[-1:]]))
+    return NearstateError(f"{place}: {' '.join(reason.split())}")

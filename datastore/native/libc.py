@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from datastore.native import INTERPRETED, inline, jit
 
-EINTR, EAGAIN, ESRCH, EBUSY, ENOBUFS, EPIPE, ECONNRESET, EINPROGRESS = 4, 11, 3, 16, 105, 32, 104, 115
+EINTR, EAGAIN, EBUSY, ENOBUFS, ECONNRESET, EINPROGRESS = 4, 11, 16, 105, 104, 115
 MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000
 POLLIN, POLLOUT = 1, 4
 CLOCK_MONOTONIC = 1
@@ -23,7 +23,6 @@ sendto = types.ExternalFunction("sendto", _long(_int, _pointer, _pointer, _int, 
 """sendto(fd, data, bytes, flags, address, address_bytes)"""
 libc_send = types.ExternalFunction("send", _long(_int, _pointer, _pointer, _int))
 libc_recv = types.ExternalFunction("recv", _long(_int, _pointer, _pointer, _int))
-libc_poll = types.ExternalFunction("poll", _int(_pointer, _long, _int))
 libc_ppoll = types.ExternalFunction("ppoll", _int(_pointer, _long, _pointer, _pointer))
 libc_accept4 = types.ExternalFunction("accept4", _int(_int, _pointer, _pointer, _int))
 libc_close = types.ExternalFunction("close", _int(_int))

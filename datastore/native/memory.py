@@ -113,7 +113,7 @@ def _byte_swap(bits: int, kind: Any) -> Any:
 
 _load16, _load32, _load64 = (_unaligned_load(n, k) for n, k in ((16, types.uint16), (32, types.uint32), (64, types.uint64)))
 _store16, _store32, _store64 = (_unaligned_store(n, k) for n, k in ((16, types.uint16), (32, types.uint32), (64, types.uint64)))
-_swap16, _swap32, _swap64 = (_byte_swap(n, k) for n, k in ((16, types.uint16), (32, types.uint32), (64, types.uint64)))
+_swap16, _swap32 = (_byte_swap(n, k) for n, k in ((16, types.uint16), (32, types.uint32)))
 
 
 @intrinsic

@@ -21,7 +21,6 @@ from functools import cached_property
 from typing import Any
 
 from datastore.native.errors import NearstateError
-from datastore.store.partitions import PartitionMap
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,3 @@ class ClusterMap:
             return cls(int(fields["epoch"]), tuple(kinds[kind] for kind in fields["groups"]), ended)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise NearstateError(f"not a cluster map: {error!r}") from error
-
-    def placement(self) -> PartitionMap:
-        """Return who serves what, as clients need it; a partition without members keeps an empty name."""
-        return PartitionMap(self.epoch, tuple(group.members or ("",) for group in self.groups))

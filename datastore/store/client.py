@@ -62,8 +62,6 @@ from datastore.store.statuses import NOT_PRIMARY, OK, status_message
 
 EPROTO = 71
 DEFAULT_WINDOW = 1024
-NO_VALUE = np.zeros(1, np.uint64)
-"""What `request` takes as `values` when the operation has none."""
 
 # What a row of `control` holds. Sequence numbers: the next to give, the first not framed, the first not answered, the first
 # not released. Bytes: received, framed and sent of the buffers.
@@ -354,11 +352,6 @@ def answer_sequence(client: ClientState, host: int, slot: int) -> Any:
 def answer_stream(client: ClientState, host: int, slot: int) -> Any:
     """Return the stream (uint64) of the operation in a window slot."""
     return client.streams[host * client.limits[WINDOW] + slot]
-
-
-@inline
-def answer_opcode(client: ClientState, host: int, slot: int) -> Any:
-    return np.int64(client.window[slot_at(client, host, slot)] & np.uint64(0xFF))
 
 
 @inline

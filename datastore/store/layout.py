@@ -75,7 +75,7 @@ SLOTS = 7
 STAMP, VALUE = 2, 3
 
 # A client's header, and a completion record of its ring.
-CLIENT_ID, CLIENT_USED_S, CLIENT_HIGHEST = range(3)
+CLIENT_ID, CLIENT_USED_S = range(2)
 CLIENT_HEADER_WORDS = 8
 DONE_SEQUENCE, DONE_STATUS, DONE_STAMP, DONE_VALUE = range(4)
 
@@ -100,7 +100,7 @@ BUCKET_DIRTY = 7
 CHANGE, INSERT, RENEW, REMOVE = 1, 2, 3, 4
 """A record is changed in place; a free slot is filled; an expired record starts anew; a record is taken out."""
 
-U0, U1, U8, U32 = np.uint64(0), np.uint64(1), np.uint64(8), np.uint64(32)
+U0, U1, U32 = np.uint64(0), np.uint64(1), np.uint64(32)
 BYTE = np.uint64(0xFF)
 ONES = np.uint64(0x0101010101010101)
 TAG_TOPS = np.uint64(0x0080808080808080)

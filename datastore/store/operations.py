@@ -87,7 +87,6 @@ GET_TRIES = 16
 """Reads without the lock before taking it; a record is held for well under a microsecond."""
 
 U16 = np.uint64(16)
-U20 = np.uint64(20)
 VERSIONS = ~EXPIRY_MASK
 ANY = np.uint64(ANY_VERSION << 20)
 

@@ -124,6 +124,8 @@ from datastore.store.statuses import NAMES, OK, STATUSES, TABLE_FULL, UNKNOWN_PA
 __all__ = ["STAMP", "VALUE", "Record", "Table", "abort_record", "commit_record", "is_new", "open_record", "prefetch_record"]
 
 LARGEST_VALUE_BYTES = 1024
+CLIENT_SLOTS = 64
+"""Remote clients whose answers a table remembers, so that none of their operations is done twice."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -473,7 +475,7 @@ class Table:
     @classmethod
     def create(
         cls, name: str, capacity: int, value_bytes: int, partitions: int = PARTITIONS, epoch: int = 1, cluster: int = 0,
-        clients: int = 64, window: int = 1024, replication_secret: int | None = None,
+        clients: int = CLIENT_SLOTS, window: int = 1024, replication_secret: int | None = None,
     ) -> Table:  # fmt: skip
         """Make /dev/shm/`name` for `capacity` records, this host being primary of nothing yet (`set_role`).
 
@@ -531,7 +533,7 @@ class Table:
     @classmethod
     def _fill(
         cls, name: str, descriptor: int, reserve: Callable[[int], mmap.mmap], capacity: int, value_bytes: int,
-        partitions: int = PARTITIONS, epoch: int = 1, cluster: int = 0, clients: int = 64, window: int = 1024,
+        partitions: int = PARTITIONS, epoch: int = 1, cluster: int = 0, clients: int = CLIENT_SLOTS, window: int = 1024,
         replication_secret: int | None = None,
     ) -> Table:  # fmt: skip
         layout = _layout(capacity, value_bytes, partitions, clients, window, replication_secret is not None)
@@ -740,6 +742,11 @@ def _record(slot: np.ndarray) -> Record:
     ahead = (field - now_s) % (1 << EXPIRY_BITS)
     left = None if field == 0 else ahead if ahead <= LONGEST_LIFE_S else ahead - (1 << EXPIRY_BITS)
     return Record(int(slot[0]), int(slot[1]), stamp >> EXPIRY_BITS, left, slot[VALUE:].tobytes())
+
+
+def check_layout(capacity: int, value_bytes: int) -> None:
+    """Raise NearstateError where no table could be of that size."""
+    _layout(capacity, value_bytes, PARTITIONS, CLIENT_SLOTS, 1, True)
 
 
 def _layout(

@@ -28,6 +28,7 @@ from experiments.harness.spec import Experiment, Trial, peer_names
 from experiments.workloads import timeline
 from experiments.workloads.traffic import CHOICES, packets_in
 from nfs.dataplane.port import KINDS
+from topologies.emulation import topology
 from topologies.emulation.network import EmulatedHost, Network
 from topologies.emulation.processes import Launcher, RunningProcess
 
@@ -67,18 +68,6 @@ class Bench:
         """The NF hosts of each stage of the chain, the innermost stage first; one stage with all of them for most trials."""
         return spec.staged([host.name for host in self.nf_hosts], self.trial.nf)
 
-    def steering(self, stage: Sequence[str], paths: str = SYMMETRIC) -> list[str]:
-        """Return the host of a stage that each partition's packets are sent to: round robin. With asymmetric paths, the one that
-        its answers are sent to: the next one.
-
-        Raises NearstateError for other paths, and for asymmetric ones with a single host.
-        """
-        if paths not in PATHS:
-            raise unknown("value of setting paths", paths, PATHS)
-        if paths == ASYMMETRIC and len(stage) < 2:
-            raise NearstateError(f"paths={paths!r} with {len(stage)} NF host: answers need another one, so at least 2")
-        return [stage[(partition + (paths == ASYMMETRIC)) % len(stage)] for partition in range(PARTITIONS)]
-
     def _hosts(self, role: str) -> list[EmulatedHost]:
         return [host for host in self.network.hosts.values() if host.role == role]
 
@@ -90,7 +79,7 @@ class Bench:
     def cluster(self, stage: Sequence[str]) -> Cluster:
         """Return what the placement may know of a stage: its state is placed as if its hosts were the only ones."""
         stores = tuple(host.name for host in self._hosts("store"))
-        return Cluster(tuple(stage), stores, tuple(self.steering(stage)), self.trial.replicas)
+        return Cluster(tuple(stage), stores, tuple(steering_of(stage)), self.trial.replicas)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -166,7 +155,7 @@ class Bench:
         mapped = self.map_of(stage)
         placement = mapped["replicas"] if mapped else [[] for _ in range(PARTITIONS)]
         controller = str(self.network.commands_path()) if self.network.switch else ""
-        steering = {"instances": list(stage), "steering": self.steering(stage), "controller": controller,
+        steering = {"instances": list(stage), "steering": steering_of(stage), "controller": controller,
                     "aligned": placements.load(self.trial.placement).store_role == "nf"}  # fmt: skip
         self._coordinator_config = {
             "address": self.storage_address("control"), "port": COORDINATOR_PORT, "cluster": self.cluster_id,
@@ -237,7 +226,7 @@ class Bench:
     def _start_store(self, host: str, stage: Sequence[str]) -> None:
         config = {"host": host, "table": self.table_name(host), "capacity": self.settings["capacity"],
                   "value_bytes": self.settings["value_bytes"], "address": self.storage_address(host), "port": STORE_PORT,
-                  "cluster": self.cluster_id, "epoch": 1, "map": self.map_of(stage), "create": True,
+                  "cluster": self.cluster_id, "map": self.map_of(stage), "create": True,
                   **({"replication": self._replication(host, stage)} if self.is_coordinated else {})}  # fmt: skip
         target = "datastore.store.server:main"
         self.stores[host] = self.launcher.spawn(f"store-{host}", self.network.hosts[host], target, config)
@@ -290,7 +279,7 @@ class Bench:
     def steer(self, paths: str) -> None:
         """Steer every partition in every stage, its answers back the same way or by another NF host (`steering`)."""
         for stage in self.stages if self.network.switch else ():
-            ways = list(zip(self.steering(stage), self.steering(stage, paths), strict=True))
+            ways = list(zip(steering_of(stage), steering_of(stage, paths), strict=True))
             for forward, back in sorted(set(ways)):
                 self.network.steer([p for p in range(PARTITIONS) if ways[p] == (forward, back)], forward, back)
 
@@ -305,11 +294,6 @@ class Bench:
         self.functions[host] = self.launcher.spawn(
             f"nf-{host}", self.nf_hosts[number], "nfs.dataplane.process:main", self.function_config(host, number)
         )
-
-    def restart_function(self, host: str) -> None:
-        """Start a killed NF process again; it works on the table of the store that its host has now."""
-        self._start_function(host)
-        self.wait_ready([self.functions[host]])
 
     def function_config(self, host: str, number: int) -> dict[str, Any]:
         """Return the configuration of the NF process on `host`: its stage's functions, their settings and their state."""
@@ -529,6 +513,29 @@ def settings(trial: Trial, experiment: Experiment) -> dict[str, Any]:
     """Return the procedure's parameters as a trial has them."""
     procedure = importlib.import_module(f"experiments.harness.procedures.{experiment.procedure}")
     return {**procedure.SETTINGS, **experiment.settings, **trial.settings, **trial.sweep}
+
+
+def steering_of(stage: Sequence[str], paths: str = SYMMETRIC) -> list[str]:
+    """Return the host of a stage that each partition's packets are sent to: round robin. With asymmetric paths, the one that
+    its answers are sent to: the next one.
+
+    Raises NearstateError for other paths, and for asymmetric ones with a single host.
+    """
+    if paths not in PATHS:
+        raise unknown("value of setting paths", paths, PATHS)
+    if paths == ASYMMETRIC and len(stage) < 2:
+        raise NearstateError(f"paths={paths!r} with {len(stage)} NF host: answers need another one, so at least 2")
+    return [stage[(partition + (paths == ASYMMETRIC)) % len(stage)] for partition in range(PARTITIONS)]
+
+
+def network_parameters(trial: Trial, experiment: Experiment) -> dict[str, Any]:
+    """Return the topology's parameters: a store host only where the placement (or the peer) keeps state on one."""
+    if trial.placement in peer_names():
+        role = getattr(importlib.import_module(f"experiments.peers.{trial.placement}"), "STORES", None)
+    else:
+        role = placements.load(trial.placement).store_role
+    swept = {key: trial.sweep[key] for key in topology.parameters(trial.topology) if key in trial.sweep}
+    return {"store_hosts": trial.replicas if role == "store" else 0, **experiment.network, **swept}
 
 
 def sleep_until(when_ns: int) -> None:

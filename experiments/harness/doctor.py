@@ -53,6 +53,8 @@ DATAPATHS = {
     "afxdp": "userspace, ports of type afxdp-nonpmd",
     "userspace": "userspace, plain ports",
 }
+SLOW = ("NUMBA_DISABLE_JIT", "NUMBA_BOUNDSCHECK")
+"""With these set a packet costs many times what is to be measured."""
 SET_UP = "call ./run_all.sh or ./run_tests.sh: they install it"
 
 
@@ -121,6 +123,12 @@ def require(results: Path = RESULTS) -> None:
             f"experiments need root, for network namespaces and the switch (this is user id "
             f"{os.geteuid()}): call `sudo ./run_all.sh`, or put sudo before the command"
         )
+    if system.missing_capabilities():
+        raise NearstateError(f"experiments make network namespaces and links: {system.privilege_advice()}")
+    slow = [f"{name}={os.environ[name]}" for name in SLOW if os.environ.get(name, "0") != "0"]
+    if slow:
+        raise NearstateError(f"{' '.join(slow)} is set, for debugging: an interpreted or checked packet path would be measured; "
+                             "unset it and call again")  # fmt: skip
     if shutil.which("mnexec") is None or importlib.util.find_spec("mininet") is None:
         raise NearstateError(f"Mininet is not installed, or .venv does not see it: {SET_UP}")
     _datapath()
@@ -256,6 +264,10 @@ class Box:
 
 
 def check_root(box: Box) -> Fact:
+    lacking = system.missing_capabilities() if box.root else []
+    if lacking:
+        problem = "network namespaces, links and packet sockets need all of them"
+        return Fact("root", f"yes, without {', '.join(lacking)}", problem, system.privilege_advice())
     if box.root:
         return Fact("root", "yes")
     return Fact(
@@ -409,6 +421,15 @@ def check_nftables(box: Box) -> Fact:
     )
 
 
+def check_ipv6(box: Box) -> Fact:
+    default = _text("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+    good = (
+        "works" if default == "0" else "off by default here (net.ipv6.conf.default.disable_ipv6), switched on for our interfaces"
+    )
+    instead = "hosts have IPv4 alone, and IPv6 is not measured" if not system.has_ipv6() else None
+    return _tried(box, "IPv6", "ipv6", good, "boot without ipv6.disable=1, and have /proc/sys writable", instead)
+
+
 def check_redis(box: Box) -> Fact:
     if shutil.which("redis-server") is None:
         return Fact("Redis", "missing", "Redis cannot be measured beside our store", SET_UP)
@@ -515,6 +536,7 @@ CHECKS: tuple[Callable[[Box], Fact], ...] = (
     check_afxdp,
     check_netem,
     check_nftables,
+    check_ipv6,
 )
 
 
@@ -564,15 +586,27 @@ def _text(path: str | Path) -> str:
 def try_out() -> dict[str, str]:
     """Return, for each thing tried on a fresh veth pair, "works" or the reason why not."""
     if ctypes.CDLL(None, use_errno=True).unshare(system.CLONE_NEWNET) != 0:
-        raise NearstateError(f"unshare of the network namespace: {os.strerror(ctypes.get_errno())}; run as root")
+        why = f"unshare of the network namespace: {os.strerror(ctypes.get_errno())}; {system.privilege_advice()}"
+        return dict.fromkeys(("afxdp", "netem", "nftables", "ipv6"), why)
     made = _try(["ip", "-batch", "-"], "link add one type veth peer name two\nlink set one up\nlink set two up\n")
     if made != "works":
         reason = f"no veth pair could be made: {made}"
-        return {"afxdp": reason, "netem": reason, "nftables": _try_nftables()}
+        return {"afxdp": reason, "netem": reason, "ipv6": reason, "nftables": _try_nftables()}
     netem = _try(["tc", "qdisc", "add", "dev", "two", "root", "netem", "delay", "1ms"])
     if netem == "works":
         _try(["tc", "qdisc", "del", "dev", "two", "root"])
-    return {"netem": netem, "nftables": _try_nftables(), "afxdp": _try_afxdp()}
+    return {"netem": netem, "nftables": _try_nftables(), "ipv6": _try_ipv6(), "afxdp": _try_afxdp()}
+
+
+def _try_ipv6() -> str:
+    """Give an interface an IPv6 address as the emulation does, also where new namespaces begin with IPv6 off."""
+    if not system.has_ipv6():
+        return "the kernel has no IPv6 (ipv6.disable=1 at boot, or not built in)"
+    try:
+        system.with_quiet_ipv6("one")
+    except OSError as error:
+        return f"/proc/sys/net/ipv6 cannot be written: {error.strerror}"
+    return _try(["ip", "-batch", "-"], "address add fd00::1/128 dev lo nodad\nroute replace fd00::2/128 dev one src fd00::1\n")
 
 
 def _try_nftables() -> str:

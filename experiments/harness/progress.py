@@ -23,7 +23,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         resumed = f", {self.done} finished before" if self.done else ""
-        print(f"{self.title}: {self.total} trials{resumed}", flush=True)
+        print(f"{self.title}: {_trials(self.total)}{resumed}", flush=True)
         if sys.stdout.isatty():
             columns = (SpinnerColumn(), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
                        TextColumn("{task.description}"))  # fmt: skip
@@ -37,7 +37,7 @@ class Progress:
             self.bar.stop()
         if error is None:
             spent = time.monotonic() - self.started
-            print(f"{self.total} trials, {self.invalid} invalid, {spent:.0f} s", flush=True)
+            print(f"{_trials(self.total)}, {self.invalid} invalid, {spent:.0f} s", flush=True)
 
     def start(self, name: str) -> None:
         """A trial starts."""
@@ -57,3 +57,7 @@ class Progress:
                 self.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True)
+
+
+def _trials(count: int) -> str:
+    return f"{count} trial{'' if count == 1 else 's'}"

@@ -1,11 +1,10 @@
 """Where results go: one folder a run, one line a trial, written as soon as the trial has ended.
 
-results/<run id>/  spec.json host.json trials.jsonl histograms/ logs/ figures/      results/latest -> the newest run
+results/<run id>/  spec.json host.json trials.jsonl logs/ figures/      results/latest -> the newest run
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from analysis.folder import read_spec, read_trials
 from datastore.native import ROOT
 from datastore.native.errors import NearstateError, unknown
 
@@ -36,8 +36,8 @@ class Record:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What was asked for: profile, experiments, seed, commit."""
-        return dict(json.loads((self.folder / "spec.json").read_text()))
+        """What was asked for: profile, experiments, seed, commit. Raises NearstateError when spec.json does not say."""
+        return read_spec(self.folder / "spec.json")
 
     @classmethod
     def create(cls, spec: dict[str, Any], host: dict[str, Any], results: Path = RESULTS) -> Record:
@@ -46,7 +46,7 @@ class Record:
         run_id = f"{stamp}-{''.join(random.choices(ALPHABET, k=4))}"
         folder = results / run_id
         try:
-            for name in ("histograms", "logs", "figures"):
+            for name in ("logs", "figures"):
                 (folder / name).mkdir(parents=True)
             record = cls(folder)
             record.write("spec.json", spec | {"run_id": run_id})
@@ -105,18 +105,17 @@ class Record:
                 file.truncate(content.rfind(b"\n") + 1)
 
     def trials(self) -> Iterator[dict[str, Any]]:
-        """Yield the finished trials; a half-written last line is none."""
-        for line in (self.folder / "trials.jsonl").read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+        """Yield the finished trials; a line that is none is left out. Raises NearstateError without a trials.jsonl."""
+        yield from (trial for _, trial in read_trials(self.folder / "trials.jsonl")[0])
 
-    def finished(self) -> set[str]:
-        """Return the names of the finished trials: a resumed run skips them."""
-        return {trial["trial"] for trial in self.trials()}
+    @property
+    def notes(self) -> list[str]:
+        """What in trials.jsonl is no trial, a line each."""
+        return read_trials(self.folder / "trials.jsonl")[1]
 
     def validity(self) -> dict[str, bool]:
-        """Return for each finished trial whether it can be believed."""
-        return {trial["trial"]: bool(trial["valid"]) for trial in self.trials()}
+        """Return for each finished trial whether it can be believed: a resumed run skips them."""
+        return {trial["trial"]: bool(trial.get("valid", True)) for trial in self.trials()}
 
 
 def point_latest(folder: Path) -> None:

@@ -20,20 +20,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from datastore import placements
 from datastore.native.errors import NearstateError, unknown
 from experiments.harness import doctor, spec
-from experiments.harness.bench import Bench, settings
+from experiments.harness.bench import Bench, network_parameters, settings
 from experiments.harness.progress import Progress
 from experiments.harness.record import Record, commit
 from experiments.harness.spec import Experiment, Trial
-from topologies.emulation import recorder, topology
+from topologies.emulation import recorder
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
-from topologies.emulation.processes import Launcher
+from topologies.emulation.processes import Launcher, LauncherSilent
 
 ATTEMPTS = 2
 """How often a trial that turns out invalid is run."""
+LOADING_S, COMPILING_S = 20.0, 900.0
 PRELOAD = ("experiments.harness.preload",)
 
 
@@ -59,6 +59,8 @@ def run(names: Sequence[str], profile: str = "quick", resume: str | None = None,
     if resume:
         record = Record.open(resume)
         profile = record.spec["profile"]
+        for note in record.notes:
+            print(f"{record.run_id}: {note}; its trial is run again", flush=True)
         if pcap and not record.spec.get("pcap"):
             raise NearstateError(f"--pcap: run {record.run_id} began without recording and goes on so; start a new run with it")
         pcap = record.spec.get("pcap", False)
@@ -100,7 +102,7 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
     if not trials:
         return
     with Journal(record.run_id) as journal, Launcher(journal, record.folder / "logs", PRELOAD) as launcher:
-        launcher.wait_ready()
+        wait_for(launcher)
         waiting = deque(trials)
         while waiting:
             trial = waiting.popleft()
@@ -110,6 +112,16 @@ def run_trials(record: Record, experiments: dict[str, Experiment], trials: Seque
             again = next_attempt(trial, record.validity())
             waiting.extend([again] if again else [])
             progress.end(trial.name, result["seconds"], result["invalid_reasons"], bool(again))
+
+
+def wait_for(launcher: Launcher) -> None:
+    """Wait until the launcher has loaded what is compiled, which takes seconds; what has changed it compiles first, and that is
+    told: it takes minutes, once."""
+    try:
+        launcher.wait_ready(LOADING_S)
+    except LauncherSilent:
+        print(f"compiling what has changed since it was compiled last; this may take {COMPILING_S / 60:.0f} minutes", flush=True)
+        launcher.wait_ready(COMPILING_S)
 
 
 def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: Launcher, pcap: Path) -> dict[str, Any]:
@@ -167,16 +179,6 @@ def steadiness(bench: Bench) -> dict[str, Any]:
         return {}
 
 
-def network_parameters(trial: Trial, experiment: Experiment) -> dict[str, Any]:
-    """Return the topology's parameters: a store host only where the placement (or the peer) keeps state on one."""
-    if trial.placement in spec.peer_names():
-        role = getattr(importlib.import_module(f"experiments.peers.{trial.placement}"), "STORES", None)
-    else:
-        role = placements.load(trial.placement).store_role
-    swept = {key: trial.sweep[key] for key in topology.parameters(trial.topology) if key in trial.sweep}
-    return {"store_hosts": trial.replicas if role == "store" else 0, **experiment.network, **swept}
-
-
 def summarise(line: dict[str, Any]) -> None:
     """Put the points' worst fidelity and their summed ledger on the trial's line, and decide whether it is valid."""
     points = line["points"]
@@ -184,6 +186,9 @@ def summarise(line: dict[str, Any]) -> None:
         values = [point["fidelity"][key] for point in points if point.get("fidelity", {}).get(key) is not None]
         if values:
             line["fidelity"][key] = max(values)
+    replaced = [point["fidelity"]["false_failovers"] for point in points if "false_failovers" in point.get("fidelity", {})]
+    if replaced:
+        line["fidelity"]["false_failovers"] = sum(replaced)
     totals: dict[str, Any] = {}
     for point in points:
         _add(totals, point.get("ledger", {}))

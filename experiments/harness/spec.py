@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +58,8 @@ class Experiment:
         changes: dict[str, Any] = {}
         for name, value in self.profiles.get(profile, {}).items():
             if name in ("settings", "traffic", "network"):
+                if not isinstance(value, Mapping):
+                    raise NearstateError(f"profile {profile!r}: {name}={value!r} is no mapping; give {{name: value}}")
                 changes[name] = {**getattr(self, name), **value}
             elif name in ("sweeps", "repeats"):
                 changes[name] = value
@@ -116,6 +117,9 @@ def load(name: str) -> Experiment:
     found = getattr(import_file(f"experiments.{name}"), "EXPERIMENT", None)
     if not isinstance(found, Experiment):
         raise NearstateError(f"experiments/{name}.py declares no EXPERIMENT = Experiment(...)")
+    for profile in found.profiles:
+        if profile not in PROFILES:
+            raise unknown(f"profile of experiment {name!r}", str(profile), PROFILES)
     for profile in PROFILES:
         check(name, found.for_profile(profile))
     return found
@@ -123,9 +127,9 @@ def load(name: str) -> Experiment:
 
 def check(name: str, experiment: Experiment) -> None:
     """Check everything that can be checked without starting anything. Raises NearstateError naming the wrong value."""
-    from experiments.harness import bench
-    from topologies.emulation import topology
+    from experiments.harness import checks
 
+    _check_fields(name, experiment)
     if experiment.procedure not in procedure_names():
         raise unknown(f"procedure of experiment {name!r}", experiment.procedure, procedure_names())
     _check_grids(name, experiment.sweeps)
@@ -134,36 +138,60 @@ def check(name: str, experiment: Experiment) -> None:
         if repeats < 1:
             raise NearstateError(f"experiment {name!r}: repeats={repeats}; at least 1 is needed")
     check_traffic(name, experiment)
-    procedure = importlib.import_module(f"experiments.harness.procedures.{experiment.procedure}")
+    defaults = import_file(f"experiments.harness.procedures.{experiment.procedure}").SETTINGS
     for key, value in experiment.settings.items():
-        if key not in procedure.SETTINGS:
-            raise unknown(f"setting of experiment {name!r}", key, procedure.SETTINGS)
-        check_setting(name, key, value, procedure.SETTINGS[key])
-        check_choice(key, value, bench.CHOICES_OF)
-    known = {"topology": topology.names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
+        if key not in defaults:
+            raise unknown(f"setting of experiment {name!r}", key, defaults)
+        _check_value(name, key, value, defaults)
     for grid in experiment.sweeps:
-        shaping = network_keys(grid)
-        for key in (*grid, *grid.get("settings", ())):
-            if key not in (*GRID_KEYS, *NOT_SWEPT, *shaping) and key not in procedure.SETTINGS:
-                raise unknown(f"sweep parameter of experiment {name!r}", key, (*GRID_KEYS, *procedure.SETTINGS))
-        swept = [(key, value) for key in grid if key not in NOT_SWEPT for value in grid[key]]
-        for key, value in (*swept, *grid.get("settings", {}).items()):
-            if key in DEFAULTS:
-                check_setting(name, key, value, DEFAULTS[key])
-            elif key in procedure.SETTINGS:
-                check_setting(name, key, value, procedure.SETTINGS[key])
-            check_choice(key, value, bench.CHOICES_OF)
-        for key, names in known.items():
-            for value in values_of(grid, key):
-                for part in itertools.chain(*stages(value)) if key == "nf" else [value]:
-                    if part not in names or (value and not part):
-                        raise unknown(key if key != "nf" else "network function", part, names)
-                    if key == "nf" and part:
-                        declaration.load(part)
-        for value, *shape in itertools.product(topologies_of(grid), *(grid[key] for key in shaping)):
-            nf_hosts = topology.plan(value, {**experiment.network, **dict(zip(shaping, shape, strict=True))}).hosts("nf")
-            for nf in values_of(grid, "nf"):
-                staged(nf_hosts, nf)
+        _check_keys(name, grid, defaults)
+        _check_names(grid)
+    checks.check_trials(name, experiment)
+
+
+def _check_keys(name: str, grid: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check that a grid sweeps what there is, and its values. defaults: the procedure's settings."""
+    shaping = network_keys(grid)
+    for key in (*grid, *grid.get("settings", ())):
+        if key not in (*GRID_KEYS, *NOT_SWEPT, *shaping) and key not in defaults:
+            raise unknown(f"sweep parameter of experiment {name!r}", key, (*GRID_KEYS, *defaults))
+    swept = [(key, value) for key in grid if key not in NOT_SWEPT for value in grid[key]]
+    for key, value in (*swept, *grid.get("settings", {}).items()):
+        _check_value(name, key, value, {**defaults, **DEFAULTS})
+
+
+def _check_value(name: str, key: str, value: Any, defaults: Mapping[str, Any]) -> None:
+    from experiments.harness import bench
+
+    if key in defaults:
+        check_setting(name, key, value, defaults[key])
+    check_choice(key, value, bench.CHOICES_OF)
+
+
+def _check_names(grid: Mapping[str, Any]) -> None:
+    """Check that a grid's topologies, placements and network functions exist and can be loaded."""
+    from topologies.emulation import topology
+
+    known = {"topology": topology.names(), "nf": ["", *declaration.names()], "placement": placements.names() + peer_names()}
+    for key, names in known.items():
+        for value in values_of(grid, key):
+            for part in itertools.chain(*stages(value)) if key == "nf" else [value]:
+                if part not in names or (value and not part):
+                    raise unknown(key if key != "nf" else "network function", part, names)
+                if key == "nf" and part:
+                    declaration.load(part)
+
+
+def _check_fields(name: str, experiment: Experiment) -> None:
+    """Raise NearstateError for a field of the wrong kind."""
+    kinds: Mapping[str, type | tuple[type, ...]] = {
+        "question": str, "procedure": str, "settings": Mapping, "traffic": Mapping, "network": Mapping, "profiles": Mapping,
+        "repeats": int, "seed": int}  # fmt: skip
+    for field_name, kind in kinds.items():
+        value = getattr(experiment, field_name)
+        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+            wanted = {str: "text", int: "whole number from 0"}.get(kind, "mapping")  # type: ignore[arg-type]
+            raise NearstateError(f"experiment {name!r}: {field_name}={value!r} is no {wanted}")
 
 
 def topologies_of(grid: Mapping[str, Any]) -> Sequence[str]:
@@ -184,6 +212,14 @@ def _check_grids(name: str, grids: Any) -> None:
     if not isinstance(grids, (tuple, list)) or not grids or not all(isinstance(grid, Mapping) for grid in grids):
         raise NearstateError(f"experiment {name!r}: sweeps={grids!r} is no list of grids; write sweeps=({{...}},)")
     for grid in grids:
+        if "chain" in grid and "nf" in grid:
+            raise NearstateError(
+                f"experiment {name!r}: a grid has both nf and chain; give one, nf=('firewall+nat',) is a chain too"
+            )
+        if not isinstance(grid.get("settings", {}), Mapping):
+            raise NearstateError(f"experiment {name!r}: settings={grid['settings']!r} is no mapping; give {{name: value}}")
+        for part in grid.get("chain", ()):
+            check_setting(name, "chain", part, "")
         for key, values in grid.items():
             if key not in ("settings", "repeats") and not (isinstance(values, (tuple, list)) and values):
                 raise NearstateError(f"experiment {name!r}: {key}={values!r} is no list of values; write {key}=({values!r},)")

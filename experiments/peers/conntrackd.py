@@ -26,6 +26,7 @@ from topologies.emulation.processes import RunningProcess
 
 if TYPE_CHECKING:
     from experiments.harness.bench import Bench
+    from experiments.harness.checks import Planned
 
 STORES = None
 PROGRAMS = {"conntrackd": "conntrackd", "unshare": "util-linux"}
@@ -93,6 +94,13 @@ class Pair:
         """End the daemons; rules, addresses and entries are the namespaces'."""
         for daemon in self.daemons.values():
             daemon.kill()
+
+
+def check(planned: Planned) -> None:
+    """Raise NearstateError for another number of hosts than two, and for what its kernels cannot do."""
+    if len(planned.nf_hosts) != 2:
+        raise NearstateError(f"peer conntrackd with {len(planned.nf_hosts)} NF hosts: FTFW is a protocol of two; give nf_hosts=2")
+    nftables.check(planned)
 
 
 def start(bench: Bench) -> Pair:

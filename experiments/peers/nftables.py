@@ -24,6 +24,7 @@ from topologies.emulation import system
 
 if TYPE_CHECKING:
     from experiments.harness.bench import Bench
+    from experiments.harness.checks import Planned
 
 STORES = None
 INSIDE_GATEWAY, OUTSIDE_GATEWAY = "10.127.255.254/9", "10.255.255.254/9"
@@ -115,6 +116,14 @@ def pool(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, IPv4Addre
     """Return (weight, address, port) of each backend of the balancer."""
     words = load("load_balancer").make_env(settings.get("load_balancer"))["backends"][0][::2]
     return [(int(word) >> 48, IPv4Address(int(word) >> 16 & 0xFFFFFFFF), int(word) & 0xFFFF) for word in words if word]
+
+
+def check(planned: Planned) -> None:
+    """Raise NearstateError for a job that the kernel cannot be given, or settings of it that it has not."""
+    rules(planned.trial.nf, planned.settings["functions"])
+    for name in planned.settings["functions"]:
+        if name not in planned.trial.nf.split("+"):
+            raise unknown(f"network function with settings, of nf={planned.trial.nf!r}", str(name), planned.trial.nf.split("+"))
 
 
 def start(bench: Bench) -> Kernel:

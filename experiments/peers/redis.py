@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from experiments.harness.bench import Bench
 
 STORES = "store"
+FORWARDS = False
+"""It keeps state; packets do not pass it."""
 PORT = 6379
 
 
@@ -35,11 +37,12 @@ class Server:
 
 
 def start(bench: Bench) -> Server:
-    """Start redis-server on store1. Raises NearstateError when it is not installed or does not start."""
+    """Start redis-server on the store host. Raises NearstateError when it is not installed or does not start."""
     if not shutil.which("redis-server"):
         raise NearstateError("peer redis: redis-server is not installed: apt-get install redis-server")
-    address = bench.storage_address("store1")
-    process = bench.launcher.spawn("redis-store1", bench.network.hosts["store1"], f"{__name__}:main", {"address": address})
+    host = next(host for host in bench.network.hosts.values() if host.role == STORES)
+    address = bench.storage_address(host.name)
+    process = bench.launcher.spawn(f"redis-{host.name}", host, f"{__name__}:main", {"address": address})
     time.sleep(0.2)
     if process.poll() is not None:
         raise NearstateError(f"peer redis: redis-server ended at once; its log is {process.log}")

@@ -37,7 +37,7 @@ BUCKETS = OCTAVES << PER_OCTAVE_BITS
 """Of a bin's latencies: 8 an octave, from 1 us to 1 s, so a quantile is at most an eighth too high."""
 
 # words of TimeLine.control
-BIN_NS, ORIGIN_NS, LAST_NS, GAP_NS, GAP_END_NS, AFTER = range(6)
+BIN_NS, ORIGIN_NS, LAST_NS, GAP_NS, GAP_END_NS = range(5)
 # columns of TimeLine.bins
 RECEIVED, WATCHED, HIGHEST = range(3)
 # columns of TimeLine.flows

@@ -35,8 +35,8 @@ HERE = -1
 # words of `Engine.control`
 PASSES, VALUE_WORDS, OWNER, EPOCH, NOW_NS, FLIGHTS_FREE, WAITING, WAITING_LIMIT, HOSTS, DOWN, SPIN_NS = range(11)
 CONFLICTS, FETCHES, WRITES, BURSTS = range(11, 15)
-STEPS, FIRST_ATTEMPT, TIMEOUT_S, CLAIMER, ADDING, HERE_FLIGHTS = range(15, 21)
-REPLICATES, QUEUES, CHANGED, CALLED, PUT_OFF, ALSO, SEEN_COMMITS, CLAIMED_IN = range(21, 29)
+STEPS, TIMEOUT_S, CLAIMER, ADDING, HERE_FLIGHTS = range(15, 20)
+REPLICATES, QUEUES, CHANGED, CALLED, PUT_OFF, ALSO, SEEN_COMMITS, CLAIMED_IN = range(20, 28)
 """TIMEOUT_S, CLAIMER, ADDING: what the last run of a step's functions asked for (its time-out, the env that claims or -1,
 whether it adds). HERE_FLIGHTS: flights of records on this host, which wait for a claim elsewhere. REPLICATES: partitions may
 change hosts. QUEUES: partitions with waiting packets. CHANGED: records of this host changed in this pass. CALLED: another thread

@@ -64,7 +64,14 @@ def make_env(function: str, settings: Settings, prepare: Prepare | None, given: 
             raise unknown(f"setting of network function {function!r}", name, choices)
     values = {name: given.get(name, default) for name, (_, default) in settings.items()}
     if prepare:
-        values = prepare(values)
+        try:
+            values = prepare(values)
+        except NearstateError:
+            raise
+        except Exception as error:  # whatever a function makes of a value of another kind
+            defaults = {name: settings[name][1] for name in given}
+            raise NearstateError(f"settings of network function {function!r}, {dict(given)}: {type(error).__name__}: {error}; "
+                                 f"the defaults are {defaults}") from error  # fmt: skip
     env = np.zeros(1, env_layout(settings))
     for name, value in values.items():
         try:

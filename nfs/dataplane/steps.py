@@ -91,18 +91,37 @@ def load_chain(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]], 
 
     Raises NearstateError for unknown names, wrong settings, an empty chain, a function twice, or a record that is too large.
     """
+    return make_chain(_loaded(names), settings, value_bytes)
+
+
+def check_chain(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]], value_bytes: int) -> None:
+    """Raise what `load_chain` would raise, and compile nothing."""
+    functions = _loaded(names)
+    _check(functions, settings, value_bytes)
+    for function in functions:
+        function.make_env(settings.get(function.name))
+
+
+def _loaded(names: Sequence[str]) -> list[NetworkFunction]:
     if not names or len(set(names)) != len(names):
         raise NearstateError(f"chain {list(names)}: name one or more network functions, each once")
-    return make_chain([declaration.load(name) for name in names], settings, value_bytes)
+    return [declaration.load(name) for name in names]
 
 
-def make_chain(functions: Sequence[NetworkFunction], settings: Mapping[str, Mapping[str, Any]], value_bytes: int) -> Chain:
-    """`load_chain` of functions that are loaded."""
+def _check(functions: Sequence[NetworkFunction], settings: Mapping[str, Mapping[str, Any]], value_bytes: int) -> None:
     check_names(functions, settings)
+    for name, given in settings.items():
+        if not isinstance(given, Mapping):
+            raise NearstateError(f"settings of network function {name!r}: {given!r} is no mapping; give {{name: value}}")
     for function in functions:
         if not function.stateless and function.state.itemsize > value_bytes:
             raise NearstateError(f"records of {function.name} have {function.state.itemsize} bytes, the store's {value_bytes}: "
                                  "start the store with larger values")  # fmt: skip
+
+
+def make_chain(functions: Sequence[NetworkFunction], settings: Mapping[str, Mapping[str, Any]], value_bytes: int) -> Chain:
+    """`load_chain` of functions that are loaded."""
+    _check(functions, settings, value_bytes)
     steps: list[tuple[int, ...]] = []
     members: list[tuple[int, int, int]] = []
     envs: list[np.ndarray] = []

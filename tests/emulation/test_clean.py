@@ -31,7 +31,7 @@ journal = Journal(sys.argv[1])
 shared = Path(journal.shared_memory(f"nearstate-{journal.short}-table"))
 shared.write_bytes(bytes(4096))
 sysctl = Path("/proc/sys/net/core/wmem_default")
-journal.sysctl("net.core.wmem_default", sysctl.read_text())
+journal.setting(sysctl, sysctl.read_text())
 sysctl.write_text(str(int(sysctl.read_text()) + 4096))
 print("started", flush=True)
 with Launcher(journal, Path(sys.argv[2])) as launcher:

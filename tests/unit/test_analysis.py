@@ -16,11 +16,12 @@ from PIL import Image
 from analysis import style
 from analysis.compare import compare, print_comparison
 from analysis.figures import definitions
+from analysis.metrics import unit
 from analysis.redraw import draw_figures
 from analysis.report import write_report
 from analysis.results import decode, measurements, merge, read_run
 from analysis.sheet import PNG_DPI
-from analysis.summary import COLUMNS, confidence_interval, summarize, unit, write_summary
+from analysis.summary import COLUMNS, confidence_interval, summarize, write_summary
 from datastore.native.errors import NearstateError
 
 # Medians a synthetic run is built around: one-way packet latency (us), lossless rate (kpps), CPU per packet (us).

@@ -20,7 +20,7 @@ from experiments.__main__ import main
 from experiments.harness import doctor
 from experiments.harness.doctor import Box, Fact
 from nfs.dataplane import afxdp
-from topologies.emulation import journal
+from topologies.emulation import journal, system
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="trying AF_XDP and netem needs root")
 
@@ -47,9 +47,9 @@ def test_facts_are_this_box(facts: dict[str, Fact]) -> None:
 def test_the_trial_agrees_with_the_tools_and_leaves_nothing(facts: dict[str, Fact]) -> None:
     links = set(Path("/sys/class/net").iterdir())
     tried = Box().trial
-    assert set(tried) == {"afxdp", "netem", "nftables"}
+    assert set(tried) == {"afxdp", "netem", "nftables", "ipv6"}
     assert set(Path("/sys/class/net").iterdir()) == links
-    for name, key in (("AF_XDP on veth", "afxdp"), ("netem", "netem"), ("nftables", "nftables")):
+    for name, key in (("AF_XDP on veth", "afxdp"), ("netem", "netem"), ("nftables", "nftables"), ("IPv6", "ipv6")):
         assert (facts[name].problem is None) == (tried[key] == "works")
     asked = ["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
     assert (tried["netem"] == "works") == (subprocess.run(asked, capture_output=True, check=False).returncode == 0)
@@ -210,3 +210,53 @@ def test_a_writable_results_folder_is_made_and_left_empty(tmp_path: Path) -> Non
 @as_root
 def test_this_box_can_run_experiments() -> None:
     doctor.require(ROOT / "results")
+
+
+def in_shell(script: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python script in a process of its own, by a command that takes something from it."""
+    return subprocess.run([*command, sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@as_root
+def test_a_root_that_may_not_is_told_what_it_lacks() -> None:
+    """As in a container without --privileged: setpriv takes the capability from what it starts."""
+    lacking = ("setpriv", "--bounding-set", "-sys_admin")
+    done = in_shell("from experiments.harness import doctor; doctor.require()", *lacking)
+    assert done.stderr.splitlines()[-1].endswith("this root lacks CAP_SYS_ADMIN: give the container `--privileged`, or "
+                                                 "--cap-add SYS_ADMIN")  # fmt: skip
+    told = in_shell("from experiments.harness import doctor; print(doctor.render(doctor.examine()))", *lacking).stdout
+    assert "! root" in told
+    assert "yes, without CAP_SYS_ADMIN" in told
+    assert "fix: this root lacks CAP_SYS_ADMIN: give the container `--privileged`" in told
+    assert "run as root" not in told
+
+
+IPV6_OFF = """
+import ctypes, subprocess
+from pathlib import Path
+from topologies.emulation import system
+from experiments.harness import doctor
+assert ctypes.CDLL(None).unshare(system.CLONE_NEWNET) == 0
+Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")
+Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+for command in ("link add one type veth peer name two", "link set one up", "link set two up"):
+    subprocess.run(["ip", *command.split()], check=True)
+add = ["ip", "address", "add", "fd00::9/128", "dev", "lo", "nodad"]
+added = subprocess.run(add, capture_output=True, check=False).returncode
+print(added, doctor._try_ipv6())
+"""
+
+
+@as_root
+def test_where_ipv6_is_off_by_default_it_is_switched_on_for_our_interfaces() -> None:
+    """In a network namespace of its own, with which the settings go."""
+    assert in_shell(IPV6_OFF).stdout == "2 works\n"
+
+
+@pytest.mark.parametrize("name", doctor.SLOW)
+def test_a_run_with_a_debugging_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    for each in doctor.SLOW:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(system, "missing_capabilities", list)
+    assert refusal(monkeypatch, tmp_path).startswith(f"{name}=1 is set")

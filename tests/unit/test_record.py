@@ -16,19 +16,22 @@ from datastore.native.errors import NearstateError
 from experiments.harness import record as records
 from experiments.harness.record import Record
 
+SPEC = {"profile": "smoke", "experiments": {}}
+
 
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
-    return Record.create({"profile": "smoke", "experiments": {}}, {"cpu": "one"}, tmp_path)
+    return Record.create(SPEC, {"cpu": "one"}, tmp_path)
 
 
 def trial(number: int, size: int = 0) -> dict[str, object]:
-    return {"trial": f"mine/rack/local/{number}", "points": ["x" * size], "seconds": 1.5}
+    return {"trial": f"mine/rack/local/{number}", "experiment": "mine", "topology": "rack", "placement": "local",
+            "points": [], "fidelity": {"log": "x" * size}, "valid": True, "seconds": 1.5}  # fmt: skip
 
 
 def test_a_new_run_has_its_folder_and_is_the_latest(record: Record, tmp_path: Path) -> None:
     assert {path.name for path in record.folder.iterdir()} == {
-        "spec.json", "host.json", "trials.jsonl", "histograms", "logs", "figures",
+        "spec.json", "host.json", "trials.jsonl", "logs", "figures",
     }  # fmt: skip
     assert record.spec["run_id"] == record.run_id
     assert Record.open("latest", tmp_path).folder == record.folder
@@ -47,7 +50,7 @@ def test_trials_are_appended_and_read_back(record: Record) -> None:
     for number in range(5):
         record.append(trial(number, 1000))
     assert list(record.trials()) == [trial(number, 1000) for number in range(5)]
-    assert record.finished() == {f"mine/rack/local/{number}" for number in range(5)}
+    assert set(record.validity()) == {f"mine/rack/local/{number}" for number in range(5)}
 
 
 def test_a_half_written_line_is_mended_at_every_length(record: Record) -> None:
@@ -59,13 +62,13 @@ def test_a_half_written_line_is_mended_at_every_length(record: Record) -> None:
     for cut in range(first, len(whole)):
         path.write_bytes(whole[:cut])
         again = Record.open(record.run_id, record.folder.parent)
-        assert again.finished() == {trial(0)["trial"]} | ({trial(1)["trial"]} if cut == len(whole) - 1 else set())
+        assert set(again.validity()) == {trial(0)["trial"]} | ({trial(1)["trial"]} if cut == len(whole) - 1 else set())
         again.append(trial(2))
         assert [line["trial"] for line in again.trials()][-1] == trial(2)["trial"]
         assert all(json.loads(line) for line in path.read_text().splitlines())
     path.write_bytes(whole[: first // 2])
     record.append(trial(3))
-    assert record.finished() == {trial(3)["trial"]}
+    assert set(record.validity()) == {trial(3)["trial"]}
 
 
 def test_appending_after_kill_9_at_random_moments_loses_at_most_the_line_in_flight(record: Record) -> None:
@@ -86,7 +89,7 @@ def test_appending_after_kill_9_at_random_moments_loses_at_most_the_line_in_flig
         while more := os.read(reading, 4):
             said = more
         os.close(reading)
-        finished = record.finished()
+        finished = set(record.validity())
         last = int.from_bytes(said, "big")
         assert {str(trial(number)["trial"]) for number in range(round_ * 10_000, last + 1)} <= finished
         assert len(finished - {str(trial(number)["trial"]) for number in range(round_ * 10_000, last + 2)}) == len(
@@ -110,7 +113,7 @@ def test_a_full_disk_gives_one_clear_line_and_loses_nothing(record: Record) -> N
     assert "\n" not in str(raised.value)
     assert (record.folder / "trials.jsonl").read_bytes() == before
     record.append(trial(1, 1000))
-    assert len(record.finished()) == 2
+    assert len(set(record.validity())) == 2
 
 
 FULL = """
@@ -124,11 +127,12 @@ record = Record.create({}, {}, folder)
 written = 0
 try:
     for number in range(1000):
-        record.append({"trial": f"t{number}", "points": ["x" * 3000]})
+        names = {"trial": f"t{number}", "experiment": "e", "topology": "t", "placement": "p"}
+        record.append({**names, "fidelity": {"x": "x" * 3000}})
         written += 1
 except NearstateError as error:
     print(error)
-assert written > 5 and len(record.finished()) == written, (written, record.finished())
+assert written > 5 and len(set(record.validity())) == written, (written, set(record.validity()))
 try:
     Record.create({}, {"fill": "x" * 100_000}, folder)
 except NearstateError as error:
@@ -154,7 +158,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 
 def test_other_files_are_written_whole_or_not_at_all(record: Record) -> None:
-    record.write("spec.json", {"a": 1})
+    record.write("spec.json", SPEC)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -164,7 +168,7 @@ def test_other_files_are_written_whole_or_not_at_all(record: Record) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert record.spec == {"a": 1}
+    assert record.spec == SPEC
 
 
 def test_the_commit_is_recorded() -> None:

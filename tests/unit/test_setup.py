@@ -50,6 +50,8 @@ class Tree:
             shutil.copy(ROOT / name, target)
         for name in ("datastore", "nfs", "topologies"):
             (self.folder / name).mkdir()
+        for name in ("throughput", "packet_latency", "_shared"):
+            (self.folder / f"experiments/{name}.py").touch()
         (self.folder / "experiments/harness/warm.py").write_text("print('compiling everything')\n")
         self.installed(*PACKAGES)
         self.program("dpkg-query", f"cat '{folder}/installed'; exit 1")
@@ -325,6 +327,9 @@ def test_help_needs_no_set_up_and_shows_an_example(tree: Tree, script: str) -> N
         ("--profile", "--profile needs a value: smoke, quick or paper"),
         ("--profile long", "unknown profile 'long': valid are smoke, quick and paper"),
         ("throughput --profile=", "unknown profile ''"),
+        ("throughput packet_latensy", "unknown experiment 'packet_latensy': valid are packet_latency throughput;"),
+        ("_shared", "unknown experiment '_shared'"),
+        ("'throughput packet_latency'", "unknown experiment 'throughput packet_latency'"),
     ],
 )
 def test_a_wrong_argument_is_refused_before_set_up(tree: Tree, arguments: str, complaint: str) -> None:
@@ -345,9 +350,9 @@ def without_set_up(tree: Tree, python: str) -> None:
 
 def test_run_all_hands_profile_and_experiments_on(tree: Tree) -> None:
     without_set_up(tree, 'printf "<%s>" "$@"; exit 7')
-    status, output, _ = tree.run("./run_all.sh throughput --profile paper 'a b'")
+    status, output, _ = tree.run("./run_all.sh throughput --profile paper packet_latency")
     assert status == 7
-    assert output == "set up for emulation\n<-m><experiments><run><--profile><paper><throughput><a b>"
+    assert output == "set up for emulation\n<-m><experiments><run><--profile><paper><throughput><packet_latency>"
     assert tree.run("./run_all.sh")[1].endswith("<run><--profile><quick>")
     assert tree.run("./run_all.sh --pcap throughput")[1].endswith("<run><--profile><quick><--pcap><throughput>")
 

@@ -15,6 +15,7 @@ from datastore.native.errors import NearstateError
 from experiments.harness import runner, spec
 from experiments.harness.spec import Experiment, check, trials
 
+LOCAL = {"nf": ("firewall",), "placement": ("local",)}
 RIGHT = Experiment(
     question="Is this right?",
     procedure="packet_latency",
@@ -78,12 +79,21 @@ def test_a_right_experiment_passes() -> None:
         ({"procedure": "throughput", "settings": {"saturate": 1}}, "saturate=1 is no True or False"),
         ({"sweeps": ({"nf": ("firewall|",)},)}, "unknown network function ''"),
         ({"sweeps": ({"nf": ("firewall|natt",)},)}, "unknown network function 'natt': did you mean nat"),
-        ({"sweeps": ({"nf": ("firewall|nat",)},), "network": {"nf_hosts": 3}}, r"over 3 NF hosts: each of its 2 stages needs"),
-        ({"sweeps": ({"nf": ("firewall|nat",), "topology": ("back_to_back",)},)}, "over 1 NF host: each of its 2 stages needs"),
+        (
+            {"sweeps": ({**LOCAL, "nf": ("firewall|nat",)},), "network": {"nf_hosts": 3}},
+            r"over 3 NF hosts: each of its 2 stages needs",
+        ),
+        (
+            {"sweeps": ({**LOCAL, "nf": ("firewall|nat",), "topology": ("back_to_back",)},)},
+            "over 1 NF host: each of its 2 stages needs",
+        ),
         ({"network": {"nf_hosts": "two"}}, "topology rack: nf_hosts='two' is no int"),
-        ({"sweeps": ({"nf_hosts": ("two",)},)}, "topology rack: nf_hosts='two' is no int"),
-        ({"sweeps": ({"nf": ("firewall|nat",), "nf_hosts": (2, 3)},)}, r"over 3 NF hosts: each of its 2 stages needs"),
-        ({"sweeps": ({"topology": ("back_to_back",), "nf_hosts": (3,)},)}, "back_to_back: nf_hosts=3; it has no switch, so 1"),
+        ({"sweeps": ({**LOCAL, "nf_hosts": ("two",)},)}, "topology rack: nf_hosts='two' is no int"),
+        ({"sweeps": ({**LOCAL, "nf": ("firewall|nat",), "nf_hosts": (2, 3)},)}, r"over 3 NF hosts: each of its 2 stages needs"),
+        (
+            {"sweeps": ({**LOCAL, "topology": ("back_to_back",), "nf_hosts": (3,)},)},
+            "back_to_back: nf_hosts=3; it has no switch, so 1",
+        ),
         ({"network": {"nf_host": 2}}, "unknown parameter of topology rack 'nf_host': did you mean nf_hosts"),
     ],
 )
@@ -96,7 +106,7 @@ def test_what_is_wrong_is_refused_with_the_nearest_names(changes: Mapping[str, A
 def test_what_may_stand_for_a_default_passes() -> None:
     settings = {"ladder_kpps": [2.5, 40], "saturate": True, "seconds": 1, "functions": {"firewall": {}}}
     check("mine", replace(RIGHT, procedure="throughput", settings=settings))
-    check("mine", replace(RIGHT, procedure="throughput", settings={}, sweeps=({"ladder_kpps": ((1, 2), (3,))},)))
+    check("mine", replace(RIGHT, procedure="throughput", settings={}, sweeps=({**LOCAL, "ladder_kpps": ((1, 2), (3,))},)))
 
 
 def test_a_chain_is_told_by_its_stages_and_the_hosts_divide_among_them() -> None:

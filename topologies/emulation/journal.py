@@ -24,7 +24,6 @@ from datastore.native.errors import NearstateError
 
 MARKER = "NEARSTATE_RUN"
 SHORT_LENGTH = 4
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 REMOVAL_S = 5.0
 """Longest wait for killed processes to disappear: their namespaces, and so their links, go with them."""
 
@@ -107,10 +106,6 @@ class Journal:
     def file(self, path: str | Path) -> None:
         """A file or socket outside the results folder is about to be made."""
         self._add("file", str(path))
-
-    def sysctl(self, name: str, old: str) -> None:
-        """The setting `name` (`net.core.rmem_max`), now `old`, is about to be changed."""
-        self.setting(f"/proc/sys/{name.replace('.', '/')}", old)
 
     def setting(self, path: str | Path, restore: str) -> None:
         """A file of /proc/sys or /sys is about to be written; writing `restore` to it undoes that. The first entry counts."""

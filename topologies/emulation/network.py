@@ -35,7 +35,7 @@ from topologies.emulation.cgroup import CpuLimits
 from topologies.emulation.journal import Journal
 from topologies.emulation.nodes import Cable, CableEnd, NamespaceHost, ScopedSwitch
 from topologies.emulation.processes import ROOT, Launcher
-from topologies.emulation.topology import Plan, plan
+from topologies.emulation.topology import MIDDLE, Plan, plan
 
 CLIENT_ADDRESS, SERVER_ADDRESS = "10.0.0.1", "10.128.0.1"
 TRANSLATED_NETWORK = "10.64.0.0/16"
@@ -44,7 +44,6 @@ STORAGE_NETWORK = "192.168.77"
 IPV6_PREFIX = "fd00::"
 """Of unique local addresses (RFC 4193): who has a.b.c.d on `net` has fd00::a.b.c.d, too."""
 CONTROLLER_S, WIRE_S = 15.0, 60.0
-MIDDLE = "wire"
 Mininet.inited = True  # its init() raises a dozen sysctls of the machine and does nothing else we need
 
 
@@ -545,7 +544,7 @@ class Network:
     def steering(self) -> list[str]:
         """Return the instance that gets what clients send, for each partition; of a chain over hosts as "nf1|nf2"."""
         if self.switch is None:
-            return ["nf1"] * PARTITIONS
+            return [self.plan.hosts("nf")[0]] * PARTITIONS
         return list(self._command({"command": "where"})["instances"])
 
     def show(self) -> dict[str, Any]:

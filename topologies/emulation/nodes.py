@@ -25,6 +25,7 @@ from datastore.native.errors import NearstateError
 from topologies.emulation import system
 from topologies.emulation.journal import Journal
 from topologies.emulation.processes import cpu_seconds
+from topologies.emulation.topology import port_name
 
 NAMESPACE_S = 5.0
 
@@ -77,7 +78,7 @@ class QuietShell(Node):
                 if Path(f"/proc/{self.pid}/ns/net").readlink() != ours:
                     return
             if self.shell.poll() is not None or time.monotonic() > deadline:
-                raise NearstateError(f"host {self.name}: no network namespace; run as root, in a container that may make them")
+                raise NearstateError(f"host {self.name}: no network namespace; {system.privilege_advice()}")
             time.sleep(0.001)
 
     def terminate(self) -> None:
@@ -164,9 +165,8 @@ class ScopedSwitch(QuietShell, OVSSwitch):
         """Give the ports device names with the run and what is plugged in ("nsk3x9-nf1i"), in place of Mininet's ("tor-eth3")."""
         for interface in self.ports_in_use():
             end = interface.link.intf1 if interface is interface.link.intf2 else interface.link.intf2
-            letter = end.name[0] if end.node.name.startswith("nf") else ""
             del self.nameToIntf[interface.name]
-            interface.name = f"{self.bridge}-{end.node.name}{letter}"
+            interface.name = port_name(self.bridge, end.node.name, end.node.role, end.name)
             self.nameToIntf[interface.name] = interface
 
     def starting(self, controller_port: int) -> system.Started:

@@ -42,6 +42,10 @@ PRELOAD_S = 180.0
 SO_SNDBUFFORCE = 32
 
 
+class LauncherSilent(NearstateError):
+    """The launcher lives and has not answered yet."""
+
+
 class Placeable(Protocol):
     """What a process needs to know of the host it runs on."""
 
@@ -306,7 +310,7 @@ class Launcher:
         deadline = time.monotonic() + timeout_s
         while not self._replies:
             if time.monotonic() > deadline:
-                raise NearstateError(f"launcher: no answer in {timeout_s:g} s; its log is {self.log}")
+                raise LauncherSilent(f"launcher: no answer in {timeout_s:g} s; its log is {self.log}")
             self._drain(0.5)
             if -1 in self._endings:
                 raise NearstateError(f"launcher: it ended; its log is {self.log}")

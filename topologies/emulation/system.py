@@ -50,10 +50,33 @@ def network_namespace(pid: int) -> Iterator[None]:
         os.close(home)
 
 
+CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_PTRACE": 19}
+"""What the emulation needs (capabilities(7)), by bit: namespaces and mounts, links and rules, packet sockets, other processes'
+namespaces. A container's root may lack some."""
+
+
+def missing_capabilities() -> list[str]:
+    """Return which of CAPABILITIES this process has not."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    held = int(line.split()[1], 16)
+    return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
+
+
+def privilege_advice() -> str:
+    """Return what to do where the kernel said no: become root, or have a root that may."""
+    if os.geteuid() != 0:
+        return "run as root"
+    lacking = missing_capabilities()
+    if not lacking:
+        return "this root has the capabilities, so a policy forbids it (seccomp, AppArmor): give the container `--privileged`"
+    options = " ".join(f"--cap-add {name.removeprefix('CAP_')}" for name in lacking)
+    return f"this root lacks {', '.join(lacking)}: give the container `--privileged`, or {options}"
+
+
 def _setns(fd: int) -> None:
     if _libc.setns(fd, CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
-        raise NearstateError(f"setns into a network namespace: {os.strerror(code)}; run as root")
+        raise NearstateError(f"setns into a network namespace: {os.strerror(code)}; {privilege_advice()}")
 
 
 def private_folder(folder: str, mbytes: int) -> None:
@@ -63,7 +86,7 @@ def private_folder(folder: str, mbytes: int) -> None:
     """
     if _libc.unshare(CLONE_NEWNS) != 0:
         code = ctypes.get_errno()
-        raise NearstateError(f"unshare of the mount namespace: {os.strerror(code)}; run as root")
+        raise NearstateError(f"unshare of the mount namespace: {os.strerror(code)}; {privilege_advice()}")
     _mount(None, "/", None, MS_REC | MS_PRIVATE, None)
     _mount("tmpfs", folder, "tmpfs", 0, f"size={mbytes}m,mode=755")
 
@@ -77,7 +100,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
     texts = [text.encode() if text is not None else None for text in (source, target, kind, options)]
     if _libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3]) != 0:
         code = ctypes.get_errno()
-        raise NearstateError(f"mount on {target}: {os.strerror(code)}; run as root, in a container that may mount")
+        raise NearstateError(f"mount on {target}: {os.strerror(code)}; {privilege_advice()}")
 
 
 def die_with_parent(parent: int) -> None:
@@ -186,11 +209,18 @@ def has_ipv6() -> bool:
 
 
 def with_quiet_ipv6(interface: str) -> None:
-    """IPv6 without a word of its own on one interface: no link-local address, so no solicitations, and no advertisement heard."""
-    for name, value in (("addr_gen_mode", 1), ("accept_ra", 0), ("accept_dad", 0)):
+    """IPv6 without a word of its own on one interface: no link-local address, so no solicitations, and no advertisement heard.
+
+    It is on there, and on the loopback interface, also where the machine has it off by default (`disable_ipv6` of sysctl.d, or
+    ipv6.disable_ipv6=1 at boot): a new namespace may begin with that.
+    """
+    for name, value in (("addr_gen_mode", 1), ("accept_ra", 0), ("accept_dad", 0), ("disable_ipv6", 0)):
         path = Path(f"/proc/sys/net/ipv6/conf/{interface}/{name}")
         if path.exists():
             path.write_text(str(value))
+    loopback = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+    if loopback.exists() and loopback.read_text().strip() != "0":
+        loopback.write_text("0")
 
 
 def without_ipv6(interface: str) -> None:

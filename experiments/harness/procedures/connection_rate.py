@@ -8,7 +8,7 @@ is made large enough. As in `throughput`, steps are short, so a rate fails only 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.harness import accounting
 from experiments.harness.bench import COMMON_SETTINGS, READY_S, Bench
@@ -16,11 +16,21 @@ from experiments.harness.procedures.throughput import highest
 from experiments.workloads.traffic import packets_in
 from topologies.emulation.processes import RunningProcess
 
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
+
 SETTINGS = {**COMMON_SETTINGS, "capacity": 1 << 20, "warmup_kops": 20.0, "warmup_seconds": 0.5, "ladder_kops": (50, 100, 200),
             "seconds": 0.4, "search_low_kops": 2.0, "search_high_kops": 320.0, "search_steps": 6, "search_seconds": 0.3,
             "tries": 2, "window": 512, "lateness_limit_us": 0.0}  # fmt: skip
 MOST_KOPS = 1000.0
 """More than any path here opens: bounds the responder's bit map when saturated."""
+
+
+def check(planned: Planned) -> None:
+    """Check that the search has room, and that every load of the ladder is one."""
+    planned.need_order("search_low_kops", "search_high_kops")
+    if any(offered <= 0 for offered in planned.settings["ladder_kops"]):
+        raise planned.refuse(f"ladder_kops={planned.settings['ladder_kops']!r}: each load must be above 0")
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,11 +36,26 @@ from datastore.store.table import Record
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 from experiments.workloads import timeline
 
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
+
 SETTINGS = {**COMMON_SETTINGS, "victim": "nf1", "lost": "host", "offered_kpps": 20.0, "lost_at_s": 0.6, "seconds": 2.0,
             "bin_us": 1000.0, "shown_ms": (200.0, 800.0), "lateness_limit_us": 0.0}  # fmt: skip
 PATIENCE_S = 1.0
 """How long a coordinator's decision is waited for: ten times what it should take."""
 ASKED_EVERY_S = 0.004
+
+
+def check(planned: Planned) -> None:
+    """Check that what is to be lost is there, and that it is lost within the load."""
+    given = planned.settings
+    planned.need_moves(victim=given["victim"])
+    planned.need_order("lost_at_s", "seconds")
+    lost, victim = given["lost"], given["victim"]
+    there = {"function": not planned.peer, "store": victim in planned.stores}
+    if not there.get(lost, True):
+        raise planned.refuse(f"lost={lost!r} of {victim} with placement={planned.trial.placement!r}: there is no {lost} "
+                             "process that could be lost")  # fmt: skip
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
@@ -139,7 +154,7 @@ def ends(bench: Bench) -> tuple[str, str]:
     return victim, hosts[(hosts.index(victim) + 1) % len(hosts)]
 
 
-def detection_ns(seed: int, lost: str = "host", timing: Timing | None = None) -> int:
+def detection_ns(seed: int, timing: Timing | None = None, lost: str = "host") -> int:
     """Return how long after a loss a coordinator knows of it.
 
     Of a host or a link when its lease is over, which began with the last heartbeat, up to one interval ago; of a process at once,
@@ -154,7 +169,8 @@ def detection_ns(seed: int, lost: str = "host", timing: Timing | None = None) ->
 
 def _stand_in(bench: Bench, victim: str, survivor: str, carried: list[int], lost_ns: int) -> tuple[int, int]:
     """Notice the loss as a coordinator would, and act; returns when it was noticed, and when the switch had confirmed."""
-    sleep_until(lost_ns + detection_ns(bench.trial.seed, bench.settings["lost"]))
+    timing = Timing.of(bench.settings["lease_ms"] or None)
+    sleep_until(lost_ns + detection_ns(bench.trial.seed, timing, bench.settings["lost"]))
     noticed_ns = time.monotonic_ns()
     if take_over := getattr(bench.peer, "take_over", None):
         take_over(victim, survivor)

@@ -5,15 +5,27 @@ Both are measured in one trial, one after the other, each with server ports of i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.harness import accounting
-from experiments.harness.bench import COMMON_SETTINGS, PATHS, READY_S, Bench
+from experiments.harness.bench import COMMON_SETTINGS, PATHS, READY_S, Bench, steering_of
 from topologies.emulation.processes import RunningProcess
+
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
 
 SETTINGS = {**COMMON_SETTINGS, "measured_paths": PATHS, "rate_per_s": 500.0, "seconds": 1.0, "timeout_s": 1.0,
             "warmup_seconds": 0.1}  # fmt: skip
 FIRST_PORT = 7000
+
+
+def check(planned: Planned) -> None:
+    """Check that each kind of paths that is to be measured is possible."""
+    for paths in planned.settings["measured_paths"]:
+        for stage in planned.stages:
+            steering_of(stage, paths)
+    if not planned.settings["measured_paths"]:
+        raise planned.refuse("measured_paths=(): nothing would be measured; give 'symmetric' or 'asymmetric'")
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:

@@ -11,14 +11,28 @@ host is a backup again. Then the copies are compared record by record.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datastore.native.errors import NearstateError
+from datastore.native.errors import NearstateError, unknown
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
+
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
 
 SETTINGS = {**COMMON_SETTINGS, "victim": "", "offered_kpps": 10.0, "cut_at_s": 0.6, "mended_at_s": 1.8, "seconds": 3.0,
             "bin_us": 1000.0, "shown_ms": (300.0, 2200.0), "lateness_limit_us": 0.0}  # fmt: skip
 HEALED_S = 15.0
+
+
+def check(planned: Planned) -> None:
+    """Check that there is a host to cut off, and that it is cut off and mended within the load."""
+    planned.need_moves()
+    planned.need_order("cut_at_s", "mended_at_s", "seconds")
+    victim = planned.settings["victim"]
+    if victim and victim not in planned.plan.graph.hosts():
+        raise unknown("victim among the hosts", victim, planned.plan.graph.hosts())
+    if "storage" not in planned.plan.interfaces(victim or next(iter(planned.stores), planned.nf_hosts[0])):
+        raise planned.refuse(f"victim={victim!r}: it has no cable `storage` that could be cut")
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:

@@ -10,12 +10,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datastore.native.errors import NearstateError, unknown
 from experiments.harness import accounting
 from experiments.harness.bench import COMMON_SETTINGS, READY_S, Bench
 from topologies.emulation.processes import RunningProcess
+
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
 
 WORKLOADS = ("tcp", "udp", "download", "requests", "many_connections", "new_connections", "handshakes")
 SETTINGS = {**COMMON_SETTINGS, "workloads": WORKLOADS, "seconds": 1, "udp_mbps": 100.0, "small_bytes": 1024,
@@ -108,6 +111,15 @@ def protocol_counters(pid: int, wanted: Mapping[str, Sequence[str]]) -> dict[str
     lines = [line.split() for line in Path(f"/proc/{pid}/net/snmp").read_text().splitlines()]
     counters = {names[0].rstrip(":"): dict(zip(names[1:], values[1:])) for names, values in zip(lines[::2], lines[1::2])}
     return {name: int(counters[protocol][name]) for protocol, names in wanted.items() for name in names}
+
+
+def check(planned: Planned) -> None:
+    """Check that every workload is one there is."""
+    for name in planned.settings["workloads"]:
+        if name not in WORKLOADS:
+            raise unknown("workload", name, WORKLOADS)
+    if not planned.settings["workloads"]:
+        raise planned.refuse("workloads=(): nothing would be measured")
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:

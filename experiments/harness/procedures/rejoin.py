@@ -10,7 +10,7 @@ packets of all partitions are at the survivors, which also read and send the ima
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from datastore.native.errors import NearstateError
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 from experiments.harness.procedures.failover import ends
 from experiments.workloads import timeline
+
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
 
 SETTINGS = {**COMMON_SETTINGS, "capacity": 1 << 18, "victim": "nf2", "offered_kpps": 60.0, "lost_at_s": 0.6, "back_at_s": 1.6,
             "seconds": 4.0, "bin_us": 10000.0, "shown_ms": (1600.0, 2000.0), "lateness_limit_us": 0.0}  # fmt: skip
@@ -37,6 +40,17 @@ class Sample(NamedTuple):
     full_ratio: float
     storage_bytes: float
     store_cpu_s: float
+
+
+def check(planned: Planned) -> None:
+    """Check that a backup can be lost and come back, all within the load."""
+    planned.need_moves(victim=planned.settings["victim"])
+    planned.need_order("lost_at_s", "back_at_s", "seconds")
+    if planned.trial.replicas < 2:
+        raise planned.refuse(f"procedure='rejoin' with replicas={planned.trial.replicas}: a backup needs at least 2")
+    if planned.settings["victim"] not in planned.stores:
+        raise planned.refuse(f"procedure='rejoin' with placement={planned.trial.placement!r}: the victim has no store "
+                             "that could be filled again; use placement='integrated'")  # fmt: skip
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:

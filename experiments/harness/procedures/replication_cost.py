@@ -13,6 +13,8 @@ from experiments.harness.procedures import throughput
 
 SETTINGS = {**throughput.SETTINGS, "offered_kpps": 10.0, "seconds": 1.0, "ladder_kpps": ()}
 
+check = throughput.check
+
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """Return points: at `offered_kpps`, with its latencies; saturated; the search for the highest load without loss."""

@@ -10,7 +10,7 @@ a store host, or stays behind, and only the switch is told.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdrh.histogram import HdrHistogram
 
@@ -19,12 +19,21 @@ from datastore.store.partitions import PARTITIONS
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 from experiments.workloads import timeline
 
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
+
 SETTINGS = {**COMMON_SETTINGS, "flows": 0, "offered_kpps": 20.0, "out_at_s": 0.6, "in_at_s": 1.4, "seconds": 2.2,
             "bin_us": 1000.0, "shown_ms": (300.0, 1500.0), "delayed_ms": 20.0, "lateness_limit_us": 0.0}  # fmt: skip
 AFTERMATH_NS = 50_000_000
 """How long after a move packets count as touched by it."""
 PATIENCE_S = 5.0
 """How long a move may take: twenty times what it should."""
+
+
+def check(planned: Planned) -> None:
+    """Check that there is a host to join, and that it joins and leaves within the load."""
+    planned.need_moves()
+    planned.need_order("out_at_s", "in_at_s", "seconds")
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:

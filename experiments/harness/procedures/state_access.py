@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from datastore.native.errors import unknown
 from experiments.harness.bench import COMMON_SETTINGS, READY_S, STORE_PORT, Bench
 from experiments.peers import redis as redis_peer
 from topologies.emulation.processes import RunningProcess
 
-SETTINGS = {**COMMON_SETTINGS, "operations": ("read", "write", "read_modify_write"), "count_here": 200_000,
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
+
+FORWARDS = False
+"""Not only trials with a path of packets."""
+OPERATIONS = ("read", "write", "read_modify_write")
+SETTINGS = {**COMMON_SETTINGS, "operations": OPERATIONS, "count_here": 200_000,
             "count_there": 3000, "gap_us": 0.0, "keys": 10_000, "background_kpps": 10.0, "background_seconds": 0.6,
             "loaded_share": 0.5, "pipeline": 64, "frames": 4, "pipeline_count": 1_280_000}  # fmt: skip
+
+
+def check(planned: Planned) -> None:
+    """Check that there is state to be reached, by operations there are; packets beside it are not needed."""
+    if planned.peer and planned.peer is not redis_peer:
+        raise planned.refuse(f"procedure='state_access' with placement={planned.trial.placement!r}: this peer has no store")
+    if not planned.peer and not planned.stores:
+        raise planned.refuse(
+            f"procedure='state_access' with placement={planned.trial.placement!r}: there is no store to be reached"
+        )
+    for name in planned.settings["operations"]:
+        if name not in OPERATIONS:
+            raise unknown("operation", name, OPERATIONS)
+    if not planned.settings["keys"]:
+        raise planned.refuse("keys=0: there is no record to be reached")
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
@@ -21,7 +43,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     """
     bench.start_state()
     probe = start_probe(bench)
-    here = "nf1" in bench.stores
+    here = bench.nf_hosts[0].name in bench.stores
     count = bench.settings["count_here" if here else "count_there"]
     operations = [name for name in bench.settings["operations"] if not (bench.is_peer and name == "read_modify_write")]
     points = [access_point(bench, probe, operation, "alone", count) for operation in operations]

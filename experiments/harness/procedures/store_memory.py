@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.harness.bench import COMMON_SETTINGS, READY_S, Bench
 from experiments.harness.procedures.state_access import point, start_probe
 
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
+
+FORWARDS = False
+"""Not only trials with a path of packets."""
 SETTINGS = {**COMMON_SETTINGS, "records": 10_000, "fill": 0.7, "keys": 0}
 KEY_BYTES, STAMP_BYTES = 16, 8
+
+
+def check(planned: Planned) -> None:
+    """Check that there is a store to be filled."""
+    if not planned.stores:
+        raise planned.refuse(
+            f"procedure='store_memory' with placement={planned.trial.placement!r}: there is no store to be filled"
+        )
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from experiments.harness import spec
 from experiments.harness.bench import COMMON_SETTINGS, READY_S, Bench
 from experiments.harness.procedures.state_access import point
 
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
+
 SETTINGS = {**COMMON_SETTINGS, "flows": (1_000, 10_000, 100_000, 1_000_000), "fill": 0.7, "packets": 200_000, "passes": 3}
+
+
+def check(planned: Planned) -> None:
+    """Check that it is one function of ours, whose records are in its own process."""
+    if planned.peer or len(spec.stages(planned.trial.nf)) > 1 or planned.trial.placement != "local":
+        raise planned.refuse(f"procedure='table_size' with placement={planned.trial.placement!r}, nf={planned.trial.nf!r}: it "
+                             "runs a function in one process, without a network; use placement='local'")  # fmt: skip
+    if not planned.settings["flows"] or min(planned.settings["flows"]) < 1:
+        raise planned.refuse(f"flows={planned.settings['flows']!r}: give numbers from 1")
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:

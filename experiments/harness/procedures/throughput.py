@@ -7,13 +7,23 @@ two cores, so a rate is held to fail only when it loses packets in `tries` steps
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.harness.bench import COMMON_SETTINGS, Bench
+
+if TYPE_CHECKING:
+    from experiments.harness.checks import Planned
 
 SETTINGS = {**COMMON_SETTINGS, "ladder_kpps": (20, 40, 80, 120, 160), "seconds": 0.5, "search_low_kpps": 2.0,
             "search_high_kpps": 400.0, "search_steps": 6, "search_seconds": 0.4, "tries": 2, "saturate": False,
             "flows": 0, "lateness_limit_us": 0.0}  # fmt: skip
+
+
+def check(planned: Planned) -> None:
+    """Check that the search has room, and that every load of the ladder is one."""
+    planned.need_order("search_low_kpps", "search_high_kpps")
+    if any(offered <= 0 for offered in planned.settings["ladder_kpps"]):
+        raise planned.refuse(f"ladder_kpps={planned.settings['ladder_kpps']!r}: each load must be above 0")
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
