@@ -150,6 +150,18 @@ def make_tables(traffic: Traffic) -> Tables:
     return Tables(slots.astype(np.int64), lengths.astype(np.int64), gaps / gaps.mean(), new)
 
 
+def scheduled_s(tables: Tables, first: int, packets: int, offered_kpps: float) -> float:
+    """Return how long `packets` packets take as drawn, in s, the gap behind the last one included; packet number `first` since
+    the generator's start is the first of them.
+
+    The draws of a step are a sample, so its mean gap is not 1 / `offered_kpps`: of 1,000 gaps of a Poisson process it is off by
+    more than 3 % in one step of three.
+    """
+    rounds, rest = divmod(packets, CHOICES)
+    gaps = rounds * tables.gaps.sum() + np.roll(tables.gaps, -(first % CHOICES))[:rest].sum()
+    return float(gaps / offered_kpps / 1e3)
+
+
 def template(source_mac: str, next_hop_mac: str, server: str) -> np.ndarray:
     """Return the first 42 bytes of every frame, uint8: Ethernet, IPv4 and UDP with the varying fields zero.
 
