@@ -22,7 +22,8 @@ from datastore.native.errors import NearstateError
 from experiments.harness import spec
 from experiments.harness.spec import Experiment
 from experiments.workloads import capture
-from experiments.workloads.capture import NETWORKS, Prepared, map_addresses, parties, prepare, spread_ports
+from experiments.workloads.capture import Prepared, prepare
+from experiments.workloads.parties import NETWORKS, map_addresses, parties, spread_ports
 from experiments.workloads.traffic import Replay
 from nfs.dataplane.headers import INSIDE, OUTSIDE
 from tests import packets
