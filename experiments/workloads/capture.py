@@ -5,9 +5,9 @@ One packet and its answer, recorded elsewhere; the party at 192.0.2.7 becomes a 
     192.0.2.7:51000 -> 198.51.100.4:443     10.0.1.0:51000 -> 10.128.0.1:443    leaves at the client
     198.51.100.4:443 -> 192.0.2.7:51000     10.128.0.1:443 -> 10.0.1.0:51000    leaves at the server
 
-Kept: time stamps (those that go back a little are made good), order, sizes, ports, payloads and all header fields else. New: addresses (each gets one of its own), MAC
-addresses, no VLAN tags; checksums are computed, also where the file has wrong ones, as files recorded where the network card
-completes them do. What a snap length cut off is filled up with zeros.
+Kept: time stamps (those that go back a little are made good), order, sizes, ports, payloads and all header fields else. New:
+addresses (each gets one of its own), MAC addresses, no VLAN tags; checksums are computed, also where the file has wrong ones, as
+files recorded where the network card completes them do. What a snap length cut off is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def check_timing(replay: Replay, timing: Timing) -> None:
     if replay.speed and timing.seconds > longest_s * replay.speed:
         raise NearstateError(
             f"capture {name!r} lasts {timing.seconds / replay.speed:,.1f} s at speed {replay.speed:g}, longer than "
-            f"longest_s={longest_s:g}: packet {timing.gap_before} comes {timing.gap_s:,.1f} s after packet {timing.gap_after}; cut "
-            "the file, or give a greater longest_s or speed"
+            f"longest_s={longest_s:g}: packet {timing.gap_before} comes {timing.gap_s:,.1f} s after packet {timing.gap_after}; "
+            "cut the file, or give a greater longest_s or speed"
         )
     if replay.speed and timing.most_back_s > MOST_BACK_S:
         raise NearstateError(
@@ -228,7 +228,9 @@ def describe(replay: Replay, look: Look) -> str:
     """Return a replay in a line: packets, time, what is left out or made good."""
     seconds = f"{look.timing.seconds / replay.speed:,.1f} s at speed {replay.speed:g}" if replay.speed else "as fast as possible"
     back = [f"{look.timing.back:,} time stamps earlier than one before"] if look.timing.back and replay.speed else []
-    skipped = [f"not replayed: {', '.join(f'{reason} {count:,}' for reason, count in look.skipped.items())}"] if look.skipped else []
+    skipped = (
+        [f"not replayed: {', '.join(f'{reason} {count:,}' for reason, count in look.skipped.items())}"] if look.skipped else []
+    )
     return "; ".join([f"replay of {replay.pcap}: {look.frames:,} packets, {seconds}", *back, *skipped])
 
 

@@ -174,8 +174,9 @@ def _run_step(source: Source, opened: OpenPort, frames: Frames, step: int, offer
     elapsed_s = (time.monotonic_ns() - start_ns) / 1e9
     _empty_ring(port, frames)
     devices = {"sent": sent_drops() - drops + int(port.control[TX_REFUSED]) - refused}
-    return {"step": step, "sent": int(control[SENT]), "planned": planned, "scheduled_s": schedule_s, "start_ns": start_ns,
-            "elapsed_s": elapsed_s, "devices": devices, "blocked": int(control[BLOCKED]), "lateness": summary_us(source.lateness)}  # fmt: skip
+    return {"step": step, "sent": int(control[SENT]), "planned": planned, "scheduled_s": schedule_s,
+            "start_ns": start_ns, "elapsed_s": elapsed_s, "devices": devices, "blocked": int(control[BLOCKED]),
+            "lateness": summary_us(source.lateness)}  # fmt: skip
 
 
 def _empty_ring(port: Port, frames: Frames) -> None:

@@ -1,6 +1,6 @@
 """Whose are the addresses of a capture file, and which ones do they get in the emulated network?
 
-    192.0.2.7:51000 SYN -> 198.51.100.4:443     192.0.2.7 opens, so it is inside: 10.0.1.0; the other is outside: 10.128.0.1
+192.0.2.7:51000 SYN -> 198.51.100.4:443     192.0.2.7 opens, so it is inside: 10.0.1.0; the other is outside: 10.128.0.1
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def openers(packets: Iterable[bytes]) -> list[Ends]:
     pairs: dict[tuple[int, int, int], None] = {}
     for packet in packets:
         sureness, is_source = opener(packet)
-        for pair in ends(packet):
-            pairs[sureness, *(pair if is_source else pair[::-1])] = None
+        for source, destination in ends(packet):
+            pairs[(sureness, source, destination) if is_source else (sureness, destination, source)] = None
     return [(first, second) for _, first, second in sorted(pairs, key=lambda pair: pair[0])]
 
 

@@ -364,7 +364,7 @@ class Side:
     """One side of a replay.
 
     config: interface, port_kind, side (INSIDE or OUTSIDE), replay ({...}), client_mac, server_mac, translates (whether a function
-    may change addresses), virtual (see `capture.prepare`). control: to the other one's side, by way of the procedure.
+    may change addresses), virtual (see `capture.prepare`). control: the channel to the procedure.
     """
 
     def __init__(self, config: dict[str, Any], control: Any) -> None:
@@ -394,7 +394,8 @@ class Side:
         now, control = self.opened.statistics(), player.control
         ended_ns = max(int(control[SENT_LAST_NS]), start_ns + 1)
         lost = self.expected[player.arrived_ns[self.expected] == 0]
-        sent = {"sent": int(control[SENT]), "planned": len(player.own), "elapsed_s": (ended_ns - start_ns) / 1e9, "blocked": int(control[BLOCKED]),
+        sent = {"sent": int(control[SENT]), "planned": len(player.own), "elapsed_s": (ended_ns - start_ns) / 1e9,
+                "blocked": int(control[BLOCKED]),
                 "devices": {"sent": sent_drops() - drops + int(port.control[TX_REFUSED]) - refused},
                 "lateness": summary_us(player.lateness)}  # fmt: skip
         arrived = {"received": int(control[RECEIVED]), "duplicated": int(control[DUPLICATED]),
@@ -418,8 +419,11 @@ def longest_s(replay: Replay, prepared: Prepared, speed: float) -> float:
 
 
 def main(config: dict[str, Any], control: Any) -> None:
-    """Process target, see `Side`. {"start_ns": t, "speed": s} plays the file once: answered first by {"has_sent": true}, and, when
-    the other side's has been passed on, by what was counted; ends at {"stop": true}."""
+    """Process target, see `Side`.
+
+    {"start_ns": t, "speed": s} plays the file once. It is answered by {"has_sent": true} and, when any message has said that the
+    other side has sent everything too, by what was counted. {"stop": true} ends the process.
+    """
     side = Side(config, control)
     timing = side.prepared.timing
     control.send({"ready": True, "port_kind": side.opened.kind, "frames": len(side.prepared.at), "seconds": timing.seconds,

@@ -19,7 +19,6 @@ import errno
 import functools
 import gzip
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -111,7 +110,7 @@ def frames(name: str) -> Iterator[Frame]:
     read, that libpcap refuses, or of which libpcap would drop or change something.
     """
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_open(name))
+        file = _open(name, stack)
         handle = _handle(name, file)
         stack.callback(library().pcap_close, handle)
         inner, link, number = described(file), int(library().pcap_datalink(handle)), 0
@@ -120,8 +119,8 @@ def frames(name: str) -> Iterator[Frame]:
             if told.problem:
                 raise _refused(name, number, told.problem)
             if told.captured != len(content):
-                raise _refused(name, number, f"libpcap reads {len(content):,} of its {told.captured:,} bytes, as the file says that "
-                               f"the snap length is {library().pcap_snapshot(handle):,}")  # fmt: skip
+                raise _refused(name, number, f"libpcap reads {len(content):,} of its {told.captured:,} bytes, as the file says "
+                               f"that the snap length is {library().pcap_snapshot(handle):,}")  # fmt: skip
             yield Frame(number, _time_ns(name, number, header, told.unsigned), told.timed, link, content)
         if next(inner, None) is not None:
             raise _refused(name, number + 1, "libpcap reads no further, but the file goes on")
@@ -171,28 +170,25 @@ def _packets(name: str, handle: int) -> Iterator[tuple[PacketHeader, bytes]]:
 # The file
 
 
-def _open(name: str) -> BinaryIO:
+def _open(name: str, stack: contextlib.ExitStack) -> BinaryIO:
     """Return a capture file, uncompressed. Raises NearstateError for what is no file, cannot be read or is too large."""
+    path = ROOT / name
     try:
-        descriptor = os.open(ROOT / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # waits for no writer of a pipe
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            os.close(descriptor)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError(errno.EINVAL, "it is no file")
-        file = open(descriptor, "rb")
-        if file.read(2) != GZIP_MAGIC:
-            _check_size(name, found.st_size)
-            return file
-        with file:
+        file = stack.enter_context(path.open("rb"))
+        if file.read(2) == GZIP_MAGIC:
             file.seek(0)
-            return _uncompressed(name, file)
-    except (OSError, EOFError, zlib.error) as error:
+            return _uncompressed(name, file, stack)
+        _check_size(name, os.fstat(file.fileno()).st_size)
+        return file
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise NearstateError(f"capture {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _uncompressed(name: str, file: BinaryIO) -> BinaryIO:
+def _uncompressed(name: str, file: BinaryIO, stack: contextlib.ExitStack) -> BinaryIO:
     """Return the content of a gzipped file as a file in memory."""
-    whole = open(os.memfd_create("capture", os.MFD_CLOEXEC), "w+b")
+    whole = stack.enter_context(os.fdopen(os.memfd_create("capture", os.MFD_CLOEXEC), "w+b"))
     with gzip.GzipFile(fileobj=file) as content:
         while part := content.read(COPY_BYTES):
             whole.write(part)

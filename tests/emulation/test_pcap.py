@@ -175,8 +175,10 @@ def exchange(client: str, port: int) -> list[Packet]:
 
     TCP to its end, a datagram with an answer in two fragments, a ping, and a router's ICMP error about a TCP segment.
     """
-    out, back = IP(src=client, dst=SERVICE, id=port), IP(src=SERVICE, dst=client, id=port)
-    tcp_out, tcp_back = {"sport": port, "dport": 443}, {"sport": 443, "dport": port}
+    out: Any = IP(src=client, dst=SERVICE, id=port)
+    back: Any = IP(src=SERVICE, dst=client, id=port)
+    tcp_out: dict[str, Any] = {"sport": port, "dport": 443}
+    tcp_back: dict[str, Any] = {"sport": 443, "dport": port}
     data = out / TCP(**tcp_out, flags="PA", seq=101, ack=501) / b"GET /"
     error = IP(src="203.0.113.1", dst=client, id=port) / ICMP(type=3, code=4) / Raw(bytes(data)[:28])
     return [

@@ -41,8 +41,10 @@ def require() -> None:
 
 
 class Recorder:
-    """Records a network from `start` to `stop` into `folder`/<host>-<interface>.pcap, time stamps in nanoseconds; `recordings` marks
-    the files as ours."""
+    """Records a network from `start` to `stop` into `folder`/<host>-<interface>.pcap, time stamps in nanoseconds.
+
+    A mark beside the files says that they are recordings of this testbed (`recordings`).
+    """
 
     def __init__(self, network: Network, folder: Path) -> None:
         self.network, self.folder = network, folder

@@ -19,8 +19,8 @@ from nfs.dataplane.headers import INSIDE, OUTSIDE
 from topologies.emulation.processes import RunningProcess
 
 SETTINGS = {**COMMON_SETTINGS, "speed": None, "delivered_least_ratio": 0.1}
-"""speed: None for the traffic's own; swept, it stands in its place. delivered_least_ratio: of each party's packets so many must
-arrive, or the trial is invalid: where a function drops all of them, the file and the function seldom fit. 0: any number will do."""
+"""speed: None for the traffic's own; swept, it stands in its place. delivered_least_ratio: the share of each party's packets that
+must arrive, or the trial is invalid: where a function drops all, file and function seldom fit. 0: any number will do."""
 START_S = 0.05
 VIRTUAL = "virtual_address"
 """The setting by which a function that balances load is known."""
@@ -94,8 +94,8 @@ def undelivered(answers: Sequence[Mapping[str, Any]], least_ratio: float, nf: Ma
     for party, own, other in (("inside", INSIDE, OUTSIDE), ("outside", OUTSIDE, INSIDE)):
         sent, arrived = answers[own]["sent"]["sent"], answers[other]["arrived"]["received"]
         if arrived < least_ratio * sent:
-            found.append(f"of {sent:,} packets from {party} {arrived:,} arrived (network functions dropped: {dropped or 'none'}): "
-                         "is this what the file holds for them? delivered_least_ratio=0 measures it")  # fmt: skip
+            found.append(f"of {sent:,} packets from {party} {arrived:,} arrived (NF processes dropped: {dropped or 'none'}): "
+                         "does the file fit the function? Setting delivered_least_ratio=0 measures it all the same")  # fmt: skip
     return found
 
 
