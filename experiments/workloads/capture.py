@@ -226,7 +226,7 @@ def check_timing(replay: Replay, timing: Timing) -> None:
 
 def describe(replay: Replay, look: Look) -> str:
     """Return a replay in a line: packets, time, what is left out or made good."""
-    seconds = f"{look.timing.seconds / replay.speed:,.1f} s at speed {replay.speed:g}" if replay.speed else "as fast as possible"
+    seconds = f"{look.timing.seconds / replay.speed:,.3f} s at speed {replay.speed:g}" if replay.speed else "as fast as possible"
     back = [f"{look.timing.back:,} time stamps earlier than one before"] if look.timing.back and replay.speed else []
     skipped = (
         [f"not replayed: {', '.join(f'{reason} {count:,}' for reason, count in look.skipped.items())}"] if look.skipped else []

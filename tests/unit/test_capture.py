@@ -318,7 +318,7 @@ def test_times_that_go_back_a_little_are_made_good_and_told(tmp_path: Path) -> N
     assert (prepared.timing.back, prepared.timing.most_back_s, prepared.timing.back_at) == (2, 0.25, 3)
     replay = Replay.of(pcap=str(tmp_path / "a.pcap"))
     assert capture.describe(replay, capture.check(replay)) == (
-        f"replay of {tmp_path}/a.pcap: 5 packets, 0.8 s at speed 1; 2 time stamps earlier than one before"
+        f"replay of {tmp_path}/a.pcap: 5 packets, 0.750 s at speed 1; 2 time stamps earlier than one before"
     )
 
 
@@ -399,11 +399,22 @@ def test_an_experiment_with_a_file_is_checked_before_anything_starts(tmp_path: P
 
     spec.check("mine", experiment(pcap=name))
     spec.check("mine", experiment(sweep={**grid, "speed": (1.0, 0.0)}, pcap=name))
+    spec.check("mine", experiment(sweep={**grid, "nf": ("nat", "nat_symmetric", "rate_limiter")}, pcap=name, sides="client"))
+    datagrams = save(tmp_path / "udp.pcap", [packets.udp(), packets.udp(inside=False)])
+    spec.check("mine", experiment(pcap=datagrams, sides="client"))
+    lines = spec.replays(experiment(sweep={**grid, "speed": (1.0, 0.0)}, pcap=name))
+    assert lines == [f"replay of {name}: 10 packets, 0.009 s at speed 1", f"replay of {name}: 10 packets, as fast as possible"]
     for wrong, message in (
         (experiment(pcap=name + "x"), "cannot be read: No such file"),
         (experiment("packet_latency", pcap=name), "need each other"),
         (experiment(), "need each other"),
         (experiment(sweep={**grid, "placement": ("nftables",)}, pcap=name), "a replay through 'nftables'"),
+        (experiment(pcap=name, sides="client"), "sides='client' through 'firewall': it judges TCP by both sides' segments"),
+        (experiment(sweep={**grid, "nf": ("nat+firewall",)}, pcap=name, sides="client"), "sides='client' through 'firewall'"),
+        (experiment(sweep={**grid, "nf": ("nat|load_balancer",)}, pcap=name, sides="client"), "through 'load_balancer'"),
+        (experiment(sweep={**grid, "speed": (1.0, -2.0)}, pcap=name), "speed=-2.0: 0.001 to 1000"),
+        (experiment(sweep={**grid, "speed": (1.0, 0.001)}, pcap=name, longest_s=5), "at speed 0.001, longer than longest_s=5"),
+        (experiment(sweep={**grid, "settings": {"speed": 0.001}}, pcap=name, longest_s=5), "at speed 0.001, longer than"),
     ):
         with pytest.raises(NearstateError, match=message):
             spec.check("mine", wrong)
