@@ -404,7 +404,7 @@ def prepare(replay: Replay, client_mac: str, server_mac: str, virtual: int | Non
     rewrite = Rewriter(sides, addresses, spread_ports() if replay.ports == "spread" else None)
     macs = [bytes.fromhex(mac.replace(":", "")) for mac in (client_mac, server_mac)]
     headers = (macs[1] + macs[0] + b"\x08\x00", macs[0] + macs[1] + b"\x08\x00")
-    frames: list[bytes] = []
+    memory, lengths = bytearray(), list[int]()
     columns: list[tuple[int, ...]] = []
     flows = _Flows()
     for number, time_ns, packet in recorded:
@@ -416,16 +416,17 @@ def prepare(replay: Replay, client_mac: str, server_mac: str, virtual: int | Non
             skipped["server_side"] += 1
         else:
             mapped = rewrite(packet)
-            columns.append((side, time_ns, number, *flows.add(mapped, side, len(frames))))
-            frames.append(headers[side] + mapped)
-    if not frames:
+            columns.append((side, time_ns, number, *flows.add(mapped, side, len(lengths))))
+            lengths.append(len(headers[side]) + len(mapped))
+            memory += headers[side] + mapped
+    if not lengths:
         raise NearstateError(
             f"capture {replay.pcap!r}: no packet crosses from inside to outside ({dict(skipped)}); say which networks are "
             'inside, as traffic inside=("192.0.2.0/24",)'
         )
-    lengths = np.array([len(frame) for frame in frames], np.int64)
+    length = np.array(lengths, np.int64)
     side_of, time_of, numbers, flow_of, aim, after = np.array(columns, np.int64).T.copy()
     timing = timing_of(time_of, numbers, untimed)
     check_timing(replay, timing)
-    return Prepared(np.frombuffer(bytearray().join(frames), np.uint8), np.cumsum(lengths) - lengths, lengths, side_of,
+    return Prepared(np.frombuffer(memory, np.uint8), np.cumsum(length) - length, length, side_of,
                     np.maximum.accumulate(time_of) - time_of[0], flow_of, aim, after, numbers, dict(skipped), timing)  # fmt: skip

@@ -22,6 +22,8 @@ SETTINGS = {**COMMON_SETTINGS, "speed": None, "delivered_least_ratio": 0.1}
 """speed: None for the traffic's own; swept, it stands in its place. delivered_least_ratio: the share of each party's packets that
 must arrive, or the trial is invalid: where a function drops all, file and function seldom fit. 0: any number will do."""
 START_S = 0.05
+PREPARATION_US = 300.0
+"""Longest for a packet of the file; 52 us of processor time were measured, and both sides prepare at once."""
 VIRTUAL = "virtual_address"
 """The setting by which a function that balances load is known."""
 
@@ -34,9 +36,10 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     bench.start_functions()
     sides = start_sides(bench, replay)
     bench.extra += sides
-    ready = [side.receive(READY_S) or {} for side in sides]
+    patience_s = READY_S + capture.check(replay).frames * PREPARATION_US / 1e6
+    ready = [side.receive(patience_s) or {} for side in sides]
     if not all(answer.get("ready") for answer in ready):
-        raise NearstateError(f"replay of {replay.pcap!r} was not prepared after {READY_S:g} s; its log is {sides[0].log}")
+        raise NearstateError(f"replay of {replay.pcap!r} was not prepared after {patience_s:g} s; its log is {sides[0].log}")
     point = play(bench, sides, ready[0], speed)
     point["metrics"] |= bench.memory()
     point["replay"] |= {"pcap": replay.pcap, "skipped": ready[0]["skipped"], "sides": replay.sides,
@@ -63,13 +66,7 @@ def play(bench: Bench, sides: Sequence[RunningProcess], ready: Mapping[str, Any]
     start_ns = time.monotonic_ns() + int(START_S * 1e9)
     for side in sides:
         side.send({"start_ns": start_ns, "speed": speed})
-    answers = [side.receive(longest_s + READY_S) or {} for side in sides]  # each has sent what it has
-    for side in sides:
-        side.send({"both_have_sent": True})
-    answers = [side.receive(READY_S) or {} for side in sides if all(answers)]
-    if not answers or not all(answers):
-        raise NearstateError(f"a replay of {seconds:g} s did not end after {longest_s + READY_S:g} s; its logs are "
-                             f"{sides[0].log} and {sides[1].log}")  # fmt: skip
+    answers = answers_of(sides, longest_s)
     after = bench.counters()
     growth = accounting.since(after, before)
     sent, arrived, histogram = together(answers)
@@ -85,6 +82,22 @@ def play(bench: Bench, sides: Sequence[RunningProcess], ready: Mapping[str, Any]
             "histograms": {"latency_ns": histogram} if histogram else {}, "valid": not reasons, "invalid_reasons": reasons,
             "fidelity": accounting.fidelity(sent, growth), "ledger": accounting.path_ledger(sent, arrived, growth),
             "replay": {"frames": ready["frames"], "lost": lost}}  # fmt: skip
+
+
+def answers_of(sides: Sequence[RunningProcess], longest_s: float) -> list[dict[str, Any]]:
+    """Return what each side counted: when both have sent everything, each is told so, and waits for what is under way.
+
+    Raises NearstateError when a side has not ended its sending in time, or has ended itself.
+    """
+    for timeout_s in (longest_s + READY_S, READY_S):
+        answers = [side.receive(timeout_s) or {} for side in sides]
+        if not all(answers):
+            raise NearstateError(
+                f"a replay did not end after {timeout_s:g} s; its logs are {' and '.join(str(side.log) for side in sides)}"
+            )
+        for side in sides if "has_sent" in answers[0] else ():
+            side.send({"both_have_sent": True})
+    return answers
 
 
 def undelivered(answers: Sequence[Mapping[str, Any]], least_ratio: float, nf: Mapping[str, int]) -> list[str]:
