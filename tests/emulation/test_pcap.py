@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from scapy.utils import RawPcapReader
 from experiments.harness import spec
 from experiments.harness.runner import run_trial
 from experiments.harness.spec import Experiment
-from experiments.workloads.traffic import flow_tuple
+from experiments.workloads.traffic import Traffic, flow_tuple, make_tables, packets_in, scheduled_s
 from tests import packets
 from tests.unit.test_capture import ETHERNET, right_checksums, save
+from topologies.emulation import recordings
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
@@ -221,3 +224,31 @@ def test_answers_of_a_replay_reach_their_connection_through_a_translator(emulati
         packet = Ether(frame)
         if not packet[IP].frag and not packet[IP].flags.MF:
             assert right_checksums(packet) == frame, packet.summary()
+
+
+def test_a_trial_in_which_all_is_dropped_says_so_and_ends(emulation: Emulation, tmp_path: Path) -> None:
+    """The middle of connections whose beginning is not in the file: a NAT knows none of them."""
+    parts = [exchange(client, port)[step] for step in (2, 5) for client, port in CLIENTS]
+    source = save(tmp_path / "made.pcap", [ETHERNET / packet for packet in parts])
+    line, _ = recorded_trial(emulation, tmp_path / "trial", experiment("replay", "rack", "nat", {"pcap": source, "speed": 0.0}))
+    assert not line["valid"]
+    assert [reason.partition(":")[0] for reason in line["invalid_reasons"]] == [
+        f"of {len(CLIENTS)} packets from {party} 0 arrived (NF processes dropped" for party in ("inside", "outside")
+    ]
+    assert f"dropped_by_verdict {2 * len(CLIENTS)}" in line["invalid_reasons"][0]
+    assert line["ledger"]["unaccounted"] == 0
+    assert recordings.is_ours(next((tmp_path / "trial").glob("*/server-net.pcap")))
+
+
+def test_a_sample_of_random_arrivals_is_no_fault_of_the_machine(emulation: Emulation, tmp_path: Path) -> None:
+    """1 kpps for 1 s: the first seed whose gaps make that 3 % longer."""
+    traffic = {"flows": FLOWS, "arrivals": "poisson"}
+    settings = {"offered_kpps": 1.0, "seconds": 1.0, "warmup_kpps": 2.0, "recorded": False}
+    mine = experiment("packet_latency", "back_to_back", "traffic_counter", traffic, **settings)
+    warm_up = packets_in(2.0, 0.1)
+    drawn = (make_tables(Traffic.of(**traffic, seed=seed)) for seed in itertools.count(1))
+    seed = next(seed for seed, tables in enumerate(drawn, 1) if scheduled_s(tables, warm_up, 1000, 1.0) > 1.03)
+    (trial,) = spec.trials("mine", replace(mine, seed=seed))
+    line = run_trial(trial, mine, *emulation, tmp_path)
+    assert (line["valid"], line["invalid_reasons"]) == (True, [])
+    assert line["points"][0]["metrics"]["sent_kpps"] < 0.98, "as drawn"
