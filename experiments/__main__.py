@@ -40,7 +40,8 @@ def list_experiments(arguments: argparse.Namespace) -> None:
             print(f"{name}\n    cannot be loaded: {error}")
             continue
         counts = [f"{profile} {len(list(spec.trials(name, experiment.for_profile(profile))))}" for profile in spec.PROFILES]
-        print(f"{name}\n    {experiment.question}\n    trials: {', '.join(counts)}")
+        lines = dict.fromkeys(line for profile in spec.PROFILES for line in spec.replays(experiment.for_profile(profile)))
+        print("\n    ".join([name, experiment.question, f"trials: {', '.join(counts)}", *lines]))
     if broken:
         raise NearstateError(f"cannot be loaded: {', '.join(broken)}; see the list above")
 

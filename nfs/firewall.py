@@ -148,6 +148,7 @@ def follow(packet, connection, env, inside):
     passes=("not_ip",),
     settings={"rules": (f"{MAX_RULES * WORDS}u8", []), "track_window": ("u1", False)},
     prepare=lambda settings: settings | {"rules": parsed_rules(settings["rules"])},
+    needs_answers=True,
 )
 def firewall(packet, connection, env):
     state, closed, from_outside = connection.state, connection.closed, connection.from_outside

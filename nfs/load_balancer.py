@@ -386,7 +386,7 @@ def judge(row, syns, answers, settings, now_s):
 
 
 @network_function(key=FLOW, state=CONNECTION, passes=("not_ip",), rewrites=True, settings=SETTINGS, prepare=prepare,
-                  housekeep=housekeep)  # fmt: skip
+                  housekeep=housekeep, needs_answers=True)  # fmt: skip
 def load_balancer(packet, connection, env):
     if packet.ip_version == 6:
         return FORWARD

@@ -185,6 +185,7 @@ def sentence(env):
         "contacts": ("u1", "services"),  # or "hosts"
     },
     prepare=prepare,
+    needs_answers=True,
 )
 def port_scan_detector(packet, walk, env):
     if walk.scanner:

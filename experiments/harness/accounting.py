@@ -19,7 +19,10 @@ from typing import Any
 from nfs.dataplane.ledger import imbalance
 
 SENT_LEAST = 0.99
-"""Share of the load that the generator must have reached for it to count as offered."""
+"""Share of its schedule's rate that the generator must have reached for the load to count as offered."""
+LATENESS_LIMIT_US = 500.0
+"""How late a generator may be at the 99th percentile; also how late a schedule's last packet may always leave: of a schedule of a
+millisecond, a hundredth is less than any sleep takes."""
 
 
 def since(now: Any, then: Any) -> Any:
@@ -85,15 +88,27 @@ def imbalances(functions: Mapping[str, Any]) -> list[str]:
 
 
 def doubts(offered: float, lateness_limit_us: float, sent: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return why a step cannot be believed; empty when it can. offered: kpps, 0 for "as fast as the path takes it"."""
+    """Return why a step cannot be believed; empty when it can.
+
+    offered: kpps, 0 for "as fast as the path takes it". sent: `planned` packets were to leave in `scheduled_s`, as drawn; `sent`
+    of them left in `elapsed_s`.
+    """
     found = imbalances(after["functions"])
-    sent_kpps = sent["sent"] / sent["elapsed_s"] / 1e3
-    if offered and sent_kpps < SENT_LEAST * offered:
-        found.append(f"generator sent {sent_kpps:.1f} of {offered:g} kpps: the machine or the path took no more")
+    if offered and is_behind(sent, lateness_limit_us):
+        left, planned = (count / seconds / 1e3 for count, seconds in
+                         ((sent["sent"], sent["elapsed_s"]), (sent["planned"], sent["scheduled_s"])))  # fmt: skip
+        found.append(f"generator sent {left:.1f} of {planned:.4g} kpps: the machine or the path took no more")
     lateness_us = sent["lateness"].get("p99_us", 0.0)
     if offered and lateness_limit_us and lateness_us > lateness_limit_us:
         found.append(f"generator was late: p99 {lateness_us:.0f} us, at most {lateness_limit_us:.0f} us")
     return found
+
+
+def is_behind(sent: Mapping[str, Any], lateness_limit_us: float) -> bool:
+    """Tell whether a step's packets left at a lower rate than its own schedule has, which is drawn: not than the nominal one."""
+    grace_s = (lateness_limit_us or LATENESS_LIMIT_US) / 1e6
+    longest_s = max(sent["scheduled_s"] / SENT_LEAST, sent["scheduled_s"] + grace_s)
+    return bool(sent["elapsed_s"] * sent["planned"] > longest_s * sent["sent"])
 
 
 def metrics(sent: Mapping[str, Any], arrived: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, float]:

@@ -36,7 +36,6 @@ STORE_PORT, COORDINATOR_PORT = 7077, 7070
 READY_S = 60.0
 SATURATION_KPPS = 3000.0
 """More than any path here carries: bounds the sink's bit map when the load is "as fast as possible"."""
-LATENESS_LIMIT_US = 500.0
 SYMMETRIC, ASYMMETRIC = PATHS = ("symmetric", "asymmetric")
 """Whether the answers of a partition come back by the NF host that its packets went out by, or by another one."""
 
@@ -551,7 +550,7 @@ def busy_seconds() -> float:
 
 
 COMMON_SETTINGS: Mapping[str, Any] = {"capacity": 1 << 16, "value_bytes": 32, "port_kind": "auto", "warmup_kpps": 20.0,
-                                      "lateness_limit_us": LATENESS_LIMIT_US, "paths": SYMMETRIC,
+                                      "lateness_limit_us": accounting.LATENESS_LIMIT_US, "paths": SYMMETRIC,
                                       "functions": {}, "recorded": False, "coordinated": False, "asynchronous": False,
                                       "lease_ms": 0.0}  # fmt: skip
 """Settings every procedure has: the store's size, the port kind, the warm-up's load, the gate on the generator's lateness, by

@@ -30,7 +30,7 @@ from typing import Any
 
 from datastore.native import ROOT
 from datastore.native.errors import NearstateError
-from experiments.workloads import real_servers
+from experiments.workloads import real_servers, savefile
 from topologies.emulation import cgroup, journal, system
 
 RESULTS = ROOT / "results"
@@ -44,7 +44,7 @@ LOCKED_MBYTES = 64
 TRIAL_S = 2.5
 TOOL_S = 2.0
 PACKAGES = ("mininet", "openvswitch-switch", "libxdp1", "nftables", "redis-server", "ethtool", "iproute2", "nginx", "iperf3",
-            "wrk", "curl", "conntrackd")  # fmt: skip
+            "wrk", "curl", "conntrackd", "libpcap0.8", "libpcap0.8t64")  # fmt: skip
 LIBRARIES = ("numba", "llvmlite", "numpy", "pandas", "matplotlib", "os-ken", "scapy", "pyroute2", "hdrhistogram")
 QUICK_CLOCKS = ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page", "arch_sys_counter")
 """Clock sources read without a system call (vDSO); each packet is stamped, so the others cost throughput."""
@@ -388,6 +388,13 @@ def check_libxdp(box: Box) -> Fact:
     return Fact("libxdp", version)
 
 
+def check_libpcap(box: Box) -> Fact:
+    try:
+        return Fact("libpcap", savefile.version())
+    except NearstateError as error:
+        return Fact("libpcap", "missing", f"captures cannot be replayed: {error}", SET_UP)
+
+
 def check_afxdp(box: Box) -> Fact:
     return _tried(
         box,
@@ -524,6 +531,7 @@ CHECKS: tuple[Callable[[Box], Fact], ...] = (
     check_switch,
     check_datapath,
     check_libxdp,
+    check_libpcap,
     check_cgroup,
     check_offloads,
     check_redis,

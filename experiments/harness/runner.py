@@ -73,6 +73,8 @@ def run(names: Sequence[str], profile: str = "quick", resume: str | None = None,
     trials = planned(experiments, pcap)
     finished = record.validity()
     open_trials = [again for trial in trials if (again := next_attempt(trial, finished))]
+    for line in dict.fromkeys(line for experiment in experiments.values() for line in spec.replays(experiment)):
+        print(line, flush=True)
     random.Random(min(trial.seed for trial in trials)).shuffle(open_trials)
     with Progress(f"run {record.run_id}, profile {profile}", len(trials), len(trials) - len(open_trials)) as progress:
         run_trials(record, experiments, open_trials, progress)

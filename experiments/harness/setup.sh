@@ -16,7 +16,7 @@
 # The interpreter of the distribution, whatever `python3` on the PATH may be: Mininet is installed for that one.
 PYTHON=/usr/bin/python3
 OVS_CTL=/usr/share/openvswitch/scripts/ovs-ctl
-UNIT_PACKAGES=(python3 python3-venv mininet libxdp1 etcd-server)
+UNIT_PACKAGES=(python3 python3-venv mininet libxdp1 libpcap0.8 etcd-server)
 EMULATION_PACKAGES=("${UNIT_PACKAGES[@]}"
   openvswitch-switch nftables redis-server ethtool iproute2 iputils-ping procps kmod util-linux
   nginx curl wrk iperf3 openssh-server openssh-client dnsmasq-base bind9-dnsutils traceroute tcpdump
@@ -76,11 +76,12 @@ POLICY=/usr/sbin/policy-rc.d  # invoke-rc.d(8) and deb-systemd-invoke(1p) ask it
 POLICY_MARK="# put here by nearstate's set-up, which removes it again"
 
 missing_packages() {  # prints those of the named packages that are not installed, one a line
+  # Ubuntu 24.04 calls libraries whose time_t has 64 bits NAMEt64; apt installs that one when asked for NAME.
   local package status
   declare -A installed=()
   while read -r package status; do
-    [[ $status == installed ]] && installed[$package]=1
-  done < <(dpkg-query -W -f '${Package} ${db:Status-Status}\n' "$@" 2>/dev/null)
+    [[ $status == installed ]] && installed[${package%t64}]=1
+  done < <(dpkg-query -W -f '${Package} ${db:Status-Status}\n' "$@" "${@/%/t64}" 2>/dev/null)
   for package; do
     [[ -n ${installed[$package]:-} ]] || echo "$package"
   done

@@ -12,7 +12,7 @@ from typing import Any
 from datastore import placements
 from datastore.native.errors import NearstateError, import_file, unknown
 from experiments.workloads import capture
-from experiments.workloads.traffic import Replay, Traffic
+from experiments.workloads.traffic import Traffic
 from nfs.dataplane import declaration
 
 PROFILES = ("smoke", "quick", "paper")
@@ -289,11 +289,38 @@ def check_traffic(name: str, experiment: Experiment) -> None:
     if experiment.procedure != "replay":
         Traffic.of(**{**experiment.traffic, "seed": experiment.seed})
         return
-    capture.check(Replay.of(**experiment.traffic))
+    for grid in experiment.sweeps:
+        for speed in speeds_of(experiment, grid):
+            look = capture.check(capture.at_speed(experiment.traffic, speed))
+        for nf in values_of(grid, "nf") if look.has_tcp and experiment.traffic.get("sides") == "client" else ():
+            _check_one_side(name, nf)
     placements = {value for grid in experiment.sweeps for value in grid.get("placement", ())}
     for peer in placements.intersection(peer_names()):
         raise NearstateError(f"experiment {name!r}: a replay through {peer!r} is not possible: the kernel asks for the addresses "
                              "of the file's hosts (ARP), and nobody answers")  # fmt: skip
+
+
+def speeds_of(experiment: Experiment, grid: Mapping[str, Any]) -> Sequence[float | None]:
+    """Return the speeds at which a grid's trials replay a file; None: at the traffic's own."""
+    swept: Sequence[float | None] = grid.get("speed", (grid.get("settings", {}).get("speed", experiment.settings.get("speed")),))
+    return swept
+
+
+def _check_one_side(name: str, nf: str) -> None:
+    """Raise NearstateError when a network function of `nf` cannot be measured by the clients' TCP segments alone."""
+    for function in itertools.chain(*stages(nf)) if nf else ():
+        if declaration.load(function).needs_answers:
+            raise NearstateError(f"experiment {name!r}: a replay with sides='client' through {function!r}: it judges TCP by both "
+                                 "sides' segments and would drop what it hears no answer to; write sides='both'")  # fmt: skip
+
+
+def replays(experiment: Experiment) -> list[str]:
+    """Return a line for each speed at which an experiment replays a file; none where it replays nothing."""
+    if experiment.procedure != "replay":
+        return []
+    speeds = dict.fromkeys(itertools.chain.from_iterable(speeds_of(experiment, grid) for grid in experiment.sweeps))
+    wanted = [capture.at_speed(experiment.traffic, speed) for speed in speeds]
+    return [capture.describe(replay, capture.check(replay)) for replay in wanted]
 
 
 def trials(name: str, experiment: Experiment) -> Iterator[Trial]:

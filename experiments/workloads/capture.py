@@ -5,31 +5,42 @@ One packet and its answer, recorded elsewhere; the party at 192.0.2.7 becomes a 
     192.0.2.7:51000 -> 198.51.100.4:443     10.0.1.0:51000 -> 10.128.0.1:443    leaves at the client
     198.51.100.4:443 -> 192.0.2.7:51000     10.128.0.1:443 -> 10.0.1.0:51000    leaves at the server
 
-Kept: time stamps, order, sizes, ports, payloads and all header fields else. New: addresses (each gets one of its own), MAC
-addresses, no VLAN tags; checksums are computed, also where the file has wrong ones, as files recorded where the network card
-completes them do. What a snap length cut off is filled up with zeros.
+Kept: time stamps (those that go back a little are made good), order, sizes, ports, payloads and all header fields else. New:
+addresses (each gets one of its own), MAC addresses, no VLAN tags; checksums are computed, also where the file has wrong ones, as
+files recorded where the network card completes them do. What a snap length cut off is filled up with zeros.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
-import gzip
-import io
-import ipaddress
-import itertools
 import struct
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from datastore.native import ROOT
 from datastore.native.errors import NearstateError
-from experiments.workloads.traffic import CLIENT_NETWORK, Replay
+from experiments.workloads import savefile
+from experiments.workloads.parties import (
+    FRAGMENT_OFFSET,
+    ICMP_ANSWERS,
+    ICMP_ERRORS,
+    ICMP_QUESTIONS,
+    MORE_FRAGMENTS,
+    busiest,
+    ends,
+    is_error,
+    map_addresses,
+    openers,
+    parties,
+    spread_ports,
+)
+from experiments.workloads.traffic import Replay
 from nfs.dataplane.headers import ICMP, INSIDE, OUTSIDE, TCP, UDP
+from topologies.emulation.recordings import is_ours
 
 MOST_FRAMES = 1_000_000
 MOST_IP_BYTES = 1500
@@ -38,14 +49,9 @@ LINK_BYTES = {0: 4, 12: 0, 14: 0, 101: 0, 108: 4, 113: 16, 228: 0, 276: 20}
 """Link types besides Ethernet (tcpdump.org/linktypes.html) and the bytes in front of the IP header: loopback, raw IP, Linux
 cooked 1 and 2."""
 VLAN_TYPES = (0x8100, 0x88A8, 0x9100)
-ICMP_ERRORS = (3, 4, 5, 11, 12)
-MORE_FRAGMENTS, FRAGMENT_OFFSET = 0x2000, 0x1FFF
-OUR_NETWORK = ipaddress.IPv4Network("10.0.0.0/8")
-NETWORKS = (ipaddress.IPv4Network("10.0.0.0/9"), ipaddress.IPv4Network("10.128.0.0/9"))
-"""The emulated network's addresses by party: INSIDE, OUTSIDE."""
-FIRST_FREE = (CLIENT_NETWORK, int(ipaddress.IPv4Address("10.128.0.1")))
-PCAP_MAGICS = {b"\xa1\xb2\xc3\xd4": ">", b"\xd4\xc3\xb2\xa1": "<", b"\xa1\xb2\x3c\x4d": ">", b"\x4d\x3c\xb2\xa1": "<"}
-PCAPNG_MAGIC, PCAPNG_ORDERS = b"\x0a\x0d\x0d\x0a", {b"\x1a\x2b\x3c\x4d": ">", b"\x4d\x3c\x2b\x1a": "<"}
+MOST_BACK_S = 1.0
+"""How much earlier than a packet before it a packet may be: several receive queues and merged files do that. A clock that was set
+back by more leaves no gaps that could be replayed."""
 
 
 class Recorded(NamedTuple):
@@ -56,13 +62,33 @@ class Recorded(NamedTuple):
     packet: bytes
 
 
+class Timing(NamedTuple):
+    """When the packets of a replay leave, by the file's time stamps.
+
+    seconds: from the first to the last. gap_s: the longest time without a packet, after packet number `gap_after` and before
+    `gap_before` of the file. back: how many are earlier than one before them; most_back_s: by how much at most, that one being
+    packet number `back_at`. untimed: number of the first packet without a time stamp, 0 when all have one.
+    """
+
+    seconds: float
+    gap_s: float
+    gap_after: int
+    gap_before: int
+    back: int
+    most_back_s: float
+    back_at: int
+    untimed: int
+
+
 class Prepared(NamedTuple):
     """Frames ready to send, in the file's order.
 
     memory: uint8, all frames one behind the other. The others have an element a frame. at, length: where it lies. side:
-    INSIDE or OUTSIDE, whose it is. time_ns: since the first, never falling. flow: its flow's number. after: index of the last
-    frame of the same flow from the other party, -1 without one. number: its number in the file. skipped: what of the file is
-    not replayed, by reason.
+    INSIDE or OUTSIDE, whose it is. time_ns: since the first, never falling. flow: its flow's number. aim: number of the flow
+    whose translation it goes by: of an ICMP error the quoted packet's, of a later fragment its first one's; -1: none is known.
+    after: index of the frame that it answers, the last one from the other party of its flow or, of an ICMP error or a later
+    fragment, of that one's; -1 without one. number: its number in the file.
+    skipped: what of the file is not replayed, by reason.
     """
 
     memory: np.ndarray
@@ -71,90 +97,50 @@ class Prepared(NamedTuple):
     side: np.ndarray
     time_ns: np.ndarray
     flow: np.ndarray
+    aim: np.ndarray
     after: np.ndarray
     number: np.ndarray
     skipped: Mapping[str, int]
+    timing: Timing
 
 
-def read(name: str) -> tuple[list[Recorded], Counter[str]]:
-    """Return the IPv4 packets of a capture file, and how many frames have none, by reason.
+class Contents(NamedTuple):
+    """What a file holds. packets: its IPv4 packets. skipped: how many frames have none, by reason. untimed: see `Timing`."""
 
-    Raises NearstateError for a file that cannot be read, is no capture, is cut off, or is larger than MOST_FRAMES.
+    packets: list[Recorded]
+    skipped: Counter[str]
+    untimed: int
+
+
+def read(name: str) -> Contents:
+    """Return the IPv4 packets of a capture file.
+
+    Raises NearstateError as `savefile.frames` does, and for a file of more than MOST_FRAMES or without anything to replay.
     """
-    path = ROOT / name
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no file")
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise NearstateError(f"capture {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    _check_complete(name, content)
-    found, skipped = [], Counter[str]()
-    for number, (time_ns, link, frame) in enumerate(_frames(name, content), 1):
-        packet, reason = _packet(name, link, frame)
-        if reason:
-            skipped[reason] += 1
-        else:
-            found.append(Recorded(number, time_ns, packet))
-        if number > MOST_FRAMES:
+    contents = Contents([], Counter(), 0)
+    for frame in savefile.frames(name):
+        if frame.number > MOST_FRAMES:
             raise NearstateError(
-                f"capture {name!r} has more than {MOST_FRAMES:,} frames: cut it, `tcpdump -r FILE -c {MOST_FRAMES}`"
+                f"capture {name!r} has more than {MOST_FRAMES:,} frames: cut it, `tcpdump -r FILE -c {MOST_FRAMES} -w NEW`"
             )
-    if not found:
-        raise NearstateError(f"capture {name!r} has no IPv4 packet that can be replayed: {dict(skipped) or 'it is empty'}")
-    return found, skipped
-
-
-def _check_complete(name: str, content: bytes) -> None:
-    """Raise NearstateError unless the file is a whole capture: scapy takes a file that is cut off for one that ends there."""
-    order = PCAP_MAGICS.get(content[:4])
-    if order:
-        at, record, what = 24, 16, "record"
-    elif content[:4] == PCAPNG_MAGIC and (order := PCAPNG_ORDERS.get(content[8:12])):
-        at, record, what = 0, 12, "block"
-    else:
-        raise NearstateError(f"capture {name!r} is neither pcap nor pcapng: it begins with {content[:4].hex() or 'nothing'}")
-    number = 0
-    while at != len(content):
-        number += 1
-        if at + record <= len(content):
-            if content[at : at + 4] == PCAPNG_MAGIC and what == "block":
-                order = PCAPNG_ORDERS.get(content[at + 8 : at + 12], order)
-            length = struct.unpack_from(f"{order}I", content, at + (8 if what == "record" else 4))[0]
-            at += record + length if what == "record" else max(record, length)
-            if at <= len(content):
-                continue
-        raise NearstateError(
-            f"capture {name!r} is cut off: {what} {number} reaches beyond its {len(content):,} bytes; record it anew, or save "
-            "the whole part with `tcpdump -r FILE -w NEW`"
-        )
-
-
-def _frames(name: str, content: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield time in ns, link type and bytes of every frame."""
-    from scapy.error import Scapy_Exception  # here: 28 MB that no other process of an emulated host needs
-    from scapy.utils import RawPcapReader
-
-    file: Any = io.BytesIO(content)
-    about: Any
-    try:
-        with RawPcapReader(file) as reader:
-            for frame, about in reader:
-                if hasattr(about, "tshigh"):
-                    ticks = ((about.tshigh or 0) << 32) + (about.tslow or 0)
-                    yield ticks * 1_000_000_000 // (about.tsresol or 1_000_000), about.linktype, frame
-                else:
-                    yield about.sec * 1_000_000_000 + about.usec * (1 if reader.nano else 1000), reader.linktype, frame
-    except (Scapy_Exception, struct.error, ValueError) as error:
-        raise NearstateError(f"capture {name!r} cannot be read: {error}") from error
+        packet, reason = _packet(name, frame.link, frame.content)
+        if reason:
+            contents.skipped[reason] += 1
+            continue
+        contents.packets.append(Recorded(frame.number, frame.time_ns, packet))
+        if not frame.timed and not contents.untimed:
+            contents = contents._replace(untimed=frame.number)
+    if not contents.packets:
+        skipped = dict(contents.skipped) or "it is empty"
+        raise NearstateError(f"capture {name!r} has no IPv4 packet that can be replayed: {skipped}")
+    return contents
 
 
 def _packet(name: str, link: int, frame: bytes) -> tuple[bytes, str]:
     """Return the IPv4 packet in a frame and "", or nothing and why there is none."""
     if link != ETHERNET and link not in LINK_BYTES:
-        raise NearstateError(f"capture {name!r} has link type {link}: Ethernet (1) or one of {sorted(LINK_BYTES)} is possible")
+        raise NearstateError(f"capture {name!r} has link type {link} {savefile.link_name(link)}: Ethernet (1) or one of "
+                             f"{sorted(LINK_BYTES)} is possible")  # fmt: skip
     at = LINK_BYTES.get(link, 14)
     if link == ETHERNET:
         while len(frame) >= at + 2 and int.from_bytes(frame[at - 2 : at], "big") in VLAN_TYPES:
@@ -169,71 +155,83 @@ def _packet(name: str, link: int, frame: bytes) -> tuple[bytes, str]:
     if total > MOST_IP_BYTES:
         return b"", "oversized"
     packet = frame[at : at + total]
-    if frame[at + 9] in (ICMP, TCP, UDP) and len(packet) < min(total, header + 8):
+    if len(packet) < min(total, header + _transport_bytes(packet, header)):
         return b"", "cut_in_headers"
     return packet + bytes(total - len(packet)), ""
 
 
+def _transport_bytes(packet: bytes, header: int) -> int:
+    """Return how many bytes of headers are behind a packet's IP header, which may be cut off; a quoted packet's count."""
+    if int.from_bytes(packet[6:8], "big") & FRAGMENT_OFFSET:
+        return 0
+    if packet[9] == TCP:
+        return max(20, (packet[header + 12] >> 4) * 4) if len(packet) > header + 12 else 20
+    if packet[9] == ICMP and packet[header : header + 1] and packet[header] in ICMP_ERRORS:
+        return 8 + 20 + 8
+    return 8 if packet[9] in (ICMP, UDP) else 0
+
+
+def at_speed(traffic: Mapping[str, Any], speed: float | None) -> Replay:
+    """Return the replay that an experiment's traffic says, at the speed of a trial; None: at the traffic's own.
+
+    Raises NearstateError for a wrong value.
+    """
+    return Replay.of(**{**traffic, **({} if speed is None else {"speed": speed})})
+
+
+class Look(NamedTuple):
+    """What is told of a replay before it starts. frames: how many are sent. has_tcp: some of them are TCP segments."""
+
+    frames: int
+    has_tcp: bool
+    skipped: Mapping[str, int]
+    timing: Timing
+
+
 @functools.cache
-def check(replay: Replay) -> None:
-    """Raise NearstateError when the file cannot be replayed; a file is read once however often it is asked about."""
-    prepare(replay, "02:00:00:00:00:01", "02:00:00:00:00:02")
+def _looked_at(replay: Replay) -> Look:
+    prepared = prepare(replay, "02:00:00:00:00:01", "02:00:00:00:00:02")
+    has_tcp = bool((prepared.memory[prepared.at + 23] == TCP).any())
+    return Look(len(prepared.at), has_tcp, prepared.skipped, prepared.timing)
 
 
-# Who is who
+def check(replay: Replay) -> Look:
+    """Return what a replay is going to be; a file is read once, however often it is asked about and at whatever speeds.
 
-
-def parties(pairs: Iterable[tuple[int, int]], inside: Sequence[str] = ()) -> dict[int, int]:
-    """Return INSIDE or OUTSIDE for each address, from the (source, destination) of each packet in order.
-
-    With networks given, they are inside. Without: a recording of this testbed keeps its sides (10.0.0.0/9 is inside); in any
-    other whoever is first seen sending to somebody new is inside, and whom it sends to is on the other side.
+    Raises NearstateError when it cannot be replayed.
     """
-    pairs = list(pairs)
-    addresses = dict.fromkeys(itertools.chain.from_iterable(pairs))
-    networks = [ipaddress.IPv4Network(text) for text in inside]
-    if not networks and all(_within(OUR_NETWORK, address) for address in addresses):
-        networks = [NETWORKS[INSIDE]]
-    if networks:
-        return {address: INSIDE if any(_within(n, address) for n in networks) else OUTSIDE for address in addresses}
-    found: dict[int, int] = {}
-    for source, destination in pairs:
-        if source not in found:
-            found[source] = 1 - found[destination] if destination in found else INSIDE
-        found.setdefault(destination, 1 - found[source])
-    return found
+    look = _looked_at(replace(replay, speed=0.0, longest_s=1.0))
+    check_timing(replay, look.timing)
+    return look
 
 
-def _within(network: ipaddress.IPv4Network, address: int) -> bool:
-    return address & int(network.netmask) == int(network.network_address)
+def check_timing(replay: Replay, timing: Timing) -> None:
+    """Raise NearstateError unless the time stamps make sense at the replay's speed; at speed 0 there are no times."""
+    name, longest_s = replay.pcap, replay.longest_s
+    if replay.speed and timing.untimed:
+        raise NearstateError(f"capture {name!r}: packet {timing.untimed} is in a Simple Packet Block, which has no time stamp: "
+                             "replay the file with speed=0")  # fmt: skip
+    if replay.speed and timing.seconds > longest_s * replay.speed:
+        raise NearstateError(
+            f"capture {name!r} lasts {timing.seconds / replay.speed:,.1f} s at speed {replay.speed:g}, longer than "
+            f"longest_s={longest_s:g}: packet {timing.gap_before} comes {timing.gap_s:,.1f} s after packet {timing.gap_after}; "
+            "cut the file, or give a greater longest_s or speed"
+        )
+    if replay.speed and timing.most_back_s > MOST_BACK_S:
+        raise NearstateError(
+            f"capture {name!r}: packet {timing.back_at} is {timing.most_back_s:,.1f} s earlier than one before it, at most "
+            f"{MOST_BACK_S:g} s is made good: order the file, `reordercap FILE NEW`, or replay it with speed=0"
+        )
 
 
-def map_addresses(sides: Mapping[int, int]) -> dict[int, int]:
-    """Return each address' own address in the emulated network, in its party's half; those that are there already stay."""
-    mapped = {address: address for address, side in sides.items() if _within(NETWORKS[side], address)}
-    taken = set(mapped)
-    free = [(address for address in itertools.count(first) if address not in taken) for first in FIRST_FREE]
-    for address, side in sides.items():
-        if address not in mapped:
-            mapped[address] = next(free[side])
-    return mapped
-
-
-def spread_ports() -> Callable[[int, int], int]:
-    """Return a function of (address, port) that numbers an address' ports anew as Linux hands them out: even ones first.
-
-    Steering takes 256 partitions from bits 1 to 8 of the inside port; a file's own ports may all lie in a few.
-    """
-    counters: dict[int, Iterator[int]] = {}
-    chosen: dict[tuple[int, int], int] = {}
-
-    def port_of(address: int, port: int) -> int:
-        if (address, port) not in chosen:
-            order = itertools.chain(range(1024, 65536, 2), range(1025, 65536, 2), range(1024))
-            chosen[address, port] = next(counters.setdefault(address, order))
-        return chosen[address, port]
-
-    return port_of
+def describe(replay: Replay, look: Look) -> str:
+    """Return a replay in a line: packets, time, what is left out or made good."""
+    seconds = f"{look.timing.seconds / replay.speed:,.3f} s at speed {replay.speed:g}" if replay.speed else "as fast as possible"
+    back = [f"{look.timing.back:,} time stamps earlier than one before"] if look.timing.back and replay.speed else []
+    skipped = (
+        [f"not replayed: {', '.join(f'{reason} {count:,}' for reason, count in look.skipped.items())}"] if look.skipped else []
+    )
+    return "; ".join([f"replay of {replay.pcap}: {look.frames:,} packets, {seconds}", *back, *skipped])
 
 
 # Headers
@@ -338,38 +336,79 @@ def _compute_transport(data: bytearray, transport: int) -> None:
         put16(data, check_at, 0xFFFF if protocol == UDP and value == 0 else value)
 
 
-def _ends(packet: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (source, destination) of a packet and, of an ICMP error, the quoted packet's as the error sees them."""
-    yield int.from_bytes(packet[12:16], "big"), int.from_bytes(packet[16:20], "big")
-    quoted = (packet[0] & 15) * 4 + 8
-    is_whole = not int.from_bytes(packet[6:8], "big") & FRAGMENT_OFFSET
-    if packet[9] == ICMP and is_whole and len(packet) >= quoted + 20 and packet[quoted - 8] in ICMP_ERRORS:
-        yield (int.from_bytes(packet[quoted + 16 : quoted + 20], "big"), int.from_bytes(packet[quoted + 12 : quoted + 16], "big"))
-
-
 def _flow(packet: bytes, side: int) -> tuple[Any, ...]:
-    """Return what both directions of a mapped packet's flow have in common: protocol, inside end, outside end."""
+    """Return what both directions of a mapped packet's flow have in common: protocol, inside end, outside end.
+
+    An ICMP query's identifier stands for both ports.
+    """
     transport = (packet[0] & 15) * 4
-    has_ports = packet[9] in (TCP, UDP) and not int.from_bytes(packet[6:8], "big") & FRAGMENT_OFFSET
-    ports = (packet[transport : transport + 2], packet[transport + 2 : transport + 4]) if has_ports else (b"", b"")
-    ends = ((packet[12:16], ports[0]), (packet[16:20], ports[1]))
-    return (packet[9], *(ends if side == INSIDE else ends[::-1]))
+    ports = (b"", b"")
+    if not int.from_bytes(packet[6:8], "big") & FRAGMENT_OFFSET and len(packet) >= transport + 8:
+        if packet[9] in (TCP, UDP):
+            ports = (packet[transport : transport + 2], packet[transport + 2 : transport + 4])
+        elif packet[9] == ICMP and packet[transport] in ICMP_QUESTIONS + ICMP_ANSWERS:
+            ports = (packet[transport + 4 : transport + 6],) * 2
+    flow_ends = ((packet[12:16], ports[0]), (packet[16:20], ports[1]))
+    return (packet[9], *(flow_ends if side == INSIDE else flow_ends[::-1]))
 
 
-def prepare(replay: Replay, client_mac: str, server_mac: str) -> Prepared:
-    """Return the frames of a replay. Raises NearstateError as `read` does, and when no packet crosses between the parties."""
-    recorded, skipped = read(replay.pcap)
-    pairs = itertools.chain.from_iterable(_ends(packet) for _, _, packet in recorded)
-    sides = parties(pairs, replay.inside)
-    rewrite = Rewriter(sides, map_addresses(sides), spread_ports() if replay.ports == "spread" else None)
+class _Flows:
+    """Numbers the flows of mapped packets as they come."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[Any, ...], int] = {}
+        self.datagrams: dict[bytes, int] = {}
+        self.last: dict[tuple[int, int], int] = {}
+
+    def add(self, packet: bytes, side: int, index: int) -> tuple[int, int, int]:
+        """Take in the packet that is frame number `index`; return flow, aim and after of `Prepared`."""
+        flow = self.numbers.setdefault(_flow(packet, side), len(self.numbers))
+        aim = self._aim(packet, side, flow)
+        after = self.last.get((aim if aim >= 0 else flow, 1 - side), -1)
+        self.last[flow, side] = index
+        return flow, aim, after
+
+    def _aim(self, packet: bytes, side: int, flow: int) -> int:
+        fragment, datagram = int.from_bytes(packet[6:8], "big"), packet[4:6] + packet[9:10] + packet[12:20]
+        if fragment & FRAGMENT_OFFSET:
+            return self.datagrams.get(datagram, flow)
+        if fragment & MORE_FRAGMENTS:
+            self.datagrams[datagram] = flow
+        quoted = packet[(packet[0] & 15) * 4 + 8 :]
+        if is_error(packet):
+            return self.numbers.get(_flow(quoted, 1 - side), -1) if len(quoted) >= 20 and quoted[0] >> 4 == 4 else -1
+        return flow
+
+
+def timing_of(time_ns: np.ndarray, numbers: np.ndarray, untimed: int) -> Timing:
+    """Return the timing of packets with these time stamps and numbers in the file."""
+    latest = np.maximum.accumulate(time_ns)
+    gaps, back = np.diff(latest, append=latest[-1]), latest - time_ns
+    gap, furthest = int(gaps.argmax()), int(back.argmax())
+    return Timing(float(latest[-1] - latest[0]) / 1e9, float(gaps[gap]) / 1e9, int(numbers[gap]),
+                  int(numbers[min(gap + 1, len(numbers) - 1)]), int(np.count_nonzero(back)), float(back[furthest]) / 1e9,
+                  int(numbers[furthest]), untimed)  # fmt: skip
+
+
+def prepare(replay: Replay, client_mac: str, server_mac: str, virtual: int | None = None) -> Prepared:
+    """Return the frames of a replay.
+
+    virtual: a load balancer's address; it stands for the outside address that inside sends most packets to. Raises
+    NearstateError as `read` and `check_timing` do, and when no packet crosses between the parties.
+    """
+    recorded, skipped, untimed = read(replay.pcap)
+    ours = is_ours(ROOT / replay.pcap)
+    sides = parties(openers(packet for _, _, packet in recorded), replay.inside, ours)
+    served = None if virtual is None else busiest((next(ends(packet)) for _, _, packet in recorded), sides)
+    addresses = map_addresses(sides, {} if served is None or virtual is None else {served: virtual})
+    rewrite = Rewriter(sides, addresses, spread_ports() if replay.ports == "spread" else None)
     macs = [bytes.fromhex(mac.replace(":", "")) for mac in (client_mac, server_mac)]
     headers = (macs[1] + macs[0] + b"\x08\x00", macs[0] + macs[1] + b"\x08\x00")
-    frames: list[bytes] = []
+    memory, lengths = bytearray(), list[int]()
     columns: list[tuple[int, ...]] = []
-    flows: dict[tuple[Any, ...], int] = {}
-    last: dict[tuple[int, int], int] = {}
+    flows = _Flows()
     for number, time_ns, packet in recorded:
-        source, destination = next(_ends(packet))
+        source, destination = next(ends(packet))
         side = sides[source]
         if side == sides[destination]:
             skipped["between_one_party"] += 1
@@ -377,16 +416,17 @@ def prepare(replay: Replay, client_mac: str, server_mac: str) -> Prepared:
             skipped["server_side"] += 1
         else:
             mapped = rewrite(packet)
-            flow = flows.setdefault(_flow(mapped, side), len(flows))
-            columns.append((side, time_ns, flow, last.get((flow, 1 - side), -1), number))
-            last[flow, side] = len(frames)
-            frames.append(headers[side] + mapped)
-    if not frames:
+            columns.append((side, time_ns, number, *flows.add(mapped, side, len(lengths))))
+            lengths.append(len(headers[side]) + len(mapped))
+            memory += headers[side] + mapped
+    if not lengths:
         raise NearstateError(
             f"capture {replay.pcap!r}: no packet crosses from inside to outside ({dict(skipped)}); say which networks are "
             'inside, as traffic inside=("192.0.2.0/24",)'
         )
-    lengths = np.array([len(frame) for frame in frames], np.int64)
-    side_of, time_of, flow_of, after, numbers = np.array(columns, np.int64).T.copy()
-    return Prepared(np.frombuffer(b"".join(frames), np.uint8), np.cumsum(lengths) - lengths, lengths, side_of,
-                    np.maximum.accumulate(time_of) - time_of[0], flow_of, after, numbers, dict(skipped))  # fmt: skip
+    length = np.array(lengths, np.int64)
+    side_of, time_of, numbers, flow_of, aim, after = np.array(columns, np.int64).T.copy()
+    timing = timing_of(time_of, numbers, untimed)
+    check_timing(replay, timing)
+    return Prepared(np.frombuffer(memory, np.uint8), np.cumsum(length) - length, length, side_of,
+                    np.maximum.accumulate(time_of) - time_of[0], flow_of, aim, after, numbers, dict(skipped), timing)  # fmt: skip

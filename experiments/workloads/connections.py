@@ -344,14 +344,15 @@ def _open_step(
     start_ns = time.monotonic_ns() + 1_000_000
     if offered_kops:
         control[WINDOW] = OPENING
-        until_ns = start_ns + int(seconds * LATEST * 1e9)
-        ended_ns = initiate(initiator, port, frames, start_ns, packets_in(offered_kops, seconds), 1e6 / offered_kops, until_ns)
+        until_ns, planned = start_ns + int(seconds * LATEST * 1e9), packets_in(offered_kops, seconds)
+        ended_ns = initiate(initiator, port, frames, start_ns, planned, 1e6 / offered_kops, until_ns)
     else:
-        control[WINDOW] = window
+        control[WINDOW], planned = window, 0
         ended_ns = initiate(initiator, port, frames, start_ns, 1 << 40, 0.0, start_ns + int(seconds * 1e9))
     return {"first": first, "sent": int(control[OPENED]), "established": int(control[ESTABLISHED]),
             "failed": int(control[FAILED]), "unexpected": int(control[UNEXPECTED]), "blocked": int(control[BLOCKED]),
-            "elapsed_s": (int(ended_ns) - start_ns) / 1e9, "start_ns": start_ns,
+            "elapsed_s": (int(ended_ns) - start_ns) / 1e9, "start_ns": start_ns, "planned": planned,
+            "scheduled_s": planned / offered_kops / 1e3 if planned else 0.0,
             "devices": {"sent": sent_drops() - drops + int(port.control[TX_REFUSED]) - refused},
             "latency": summary_us(initiator.latency), "lateness": summary_us(initiator.lateness)}  # fmt: skip
 

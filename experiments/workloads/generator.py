@@ -24,6 +24,7 @@ from experiments.workloads.traffic import (
     Traffic,
     make_tables,
     packets_in,
+    scheduled_s,
     template,
 )
 from nfs.dataplane.frames import Frames, give_frame, make_frames, take_frame
@@ -163,16 +164,19 @@ def _run_step(source: Source, opened: OpenPort, frames: Frames, step: int, offer
     start_ns = time.monotonic_ns() + 1_000_000
     if offered_kpps:
         planned = packets_in(offered_kpps, seconds)
-        generate(source, port, frames, start_ns, 0.0, planned, 1e6 / offered_kpps, start_ns + int(seconds * LATEST * 1e9))
+        schedule_s = scheduled_s(source.tables, int(control[CURSOR]), planned, offered_kpps)
+        until_ns = start_ns + int(max(seconds, schedule_s) * LATEST * 1e9)
+        generate(source, port, frames, start_ns, 0.0, planned, 1e6 / offered_kpps, until_ns)
     else:
-        planned, end_ns = 0, start_ns + int(seconds * 1e9)
+        planned, schedule_s, end_ns = 0, 0.0, start_ns + int(seconds * 1e9)
         while (now := time.monotonic_ns()) < end_ns:
             generate(source, port, frames, now, 0.0, int(control[SENT]) + 4096, 0.0, end_ns)
     elapsed_s = (time.monotonic_ns() - start_ns) / 1e9
     _empty_ring(port, frames)
     devices = {"sent": sent_drops() - drops + int(port.control[TX_REFUSED]) - refused}
-    return {"step": step, "sent": int(control[SENT]), "planned": planned, "start_ns": start_ns, "elapsed_s": elapsed_s,
-            "devices": devices, "blocked": int(control[BLOCKED]), "lateness": summary_us(source.lateness)}  # fmt: skip
+    return {"step": step, "sent": int(control[SENT]), "planned": planned, "scheduled_s": schedule_s,
+            "start_ns": start_ns, "elapsed_s": elapsed_s, "devices": devices, "blocked": int(control[BLOCKED]),
+            "lateness": summary_us(source.lateness)}  # fmt: skip
 
 
 def _empty_ring(port: Port, frames: Frames) -> None:

@@ -13,7 +13,10 @@ each loss is counted, and of such packets the last ones are held to be the lost 
 
 With a speed, packets leave at their times whatever happened before (open loop), and latency runs from the intended time. At
 speed 0 there are no times: each packet leaves as soon as the one it answers (the last of its flow from the other side) has
-arrived, or has been waited for `patience_ms`.
+arrived, or has been waited for `patience_ms`; half as long after each wait of its flow that was in vain.
+
+Where a function translates, answers are aimed at what came out (`translations.py`). Then the first answer of a flow waits for
+what it answers at any speed, at most until that is late by `patience_ms`.
 """
 
 from __future__ import annotations
@@ -28,9 +31,20 @@ from datastore.native import jit
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
 from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
 from datastore.native.memory import copy, load64, network16, network32
-from experiments.workloads.capture import Prepared, prepare
+from experiments.workloads.capture import Prepared, Timing, prepare
 from experiments.workloads.generator import PR_SET_TIMERSLACK, SLEEP_MARGIN_NS, sent_drops
 from experiments.workloads.traffic import Replay
+from experiments.workloads.translations import (
+    GIVEN_UP,
+    LOOK,
+    Translations,
+    agrees,
+    aim,
+    learn,
+    make_translations,
+    must_wait,
+    read_ends,
+)
 from nfs.dataplane.frames import Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import ICMP, TCP, UDP
 from nfs.dataplane.port import (
@@ -50,10 +64,14 @@ from nfs.dataplane.port import (
 
 # words of Player.control
 SENT, BLOCKED, RECEIVED, DUPLICATED, REORDERED, FLOW_REORDERED, FOREIGN, HIGHEST, FIRST_NS, LAST_NS = range(10)
-WAITING_SINCE, IMPATIENT, SENT_LAST_NS = range(10, 13)
+WAITING_SINCE, IMPATIENT, SENT_LAST_NS, SIDE = range(10, 14)
 SLICE_NS = 20_000_000
+WAKE_NS = 1_000_000
+"""How long a side sleeps that waits for a packet, which wakes it, or for the end of its patience."""
 LINGER_NS = 500_000_000
-"""The end: everything sent, and nothing has arrived for so long."""
+"""The end: both sides have sent everything, and nothing has arrived for so long."""
+LATEST, LATEST_S = 1.5, 10.0
+"""A replay with times ends after so many times its length and so long behind it, whether or not everything has left."""
 MOST_LOST = 1000
 """Lost packets told by their number in the file."""
 NOTHING, FOREIGN_FRAME, AGAIN = -1, -1, -2
@@ -64,7 +82,7 @@ class Player(NamedTuple):
 
     prints, heads: hash table from fingerprint (uint64, 0: free) to the first expected frame with it that has not arrived,
     following: int64 per frame, the next one with the same fingerprint. arrived_ns: int64 per frame, 0 for not yet. last:
-    int64 per flow, the highest frame that has arrived.
+    int64 per flow, the highest frame that has arrived. vain: int64 per flow, how often it was waited for in vain since.
     """
 
     memory: np.ndarray
@@ -79,6 +97,7 @@ class Player(NamedTuple):
     following: np.ndarray
     arrived_ns: np.ndarray
     last: np.ndarray
+    vain: np.ndarray
     control: np.ndarray
     latency: np.ndarray
     lateness: np.ndarray
@@ -86,19 +105,21 @@ class Player(NamedTuple):
     lengths: np.ndarray
     scratch: np.ndarray
     pollfds: np.ndarray
+    translations: Translations
 
 
-def make_player(prepared: Prepared, side: int) -> Player:
-    """Return the state of the side INSIDE or OUTSIDE before its first packet."""
-    frames = len(prepared.at)
+def make_player(prepared: Prepared, side: int, translates: bool = False) -> Player:
+    """Return the state of the side INSIDE or OUTSIDE before its first packet. translates: a function may change addresses."""
+    frames, flows = len(prepared.at), int(prepared.flow.max()) + 1
     slots = 1 << max(4, (2 * frames - 1).bit_length())
     player = Player(
         prepared.memory, prepared.at, prepared.length, prepared.time_ns, prepared.flow, prepared.after,
         np.flatnonzero(prepared.side == side), np.zeros(slots, np.uint64), np.full(slots, NOTHING), np.full(frames, NOTHING),
-        np.zeros(frames, np.int64), np.full(int(prepared.flow.max()) + 1, NOTHING), np.zeros(16, np.int64), make_counts(),
-        make_counts(), np.zeros(BURST, np.int64), np.zeros(BURST, np.int64), np.zeros(8, np.int64), np.zeros(2, np.int64),
+        np.zeros(frames, np.int64), np.full(flows, NOTHING), np.zeros(flows, np.int64), np.zeros(16, np.int64),
+        make_counts(), make_counts(), np.zeros(BURST, np.int64), np.zeros(BURST, np.int64), np.zeros(8, np.int64),
+        np.zeros(2, np.int64), make_translations(prepared.aim, flows, translates),
     )  # fmt: skip
-    player.control[HIGHEST] = -1
+    player.control[HIGHEST], player.control[SIDE] = -1, side
     expect(player, np.flatnonzero(prepared.side != side))
     return player
 
@@ -182,17 +203,42 @@ def match(player: Player, memory: np.ndarray, at: int, length: int) -> int:
     slot = slot_of(player, found)
     if player.prints[slot] == np.uint64(0):
         return FOREIGN_FRAME
-    number = player.heads[slot]
-    if number == NOTHING:
+    first = player.heads[slot]
+    if first == NOTHING:
         return AGAIN
-    player.heads[slot] = player.following[number]
+    before = NOTHING
+    if player.following[first] != NOTHING and player.translations.active[0]:
+        before = before_agreeing(player, first)
+    if before == NOTHING:
+        player.heads[slot] = player.following[first]
+        return first
+    number = player.following[before]
+    player.following[before] = player.following[number]
     return number
+
+
+@jit
+def before_agreeing(player: Player, first: int) -> int:
+    """Return the frame in front of the first one that agrees with what has arrived, of a chain of frames alike that begins with
+    `first`; NOTHING where that one agrees itself, or none of the first LOOK does."""
+    before, number = np.int64(NOTHING), np.int64(first)
+    for _ in range(LOOK):
+        if number == NOTHING:
+            break
+        at, length = player.at[number], player.length[number]
+        if agrees(player.translations, number, player.memory, at, length, 1 - player.control[SIDE]):
+            return before
+        before, number = number, player.following[number]
+    return np.int64(NOTHING)
 
 
 @jit
 def take(player: Player, memory: np.ndarray, at: int, length: int, now: int, start_ns: int, speed: float) -> None:
     """Count an arrival."""
-    control = player.control
+    control, translations = player.control, player.translations
+    told = False
+    if translations.active[0]:
+        told = read_ends(translations, memory, at, length, 1 - control[SIDE], translations.arrived)
     number = match(player, memory, at, length)
     if number < 0:
         control[FOREIGN if number == FOREIGN_FRAME else DUPLICATED] += 1
@@ -206,7 +252,10 @@ def take(player: Player, memory: np.ndarray, at: int, length: int, now: int, sta
         control[REORDERED] += 1
     else:
         control[HIGHEST] = number
+    if told:
+        learn(translations, number)
     flow = player.flow[number]
+    player.vain[flow] = 0
     if number < player.last[flow]:
         control[FLOW_REORDERED] += 1
     else:
@@ -224,19 +273,28 @@ def due_ns(player: Player, number: int, start_ns: int, speed: float) -> int:
 @jit
 def is_early(player: Player, number: int, start_ns: int, speed: float, patience_ns: int, now: int) -> bool:
     """Tell whether a frame must still wait: for its time, or at speed 0 for the frame it answers."""
-    control = player.control
+    control, before = player.control, player.after[number]
     if speed > 0.0:
-        return due_ns(player, number, start_ns, speed) > now
+        if due_ns(player, number, start_ns, speed) > now:
+            return True
+        if not must_wait(player.translations, number, before):
+            return False
+        if now < due_ns(player, before, start_ns, speed) + patience_ns:
+            return True
+        player.translations.state[player.translations.aim[number]] = GIVEN_UP
+        control[IMPATIENT] += 1
+        return False
     if now < start_ns:
         return True
-    before = player.after[number]
     if before == NOTHING or player.arrived_ns[before] > 0:
         control[WAITING_SINCE] = 0
         return False
     if control[WAITING_SINCE] == 0:
         control[WAITING_SINCE] = now
-    if now - control[WAITING_SINCE] < patience_ns:
+    flow = player.flow[number]
+    if now - control[WAITING_SINCE] < patience_ns >> min(player.vain[flow], 62):
         return True
+    player.vain[flow] += 1
     control[WAITING_SINCE] = 0
     control[IMPATIENT] += 1
     return False
@@ -257,6 +315,8 @@ def send(player: Player, port: Port, frames: Frames, start_ns: int, speed: float
             break
         length = player.length[number]
         copy(frames.memory, frame, player.memory, player.at[number], length)
+        if player.translations.active[0]:
+            aim(player.translations, number, frames.memory, frame, length, control[SIDE])
         if not tx_push(port, frames, frame, length):
             give_frame(frames, frame)
             control[BLOCKED] += 1
@@ -289,7 +349,8 @@ def play(player: Player, port: Port, frames: Frames, start_ns: int, speed: float
         rest = until_ns - now
         if control[SENT] < player.own.size:
             if speed > 0.0:
-                rest = min(rest, due_ns(player, player.own[control[SENT]], start_ns, speed) - now - SLEEP_MARGIN_NS)
+                due = due_ns(player, player.own[control[SENT]], start_ns, speed)
+                rest = min(rest, due - now - SLEEP_MARGIN_NS if due > now else WAKE_NS)
             else:
                 rest = min(rest, patience_ns)
         if rest <= 0 or control[BLOCKED] != blocked:
@@ -300,12 +361,17 @@ def play(player: Player, port: Port, frames: Frames, start_ns: int, speed: float
 
 
 class Side:
-    """One side of a replay. config: interface, port_kind, side (INSIDE or OUTSIDE), replay ({...}), client_mac, server_mac."""
+    """One side of a replay.
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    config: interface, port_kind, side (INSIDE or OUTSIDE), replay ({...}), client_mac, server_mac, translates (whether a function
+    may change addresses), virtual (see `capture.prepare`). control: the channel to the procedure.
+    """
+
+    def __init__(self, config: dict[str, Any], control: Any) -> None:
         C.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)  # sleeps end when they should
-        self.replay, self.side = Replay.of(**config["replay"]), config["side"]
-        self.prepared = prepare(self.replay, config["client_mac"], config["server_mac"])
+        self.replay, self.side, self.control = Replay.of(**config["replay"]), config["side"], control
+        self.translates = config["translates"]
+        self.prepared = prepare(self.replay, config["client_mac"], config["server_mac"], config["virtual"])
         self.expected = np.flatnonzero(self.prepared.side != self.side)
         self.frames = make_frames(16384)
         self.opened: OpenPort = open_port(config["interface"], self.frames, config.get("port_kind", "auto"))
@@ -313,15 +379,23 @@ class Side:
 
     def step(self, start_ns: int, speed: float) -> dict[str, Any]:
         """Play the file once and return what was sent and what arrived, each as the generator and the sink tell it."""
-        player, port = make_player(self.prepared, self.side), self.opened.port
+        player, port = make_player(self.prepared, self.side, self.translates), self.opened.port
         drops, refused, kernel = sent_drops(), int(port.control[TX_REFUSED]), self.opened.statistics()
-        last_ns = start_ns + (int(self.prepared.time_ns[-1] / speed) if speed else 0)
-        while not self._is_over(player, last_ns):
-            play(player, port, self.frames, start_ns, speed, int(self.replay.patience_ms * 1e6), time.monotonic_ns() + SLICE_NS)
+        patience_ns = int(self.replay.patience_ms * 1e6)
+        latest_ns = start_ns + int(longest_s(self.replay, self.prepared, speed) * 1e9)
+        has_sent, both_ns = False, 0
+        while not (both_ns and self._is_over(player, both_ns)):
+            play(player, port, self.frames, start_ns, speed, patience_ns, time.monotonic_ns() + SLICE_NS)
+            if not has_sent and (player.control[SENT] == player.own.size or time.monotonic_ns() > latest_ns):
+                has_sent = True
+                self.control.send({"has_sent": True})
+            if not both_ns and self.control.receive(0) is not None:
+                both_ns = time.monotonic_ns()
         now, control = self.opened.statistics(), player.control
         ended_ns = max(int(control[SENT_LAST_NS]), start_ns + 1)
         lost = self.expected[player.arrived_ns[self.expected] == 0]
-        sent = {"sent": int(control[SENT]), "elapsed_s": (ended_ns - start_ns) / 1e9, "blocked": int(control[BLOCKED]),
+        sent = {"sent": int(control[SENT]), "planned": len(player.own), "elapsed_s": (ended_ns - start_ns) / 1e9,
+                "blocked": int(control[BLOCKED]),
                 "devices": {"sent": sent_drops() - drops + int(port.control[TX_REFUSED]) - refused},
                 "lateness": summary_us(player.lateness)}  # fmt: skip
         arrived = {"received": int(control[RECEIVED]), "duplicated": int(control[DUPLICATED]),
@@ -332,26 +406,37 @@ class Side:
         return {"sent": sent, "arrived": arrived, "histogram": encode(player.latency) if speed else "",
                 "impatient": int(control[IMPATIENT]), "lost": self.prepared.number[lost][:MOST_LOST].tolist()}  # fmt: skip
 
-    def _is_over(self, player: Player, last_ns: int) -> bool:
-        """Tell whether all has been sent and all has arrived, or nothing more will."""
+    def _is_over(self, player: Player, both_ns: int) -> bool:
+        """Tell whether all has arrived, or nothing more will. both_ns: since when both sides have sent everything."""
         control = player.control
-        if control[SENT] < player.own.size:
-            return False
-        active_ns = max(last_ns, int(control[LAST_NS]), int(control[SENT_LAST_NS]))
+        active_ns = max(both_ns, int(control[LAST_NS]))
         return bool(control[RECEIVED] == self.expected.size or time.monotonic_ns() > active_ns + LINGER_NS)
 
 
+def longest_s(replay: Replay, prepared: Prepared, speed: float) -> float:
+    """Return after how many seconds a side ends its sending, whether or not everything has left."""
+    return LATEST * prepared.timing.seconds / speed + LATEST_S if speed else replay.longest_s
+
+
 def main(config: dict[str, Any], control: Any) -> None:
-    """Process target, see `Side`. {"start_ns": t, "speed": s} plays the file once and is answered; ends at {"stop": true}."""
-    side = Side(config)
-    control.send({"ready": True, "port_kind": side.opened.kind, "frames": len(side.prepared.at),
-                  "seconds": int(side.prepared.time_ns[-1]) / 1e9, "skipped": side.prepared.skipped})  # fmt: skip
+    """Process target, see `Side`.
+
+    {"start_ns": t, "speed": s} plays the file once. It is answered by {"has_sent": true} and, when any message has said that the
+    other side has sent everything too, by what was counted. {"stop": true} ends the process.
+    """
+    side = Side(config, control)
+    timing = side.prepared.timing
+    control.send({"ready": True, "port_kind": side.opened.kind, "frames": len(side.prepared.at), "seconds": timing.seconds,
+                  "longest_s": longest_s(side.replay, side.prepared, side.replay.speed), "times_back": timing.back,
+                  "skipped": side.prepared.skipped})  # fmt: skip
     while (message := control.receive(None)) is not None and not message.get("stop"):
         control.send(side.step(int(message["start_ns"]), float(message["speed"])))
 
 
 def warm() -> None:
     """Compile both directions, on nothing."""
-    nothing = np.zeros(0, np.int64)
-    empty = Prepared(np.zeros(0, np.uint8), nothing, nothing, nothing, nothing, np.zeros(1, np.int64), nothing, nothing, {})
+    nothing, timing = np.zeros(0, np.int64), Timing(0.0, 0.0, 0, 0, 0, 0.0, 0, 0)
+    empty = Prepared(
+        np.zeros(0, np.uint8), nothing, nothing, nothing, nothing, np.zeros(1, np.int64), nothing, nothing, nothing, {}, timing
+    )
     play(make_player(empty, 0), closed_port(), make_frames(1), 0, 1.0, 0, 0)

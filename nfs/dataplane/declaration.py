@@ -74,6 +74,7 @@ class NetworkFunction:
     settings: Settings = field(default_factory=dict)
     prepare: Prepare | None = None
     housekeep: Housekeep | None = None
+    needs_answers: bool = False
 
     @property
     def kind(self) -> int:
@@ -137,6 +138,7 @@ def _compile_error(function: Callable[..., int], error: Exception) -> tuple[int,
 def network_function(
     key: int, state: np.dtype | None = None, passes: Iterable[str] = (), rewrites: bool = False,
     settings: Settings | None = None, prepare: Prepare | None = None, housekeep: Housekeep | None = None,
+    needs_answers: bool = False,
 ) -> Callable[[Callable[[Any, Any, Any], int]], NetworkFunction]:  # fmt: skip
     """Declare the decorated function a network function.
 
@@ -146,6 +148,7 @@ def network_function(
     default)}, what a user can choose; the function finds them in `env` (see `settings.py`). prepare: from what the user gives
     to what the fields hold. housekeep: called about ten times a second, in Python, with `(env, read, now_s)`: it may read
     counters that all instances share, `read(key_high, key_low)` gives a record's words, and change settings in `env[name][0]`.
+    needs_answers: it judges TCP by both sides' segments, so traffic of one side alone cannot measure it.
     """
     wrong = [name for name in passes if name not in EXCEPTIONS]
     if wrong:
@@ -157,7 +160,7 @@ def network_function(
         text = importlib.import_module(function.__module__).__doc__ or ""
         return NetworkFunction(function.__name__, function, key, NO_STATE if state is None else state,
                                frozenset(EXCEPTIONS[name] for name in passes), text.strip().split("\n")[0],
-                               rewrites, settings or {}, prepare, housekeep)  # fmt: skip
+                               rewrites, settings or {}, prepare, housekeep, needs_answers)  # fmt: skip
 
     return declare
 

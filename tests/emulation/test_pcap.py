@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scapy.layers.inet import IP
+from scapy.layers.inet import ICMP, IP, TCP, UDP, fragment
 from scapy.layers.l2 import Ether
+from scapy.packet import Packet, Raw
 from scapy.utils import RawPcapReader
 
 from experiments.harness import spec
 from experiments.harness.runner import run_trial
 from experiments.harness.spec import Experiment
-from experiments.workloads.traffic import flow_tuple
+from experiments.workloads.traffic import Traffic, flow_tuple, make_tables, packets_in, scheduled_s
 from tests import packets
-from tests.unit.test_capture import save
+from tests.unit.test_capture import ETHERNET, right_checksums, save
+from topologies.emulation import recordings
 from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
@@ -167,3 +171,84 @@ def test_packets_keep_their_times_scaled(emulation: Emulation, tmp_path: Path) -
     assert payloads(seen["server-net"]) == payloads(seen["client-net"])
     mapped = [Ether(frame) for frame in seen["server-net"]]
     assert {packet.sport for packet in mapped} == set(range(1024, 1024 + 2 * count, 2))
+
+
+def exchange(client: str, port: int) -> list[Packet]:
+    """Return what a client and a server say, as seen beside the client.
+
+    TCP to its end, a datagram with an answer in two fragments, a ping, and a router's ICMP error about a TCP segment.
+    """
+    out: Any = IP(src=client, dst=SERVICE, id=port)
+    back: Any = IP(src=SERVICE, dst=client, id=port)
+    tcp_out: dict[str, Any] = {"sport": port, "dport": 443}
+    tcp_back: dict[str, Any] = {"sport": 443, "dport": port}
+    data = out / TCP(**tcp_out, flags="PA", seq=101, ack=501) / b"GET /"
+    error = IP(src="203.0.113.1", dst=client, id=port) / ICMP(type=3, code=4) / Raw(bytes(data)[:28])
+    return [
+        out / TCP(**tcp_out, flags="S", seq=100),
+        back / TCP(**tcp_back, flags="SA", seq=500, ack=101),
+        out / TCP(**tcp_out, flags="A", seq=101, ack=501),
+        data,
+        error,
+        back / TCP(**tcp_back, flags="PA", seq=501, ack=106) / bytes(range(200)),
+        out / UDP(sport=port, dport=53) / port.to_bytes(2, "big"),
+        *fragment(back / UDP(sport=53, dport=port) / Raw(bytes(range(250)) * 8), fragsize=1200),
+        out / ICMP(type=8, id=port, seq=1) / b"ping",
+        back / ICMP(type=0, id=port, seq=1) / b"ping",
+        back / TCP(**tcp_back, flags="FA", seq=701, ack=106),
+        out / TCP(**tcp_out, flags="FA", seq=106, ack=702),
+        back / TCP(**tcp_back, flags="A", seq=702, ack=107),
+    ]
+
+
+SERVICE = "198.51.100.80"
+CLIENTS = [(f"192.0.2.{10 + number}", 50_000 + 2 * number) for number in range(24)]
+CLIENTS_AT_SERVER = {"nat": "10.64.0.", "nat_symmetric": "10.64.0.", "load_balancer": "10.0.1.", "firewall+nat": "10.64.0."}
+
+
+@pytest.mark.parametrize("nf", CLIENTS_AT_SERVER)
+def test_answers_of_a_replay_reach_their_connection_through_a_translator(emulation: Emulation, tmp_path: Path, nf: str) -> None:
+    """The server's packets are aimed at what came out; every one of them arrives, with checksums that a host would accept."""
+    steps = list(zip(*(exchange(client, port) for client, port in CLIENTS), strict=True))
+    source = save(tmp_path / "made.pcap", [ETHERNET / packet for step in steps for packet in step])
+    mine = experiment("replay", "rack", nf, {"pcap": source, "speed": 0.0, "patience_ms": 10_000.0})
+    line, seen = recorded_trial(emulation, tmp_path / "trial", mine)
+    point = line["points"][0]
+    assert point["replay"]["lost"] == {"outward": [], "inward": []}, line["ledger"]
+    assert (point["valid"], point["metrics"]["impatient"]) == (True, 0)
+    assert line["ledger"]["sent"] == line["ledger"]["received"] == len(steps) * len(CLIENTS)
+    at_server = [Ether(frame) for frame in seen["server-net"]]
+    clients = {packet[IP].src for packet in at_server if not packet[IP].src.startswith("10.128.")}
+    assert all(address.startswith(CLIENTS_AT_SERVER[nf]) for address in clients), "translated"
+    for frame in (*seen["client-net"], *seen["server-net"]):
+        packet = Ether(frame)
+        if not packet[IP].frag and not packet[IP].flags.MF:
+            assert right_checksums(packet) == frame, packet.summary()
+
+
+def test_a_trial_in_which_all_is_dropped_says_so_and_ends(emulation: Emulation, tmp_path: Path) -> None:
+    """The middle of connections whose beginning is not in the file: a NAT knows none of them."""
+    parts = [exchange(client, port)[step] for step in (2, 5) for client, port in CLIENTS]
+    source = save(tmp_path / "made.pcap", [ETHERNET / packet for packet in parts])
+    line, _ = recorded_trial(emulation, tmp_path / "trial", experiment("replay", "rack", "nat", {"pcap": source, "speed": 0.0}))
+    assert not line["valid"]
+    assert [reason.partition(":")[0] for reason in line["invalid_reasons"]] == [
+        f"of {len(CLIENTS)} packets from {party} 0 arrived (NF processes dropped" for party in ("inside", "outside")
+    ]
+    assert f"dropped_by_verdict {2 * len(CLIENTS)}" in line["invalid_reasons"][0]
+    assert line["ledger"]["unaccounted"] == 0
+    assert recordings.is_ours(next((tmp_path / "trial").glob("*/server-net.pcap")))
+
+
+def test_a_sample_of_random_arrivals_is_no_fault_of_the_machine(emulation: Emulation, tmp_path: Path) -> None:
+    """1 kpps for 1 s: the first seed whose gaps make that 3 % longer."""
+    traffic = {"flows": FLOWS, "arrivals": "poisson"}
+    settings = {"offered_kpps": 1.0, "seconds": 1.0, "warmup_kpps": 2.0, "recorded": False}
+    mine = experiment("packet_latency", "back_to_back", "traffic_counter", traffic, **settings)
+    warm_up = packets_in(2.0, 0.1)
+    drawn = (make_tables(Traffic.of(**traffic, seed=seed)) for seed in itertools.count(1))
+    seed = next(seed for seed, tables in enumerate(drawn, 1) if scheduled_s(tables, warm_up, 1000, 1.0) > 1.03)
+    (trial,) = spec.trials("mine", replace(mine, seed=seed))
+    line = run_trial(trial, mine, *emulation, tmp_path)
+    assert (line["valid"], line["invalid_reasons"]) == (True, [])
+    assert line["points"][0]["metrics"]["sent_kpps"] < 0.98, "as drawn"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gzip
 import ipaddress
+import re
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ from datastore.native.errors import NearstateError
 from experiments.harness import spec
 from experiments.harness.spec import Experiment
 from experiments.workloads import capture
-from experiments.workloads.capture import NETWORKS, Prepared, map_addresses, parties, prepare, spread_ports
+from experiments.workloads.capture import Prepared, prepare
+from experiments.workloads.parties import NETWORKS, map_addresses, parties, spread_ports
 from experiments.workloads.traffic import Replay
 from nfs.dataplane.headers import INSIDE, OUTSIDE
 from tests import packets
+from topologies.emulation import recordings
 
 MACS = ("02:00:00:00:00:01", "02:00:00:00:00:04")
 ETHERNET: Any = Ether(src=MACS[0], dst=MACS[1])
@@ -152,8 +156,60 @@ def test_who_is_inside() -> None:
     alice, bob, carol, web = map(number_of, (ALICE, BOB, CAROL, WEB))
     assert parties([(alice, web), (web, alice), (carol, bob)]) == {alice: 0, web: 1, carol: 0, bob: 1}
     assert parties([(web, alice), (bob, web)], inside=["192.0.2.0/24"]) == {web: 1, alice: 0, bob: 0}
-    ours, theirs = number_of("10.0.1.9"), number_of("10.128.0.1")
-    assert parties([(theirs, ours)]) == {theirs: OUTSIDE, ours: INSIDE}, "our own recordings keep their sides"
+
+
+def test_sides_of_our_own_recordings_and_of_networks_that_use_the_same_addresses() -> None:
+    client, server, translated, virtual = map(number_of, ("10.0.1.9", "10.128.0.1", "10.64.0.9", "10.64.1.1"))
+    assert parties([(server, client)], ours=True) == {server: OUTSIDE, client: INSIDE}
+    assert parties([(server, client)]) == {server: INSIDE, client: OUTSIDE}, "of others the opener is inside"
+    assert parties([(translated, server)], ours=True) == {translated: INSIDE, server: OUTSIDE}, "beyond a NAT"
+    assert parties([(client, virtual)], ours=True) == {client: INSIDE, virtual: OUTSIDE}, "before a load balancer"
+
+
+SYN_LATE = [
+    ETHERNET / IP(src=WEB, dst=ALICE) / TCP(sport=443, dport=51000, flags="PA", seq=9) / b"of a connection before",
+    ETHERNET / IP(src=ALICE, dst=WEB) / TCP(sport=51002, dport=443, flags="S"),
+]
+ANSWERED = [ETHERNET / IP(src=WEB, dst=ALICE) / TCP(sport=8443, dport=51000, flags="SA")]
+MIDDLE = [ETHERNET / IP(src=WEB, dst=ALICE) / TCP(sport=443, dport=51000, flags="PA") / b"data"]
+DNS = [ETHERNET / IP(src=WEB, dst=ALICE) / UDP(sport=53, dport=51000) / b"answer"]
+REPLY = [ETHERNET / IP(src=WEB, dst=ALICE) / ICMP(type=0, id=5)]
+UNREACHABLE = [
+    ETHERNET / IP(src=CAROL, dst=ALICE) / ICMP(type=3, code=1) / bytes(IP(src=ALICE, dst=WEB) / UDP(sport=9, dport=9))[:28]
+]
+PEERS = [ETHERNET / IP(src=ALICE, dst=WEB) / UDP(sport=6881, dport=6881) / b"first"]
+
+
+@pytest.mark.parametrize("frames", [SYN_LATE, ANSWERED, MIDDLE, DNS, REPLY, UNREACHABLE, PEERS])
+def test_the_opener_of_a_connection_is_inside_wherever_the_file_begins(tmp_path: Path, frames: list[Packet]) -> None:
+    """ALICE has asked in all of them, also where her question is not in the file."""
+    prepared = prepare(Replay.of(pcap=save(tmp_path / "a.pcap", frames)), *MACS)
+    assert prepared.number.tolist() == list(range(1, len(frames) + 1))
+    assert prepared.side.tolist() == [INSIDE if frame[IP].src == ALICE else OUTSIDE for frame in frames]
+
+
+@pytest.mark.parametrize("addresses", [("10.200.0.5", "10.1.0.9"), ("10.1.2.3", "10.2.0.9"), ("10.200.0.5", "10.201.0.5")])
+def test_a_network_within_10_is_no_recording_of_ours(tmp_path: Path, addresses: tuple[str, str]) -> None:
+    client, server = addresses
+    frames = [ETHERNET / IP(src=client, dst=server) / TCP(sport=51000, dport=443, flags="S"),
+              ETHERNET / IP(src=server, dst=client) / TCP(sport=443, dport=51000, flags="SA")]  # fmt: skip
+    name = save(tmp_path / "a.pcap", frames)
+    assert prepare(Replay.of(pcap=name), *MACS).side.tolist() == [INSIDE, OUTSIDE]
+    recordings.mark(tmp_path, ["b.pcap"])
+    assert prepare(Replay.of(pcap=name), *MACS).side.tolist() == [INSIDE, OUTSIDE], "the mark names other files"
+
+
+def test_a_recording_of_ours_is_known_by_its_mark(tmp_path: Path) -> None:
+    """The server opens: only the mark tells that it is outside."""
+    name = save(tmp_path / "server-net.pcap", [packets.tcp("S", inside=False)])
+    assert prepare(Replay.of(pcap=name), *MACS).side.tolist() == [INSIDE]
+    recordings.mark(tmp_path, ["server-net.pcap", "client-net.pcap"])
+    (tmp_path / "server-net.pcap.gz").write_bytes(gzip.compress(Path(name).read_bytes()))
+    for marked in (name, f"{name}.gz"):
+        assert prepare(Replay.of(pcap=marked), *MACS).side.tolist() == [OUTSIDE]
+    (tmp_path / recordings.MARK).write_text("[]")
+    with pytest.raises(NearstateError, match=r"recording\.json does not say which files beside it are recordings"):
+        prepare(Replay.of(pcap=name), *MACS)
 
 
 def test_times_are_kept_to_the_nanosecond_and_never_fall(tmp_path: Path) -> None:
@@ -217,17 +273,85 @@ def refusal(path: Path, content: bytes) -> str:
 
 
 def test_files_that_are_none_are_one_clear_line(tmp_path: Path) -> None:
-    assert "neither pcap nor pcapng: it begins with nothing" in refusal(tmp_path / "x", b"")
-    assert "neither pcap nor pcapng: it begins with 7f454c46" in refusal(tmp_path / "x", b"\x7fELF and more")
     assert "cannot be read" in refusal(tmp_path / "x", b"\x1f\x8b no gzip")
-    with pytest.raises(NearstateError, match=r"missing\.pcap' cannot be read: No such file"):
-        capture.read(str(tmp_path / "missing.pcap"))
-    with pytest.raises(NearstateError, match="cannot be read: it is no file"):
-        capture.read(str(tmp_path))
     with pytest.raises(NearstateError, match=r"has no IPv4 packet that can be replayed: \{'not_ipv4': 1\}"):
         capture.read(save(tmp_path / "arp.pcap", [ETHERNET / ARP()]))
-    with pytest.raises(NearstateError, match="has link type 105"):
+    with pytest.raises(NearstateError, match=r"has link type 105 IEEE802_11: Ethernet \(1\) or"):
         capture.read(save(tmp_path / "wifi.pcap", [Raw(b"beacon")], linktype=105))
+
+
+def timed(path: Path, times: Sequence[float], **parameters: Any) -> Prepared:
+    """Return a replay of datagrams with these time stamps."""
+    frames = [packets.udp(client_port=5000 + number) for number in range(len(times))]
+    return prepare(Replay.of(pcap=save(path, frames, times), **parameters), *MACS)
+
+
+@pytest.mark.parametrize(
+    ("times", "parameters", "said"),
+    [
+        ([0.0, 1.7e9, 1.7e9 + 1], {}, "lasts 1,700,000,001.0 s at speed 1, longer than longest_s=3600: packet 2 comes "
+                                      "1,700,000,000.0 s after packet 1"),
+        ([1e9, 1e9 + 65_536, 1e9 + 1], {}, "packet 2 comes 65,536.0 s after packet 1"),
+        ([1e9, 1e9 + 1, 1e9 + 5000], {}, "packet 3 comes 4,999.0 s after packet 2"),
+        ([1e9, 1e9 + 40], {"speed": 0.01}, "lasts 4,000.0 s at speed 0.01"),
+        ([1e9, 1e9 + 40], {"longest_s": 30}, "longer than longest_s=30"),
+        ([1e9, 1e9 + 40, 1e9 + 5], {}, "packet 3 is 35.0 s earlier than one before it, at most 1 s is made good"),
+    ],
+)  # fmt: skip
+def test_times_that_cannot_be_replayed_are_refused_with_the_packet(
+    tmp_path: Path, times: list[float], parameters: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(NearstateError, match=re.escape(said)) as raised:
+        timed(tmp_path / "a.pcap", times, **parameters)
+    assert "\n" not in str(raised.value)
+    assert len(timed(tmp_path / "a.pcap", times, **{**parameters, "speed": 0.0}).at) == len(times), "without times it can"
+
+
+def test_a_speed_that_makes_a_file_short_enough(tmp_path: Path) -> None:
+    assert timed(tmp_path / "a.pcap", [1e9, 1e9 + 5000], speed=2.0).timing.seconds == 5000
+    assert timed(tmp_path / "a.pcap", [1e9, 1e9 + 5000], longest_s=5000).timing.gap_s == 5000
+
+
+def test_times_that_go_back_a_little_are_made_good_and_told(tmp_path: Path) -> None:
+    prepared = timed(tmp_path / "a.pcap", [1e9, 1e9 + 0.5, 1e9 + 0.25, 1e9 + 0.375, 1e9 + 0.75])
+    assert prepared.time_ns.tolist() == [0, 500_000_000, 500_000_000, 500_000_000, 750_000_000]
+    assert (prepared.timing.back, prepared.timing.most_back_s, prepared.timing.back_at) == (2, 0.25, 3)
+    replay = Replay.of(pcap=str(tmp_path / "a.pcap"))
+    assert capture.describe(replay, capture.check(replay)) == (
+        f"replay of {tmp_path}/a.pcap: 5 packets, 0.750 s at speed 1; 2 time stamps earlier than one before"
+    )
+
+
+def test_a_replay_says_what_it_leaves_out(tmp_path: Path) -> None:
+    replay = Replay.of(pcap=save(tmp_path / "a.pcap", [*conversation()[:2], ETHERNET / ARP()]), speed=0.0)
+    assert capture.describe(replay, capture.check(replay)).endswith(": 2 packets, as fast as possible; not replayed: not_ipv4 1")
+
+
+def test_packets_without_time_stamps_are_replayed_at_speed_0_only(tmp_path: Path) -> None:
+    untimed = struct.pack("<I", len(packets.udp())) + packets.udp()
+    untimed += bytes(-len(untimed) % 4)
+    length = struct.pack("<I", len(untimed) + 12)
+    with PcapNgWriter(str(tmp_path / "a.pcapng")) as writer:
+        writer.write([Ether(packets.udp(client_port=9))])
+    path = tmp_path / "b.pcapng"
+    path.write_bytes((tmp_path / "a.pcapng").read_bytes() + struct.pack("<I", 3) + length + untimed + length)
+    with pytest.raises(
+        NearstateError, match="packet 2 is in a Simple Packet Block, which has no time stamp: replay the file with"
+    ):
+        prepare(Replay.of(pcap=str(path)), *MACS)
+    assert len(prepare(Replay.of(pcap=str(path), speed=0.0), *MACS).at) == 2
+
+
+@pytest.mark.parametrize("kept", range(15, 55))
+def test_a_snap_length_within_the_headers_is_told(tmp_path: Path, kept: int) -> None:
+    """Nothing of ports and flags is made up. 54 bytes are all headers of this segment."""
+    whole = bytes(ETHERNET / IP(src=ALICE, dst=WEB) / TCP(sport=51000, dport=443, flags="PA") / bytes(90))
+    cut = Ether(whole[:kept])
+    cut.wirelen = len(whole)
+    name = save(tmp_path / "a.pcap", [cut, Ether(whole)])
+    found = capture.read(name)
+    assert [packet.number for packet in found.packets] == ([1, 2] if kept == 54 else [2])
+    assert found.skipped.total() == (0 if kept == 54 else 1)
 
 
 @pytest.mark.parametrize("kind", ["pcap", "pcapng"])
@@ -246,7 +370,7 @@ def test_a_file_cut_off_anywhere_is_said_to_be(tmp_path: Path, kind: str) -> Non
             whole += 1
             continue
         said = refusal(path, content[:end])
-        assert "is cut off: " in said or "it is empty" in said, f"{end}: {said}"
+        assert "truncated" in said or "no Interface Description Blocks" in said or "it is empty" in said, f"{end}: {said}"
     assert whole == 1, "only behind the first packet is a whole file"
 
 
@@ -275,11 +399,22 @@ def test_an_experiment_with_a_file_is_checked_before_anything_starts(tmp_path: P
 
     spec.check("mine", experiment(pcap=name))
     spec.check("mine", experiment(sweep={**grid, "speed": (1.0, 0.0)}, pcap=name))
+    spec.check("mine", experiment(sweep={**grid, "nf": ("nat", "nat_symmetric", "rate_limiter")}, pcap=name, sides="client"))
+    datagrams = save(tmp_path / "udp.pcap", [packets.udp(), packets.udp(inside=False)])
+    spec.check("mine", experiment(pcap=datagrams, sides="client"))
+    lines = spec.replays(experiment(sweep={**grid, "speed": (1.0, 0.0)}, pcap=name))
+    assert lines == [f"replay of {name}: 10 packets, 0.009 s at speed 1", f"replay of {name}: 10 packets, as fast as possible"]
     for wrong, message in (
         (experiment(pcap=name + "x"), "cannot be read: No such file"),
         (experiment("packet_latency", pcap=name), "need each other"),
         (experiment(), "need each other"),
         (experiment(sweep={**grid, "placement": ("nftables",)}, pcap=name), "a replay through 'nftables'"),
+        (experiment(pcap=name, sides="client"), "sides='client' through 'firewall': it judges TCP by both sides' segments"),
+        (experiment(sweep={**grid, "nf": ("nat+firewall",)}, pcap=name, sides="client"), "sides='client' through 'firewall'"),
+        (experiment(sweep={**grid, "nf": ("nat|load_balancer",)}, pcap=name, sides="client"), "through 'load_balancer'"),
+        (experiment(sweep={**grid, "speed": (1.0, -2.0)}, pcap=name), "speed=-2.0: 0.001 to 1000"),
+        (experiment(sweep={**grid, "speed": (1.0, 0.001)}, pcap=name, longest_s=5), "at speed 0.001, longer than longest_s=5"),
+        (experiment(sweep={**grid, "settings": {"speed": 0.001}}, pcap=name, longest_s=5), "at speed 0.001, longer than"),
     ):
         with pytest.raises(NearstateError, match=message):
             spec.check("mine", wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from datastore.native.errors import NearstateError
 from experiments.__main__ import main
 from experiments.harness import doctor
 from experiments.harness.doctor import Box, Fact
+from experiments.workloads import savefile
 from nfs.dataplane import afxdp
 from topologies.emulation import journal, system
 
@@ -130,6 +132,19 @@ def test_missing_tools_are_problems_not_failures(monkeypatch: pytest.MonkeyPatch
     missing = ("Mininet", "Open vSwitch", "libxdp", "nftables", "Redis", "real clients", "offloads")
     assert [name for name in missing if facts[name].fix is None or "run_all.sh" not in str(facts[name].fix)] == []
     assert not any("could not be told" in (fact.problem or "") for fact in facts.values())
+
+
+def test_libpcap_tells_its_version_or_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    box: Any = SimpleNamespace()
+    assert re.fullmatch(r"\d+\.\d+(\.\d+)?.*", doctor.check_libpcap(box).value)
+    monkeypatch.setattr(savefile, "library", refuse_libpcap)
+    fact = doctor.check_libpcap(box)
+    assert (fact.value, fact.fix) == ("missing", doctor.SET_UP)
+    assert "captures cannot be replayed: no libpcap" in str(fact.problem)
+
+
+def refuse_libpcap() -> None:
+    raise NearstateError("no libpcap")
 
 
 def test_leftovers_are_the_journals_of_dead_runners(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

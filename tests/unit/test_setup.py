@@ -20,7 +20,8 @@ import pytest
 from datastore.native import ROOT
 
 SETUP = "experiments/harness/setup.sh"
-PACKAGES = ["python3", "python3-venv", "mininet", "libxdp1", "etcd-server", "openvswitch-switch", "nftables", "redis-server"]
+PACKAGES = ["python3", "python3-venv", "mininet", "libxdp1", "libpcap0.8", "etcd-server", "openvswitch-switch", "nftables"]
+PACKAGES += ["redis-server"]
 PACKAGES += ["ethtool", "iproute2", "iputils-ping", "procps", "kmod", "util-linux", "nginx", "curl", "wrk", "iperf3"]
 PACKAGES += ["openssh-server", "openssh-client", "dnsmasq-base", "bind9-dnsutils", "traceroute", "tcpdump", "conntrackd"]
 # Builds what `venv_is_complete` looks for without pip, so that the decisions around it run as they are.
@@ -177,8 +178,16 @@ def test_settings_of_other_pythons_do_not_reach_the_build(tree: Tree) -> None:
     assert "PIP_USER=0" in seen
 
 
+def test_a_library_under_ubuntus_new_name_is_there(tree: Tree) -> None:
+    """Ubuntu 24.04 renamed libraries whose time_t has 64 bits."""
+    tree.installed(*(f"{name}t64" if name == "libpcap0.8" else name for name in PACKAGES))
+    status, output, _ = tree.set_up()
+    assert (status, "[1/4] system packages ... there" in output) == (0, True)
+    assert "apt-get" not in tree.calls
+
+
 def test_missing_packages_are_installed_by_root_and_named_to_others(tree: Tree, tmp_path: Path) -> None:
-    tree.installed("python3", "python3-venv", "libxdp1", "etcd-server")
+    tree.installed("python3", "python3-venv", "libxdp1", "libpcap0.8", "etcd-server")
     tree.program("apt-get", f"env >'{tmp_path}/apt'; echo 'mininet installed' >>'{tmp_path}/installed'")
     status, output, complaints = tree.set_up()
     if os.geteuid() != 0:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from datastore.native.errors import NearstateError
-from topologies.emulation import system
+from topologies.emulation import recordings, system
 from topologies.emulation.network import Network
 
 SNAP_BYTES = 1600
@@ -41,7 +41,10 @@ def require() -> None:
 
 
 class Recorder:
-    """Records a network from `start` to `stop` into `folder`/<host>-<interface>.pcap, time stamps in nanoseconds."""
+    """Records a network from `start` to `stop` into `folder`/<host>-<interface>.pcap, time stamps in nanoseconds.
+
+    A mark beside the files says that they are recordings of this testbed (`recordings`).
+    """
 
     def __init__(self, network: Network, folder: Path) -> None:
         self.network, self.folder = network, folder
@@ -50,6 +53,7 @@ class Recorder:
     def start(self) -> None:
         """Start one tcpdump for each host interface and wait until all of them listen. Raises NearstateError."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        recordings.mark(self.folder, [f"{host}-{interface}.pcap" for host, interface, _ in self.network.taps()])
         self.network.journal.process("recorder")
         with system.network_namespace(self.network.middle_pid()):
             for host, interface, tap in self.network.taps():
