@@ -1,7 +1,7 @@
 """TCP as a middlebox can follow it: which state may be taken from a segment that its receiver may refuse?
 
-An end refuses segments that a middlebox has seen: a RST that is not exactly due (RFC 5961, section 3.2), a SYN on a live connection
-(RFC 9293, section 3.10.7.4), a FIN or data outside its window. Therefore no such segment ends a connection by itself:
+An end refuses segments that a middlebox has seen: a RST that is not exactly due (RFC 5961, section 3.2), a SYN on a live
+connection (RFC 9293, section 3.10.7.4), a FIN or data outside its window. Therefore no such segment ends a connection by itself:
 
     RST     leaves the connection as it is, with the transitory time-out of RFC 5382, REQ-5. Any other segment of the connection
             takes the RST back, as in RFC 6146, section 3.5.2.2 (state TRANS), and RFC 7857, section 2

@@ -21,8 +21,8 @@ inside too, until there is room or the store answers; a connection whose record 
     either RST          any, was reset                 remember for 240 s (RFC 5382, REQ-5); other segments take it back
     outside RST ACK     SYN_SENT    -> RESET           it acknowledges the SYN: refused; remember for 10 s
 
-**Segments that an end may refuse** change nothing by themselves (`_tcp.py`). A RST is passed on, and so are the challenge ACK that
-answers it and all that follows (RFC 5961, sections 3.2 and 9.3). A FIN counts until its side sends what cannot stand before it. A
+**Segments that an end may refuse** change nothing by themselves (`_tcp.py`). A RST is passed on, and so are the challenge ACK
+that answers it and all that follows (RFC 5961, sections 3.2 and 9.3). A FIN counts until its side sends what cannot stand before it. A
 SYN on a live connection is passed on and remembered (`reopening`); a challenge ACK and a RST may follow, on the connection as it
 was. Only the other side's SYN ACK begins the connection anew, from SYN_RECEIVED (RFC 9293, sections 3.5.1 and 3.10.7). With
 `track_window` that answer must acknowledge the SYN, and segments of the other incarnation are not held against the windows: the
@@ -86,7 +86,7 @@ UDP_S, ICMP_S, OPENING_S, ESTABLISHED_S, CLOSING_S, TIME_WAIT_S, RESET_S, REFUSE
 def is_over(connection):
     """Tell whether there is no connection, or none that is alive for certain."""
     state = connection.state
-    return state == CLOSED or state == RESET or state == TIME_WAIT or connection.marks & WAS_RESET != 0
+    return state in (CLOSED, RESET, TIME_WAIT) or connection.marks & WAS_RESET != 0
 
 
 @inline
@@ -125,7 +125,7 @@ def follow_tcp(packet, connection, env, from_opener, may_open):
     if not MEANINGFUL >> flags & 1:
         return DROP
     state = connection.state
-    if state == CLOSED or state == RESET or (state == TIME_WAIT and flags & (SYN | RST)):
+    if state in (CLOSED, RESET) or (state == TIME_WAIT and flags & (SYN | RST)):
         if flags == SYN and may_open:
             return open_anew(packet, connection, env)
         return FORWARD if state == TIME_WAIT and flags & RST else DROP
