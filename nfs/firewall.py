@@ -22,11 +22,11 @@ inside too, until there is room or the store answers; a connection whose record 
     outside RST ACK     SYN_SENT    -> RESET           it acknowledges the SYN: refused; remember for 10 s
 
 **Segments that an end may refuse** change nothing by themselves (`_tcp.py`). A RST is passed on, and so are the challenge ACK
-that answers it and all that follows (RFC 5961, sections 3.2 and 9.3). A FIN counts until its side sends what cannot stand before it. A
-SYN on a live connection is passed on and remembered (`reopening`); a challenge ACK and a RST may follow, on the connection as it
-was. Only the other side's SYN ACK begins the connection anew, from SYN_RECEIVED (RFC 9293, sections 3.5.1 and 3.10.7). With
-`track_window` that answer must acknowledge the SYN, and segments of the other incarnation are not held against the windows: the
-SYN, its answer, a RST that acknowledges it, and in SYN_SENT the opener's RST, which answers a challenge ACK.
+that answers it and all that follows (RFC 5961, sections 3.2 and 9.3). A FIN counts until its side sends what cannot stand before
+it. A SYN on a live connection is passed on and remembered (`reopening`); a challenge ACK and a RST may follow, on the connection
+as it was. Only the other side's SYN ACK begins the connection anew, from SYN_RECEIVED (RFC 9293, sections 3.5.1 and 3.10.7). With
+`track_window` that answer must acknowledge the SYN. Segments of the other incarnation are not held against the windows: the SYN,
+its answer, a RST that acknowledges it, and in SYN_SENT the opener's RST, which answers a challenge ACK.
 
 Segments whose flags no end can mean are dropped in every state: what is neither SYN nor RST acknowledges, and SYN, FIN and RST
 exclude each other (RFC 9293, section 3.10.7). A SYN_SENT connection lets bare acknowledgments in: a server that still knows

@@ -32,9 +32,10 @@ is counted is the client's acknowledgment; SYNs from nowhere never get one, so a
 
 TCP is followed as far as packets from inside tell (`_tcp.py`), with the firewall's time-outs: SYN 120 s, then ACK 2 h 4 min
 (RFC 5382), then FIN or RST 240 s; UDP 300 s (RFC 4787), ICMP queries 60 s (RFC 5508). A RST that its backend refuses is taken
-back by the client's next segment. A backend's RST alone shortens nothing. ICMP errors about a balanced connection reach its other end, those from outside with the virtual address for source; echo and other queries
-go to a backend by the same rule. What is not for the virtual address passes untouched, from outside too, and so does IPv6, for
-the virtual address is one of IPv4: put a firewall beside.
+back by the client's next segment. A backend's RST alone shortens nothing. ICMP errors about a balanced connection reach its other
+end, those from outside with the virtual address for source; echo and other queries go to a backend by the same rule. What is not
+for the virtual address passes untouched, from outside too, and so does IPv6, for the virtual address is one of IPv4: put a
+firewall beside.
 
 Verdicts in trouble: no backend with weight that is up (or each has this client's connection already), DROP with cause
 no_backend, for new connections only; a port or protocol that is not balanced, and a packet straight to a backend that would be

@@ -1,8 +1,9 @@
 """What a frame says of itself: the parser from bytes to the fields network functions see.
 
 Reads Ethernet with what may stand before IP in it (`link.py`), IPv4 (RFC 791), IPv6 and its extension headers (RFC 8200,
-`ipv6.py`), TCP (RFC 9293), UDP (RFC 768), ICMP (RFC 792) and ICMPv6 (RFC 4443); an ICMP error is followed to its flow. Nothing is read beyond the frame's length, whatever its headers claim. Nothing behind a packet's own end is taken for its own: a
-frame may be longer than its packet, by Ethernet's padding, a trailer, or a capture's check sequence.
+`ipv6.py`), TCP (RFC 9293), UDP (RFC 768), ICMP (RFC 792) and ICMPv6 (RFC 4443); an ICMP error is followed to its flow. Nothing is
+read beyond the frame's length, whatever its headers claim. Nothing behind a packet's own end is taken for its own: a frame may be
+longer than its packet, by Ethernet's padding, a trailer, or a capture's check sequence.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Does a segment that its receiver refuses leave a connection as it was, and does a segment of another incarnation pass?
 
-The ends are those of RFC 9293 with RFC 5961: only a RST that is exactly due resets, a SYN on a live connection and a RST that is not
-due draw a challenge ACK, and what stands outside the window is dropped. A middlebox sees all of these.
+The ends are those of RFC 9293 with RFC 5961: only a RST that is exactly due resets, a SYN on a live connection and a RST that is
+not due draw a challenge ACK, and what stands outside the window is dropped. A middlebox sees all of these.
 """
 
 from __future__ import annotations
