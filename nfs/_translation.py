@@ -17,12 +17,13 @@ agree with it in bits 0 to 8 (parity and partition), from a start and with a str
 client comes to the same port again; then the same at the next external address. At most TRIES are claimed for one packet; the
 record remembers how many were taken, and the client's next packet goes on from there.
 
-TCP is followed as far as packets from inside tell. The record's time-out is that of RFC 5382, REQ-5:
+TCP is followed as far as packets from inside tell (`next_state` in `_tcp.py`). The record's time-out is that of RFC 5382, REQ-5:
 
     SYN                          OPENING      transitory; `sequence` is the SYN's
     then an ACK                  ESTABLISHED  established
-    then FIN or RST              CLOSING      transitory; `sequence` is where this connection ended
-    in CLOSING, other numbers    ESTABLISHED  a segment of another connection from the same port
+    then FIN                     CLOSING      transitory; `sequence` is where this connection ended
+    in CLOSING, other numbers    ESTABLISHED  a segment of another connection from the same port, or a FIN that was refused
+    then RST                     WAS_RESET    transitory, beside the state before; any segment but a SYN takes it back
     in OPENING or ESTABLISHED, a SYN with another number: several connections use the port (`shared`); one that closes no longer
     shortens the time-out of the others
 
@@ -36,6 +37,7 @@ import numpy as np
 from datastore.native import inline, jit
 from datastore.native.errors import NearstateError
 from datastore.store.partitions import flow_partition, key_high, key_low
+from nfs._tcp import CLOSING, ESTABLISHED, NONE, OPENING, control_flags, end_of, next_state
 from nfs.dataplane import (
     ACK,
     DROP,
@@ -57,9 +59,8 @@ from nfs.dataplane import (
 from nfs.dataplane.keys import endpoint_key
 
 MAPPING = record(address="u4", port="u2", state="u1", shared="u1", timeout_s="u4", claimed_s="u4", sequence="u4", tried="u4")
-"""address, port: of the other side. The first word of an outside record says whose it is; its `timeout_s` is its claim's."""
-NONE, OPENING, ESTABLISHED, CLOSING = range(4)
-"""`state`; of UDP, ICMP and outside records: NONE or ESTABLISHED."""
+"""address, port: of the other side. The first word of an outside record says whose it is; its `timeout_s` is its claim's.
+state: of `_tcp.py`; of UDP, ICMP and outside records: NONE or ESTABLISHED."""
 
 MOST_ADDRESSES = 1 << 16
 TRIES = 127
@@ -71,8 +72,6 @@ MOST_CANDIDATES = (CLASS_PORTS + 2) * MOST_ADDRESSES
 CLASS_BITS = 0x1FF
 EXHAUSTED_S = 10
 """How long it is remembered where a client without a port goes on searching."""
-ONE_CONNECTION_BYTES = 1 << 24
-"""A segment that begins at most so far before the end of a closing connection is one of it, sent again."""
 NUMBERS = 0xFFFFFFFF
 REDIRECT = 5
 
@@ -169,21 +168,16 @@ def allocate(packet, mapping, env, n):
 @inline
 def follow(packet, mapping):
     """Set a record's `state` by the flags of a TCP segment from inside."""
-    flags, number = np.int64(packet.tcp_flags), np.int64(packet.tcp_sequence)
-    if flags & SYN:
-        if (mapping.state == OPENING or mapping.state == ESTABLISHED) and mapping.sequence != number:
-            mapping.shared = 1
-        if mapping.state != ESTABLISHED:
-            mapping.state, mapping.sequence = OPENING, number
-    elif flags & (FIN | RST):
-        if not mapping.shared:
-            end = number if flags & RST else number + np.int64(packet.payload_bytes) + 1
-            mapping.state, mapping.sequence = CLOSING, end & NUMBERS
-    elif mapping.state == OPENING:
-        if flags & ACK:
-            mapping.state = ESTABLISHED
-    elif mapping.state == CLOSING and np.int64(mapping.sequence) - number & NUMBERS > ONE_CONNECTION_BYTES:
-        mapping.state = ESTABLISHED
+    flags, number = control_flags(packet), np.int64(packet.tcp_sequence)
+    if flags & SYN and (mapping.state == OPENING or mapping.state == ESTABLISHED) and mapping.sequence != number:
+        mapping.shared = 1
+    if flags & (FIN | RST) and mapping.shared:
+        return
+    mapping.state = next_state(mapping.state, packet, mapping.sequence)
+    if mapping.state == OPENING and flags & SYN:
+        mapping.sequence = number
+    elif mapping.state == CLOSING and flags & FIN:
+        mapping.sequence = end_of(packet)
 
 
 @inline

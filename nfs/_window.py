@@ -15,6 +15,8 @@ A segment of S with sequence numbers seq to seq + length and acknowledgment ack 
     IV   ack >= R.end - max(S.window, 66000)        not older than a window
 
 all modulo 2^32. Selective acknowledgments are not read: bounds III and IV are those of the cumulative one.
+A RST is judged and moves nothing: its receiver may refuse it (RFC 5961, section 3.2). Segments of another incarnation of the
+connection are not judged at all; the firewall knows them (RFC 9293, section 3.5.1).
 Later fragments have no sequence numbers and are not looked at, so what they carry counts as not sent: TCP in fragments
 (path MTU discovery avoids it) fails bound III.
 """
@@ -22,18 +24,31 @@ Later fragments have no sequence numbers and are not looked at, so what they car
 import numpy as np
 
 from datastore.native import inline
-from nfs.dataplane import ACK, FIN, RST, SYN
+from nfs._tcp import MODULUS, behind, end_of
+from nfs.dataplane import ACK, RST, SYN
 
-MODULUS = 0xFFFFFFFF
-HALF = 1 << 31
+LARGEST_UNSCALED_SYN = 65535
+ANSWERER_SCALE, REOPENING_SCALE = 4, 8
+"""Places in `scales`, behind the opener's: four bits for each, 1 + the shift or 0."""
 LARGEST_UNSCALED = 66000
 """Of the paper, section 4: 65535 and room for one full segment."""
 
 
 @inline
-def behind(one, other):
-    """Tell whether sequence number `one` is less than `other` (RFC 9293, section 3.4)."""
-    return (np.int64(one) - np.int64(other)) & MODULUS >= HALF
+def forget_windows(connection):
+    """Start anew: windows of zero are not known yet."""
+    connection.opener_window = connection.answerer_window = 0
+    connection.opener_end = connection.opener_limit = connection.answerer_end = connection.answerer_limit = 0
+    connection.scales = 0
+
+
+@inline
+def begin_again(connection):
+    """Start anew with the SYN that waits for its answer: where it ended, its scale, and the most that it can have offered."""
+    end, scale = connection.reopening, connection.scales >> REOPENING_SCALE & 15
+    forget_windows(connection)
+    connection.opener_end = connection.opener_limit = end
+    connection.opener_window, connection.scales = LARGEST_UNSCALED_SYN, scale
 
 
 @inline
@@ -48,9 +63,9 @@ def offered(packet, scale, other_scale):
 @inline
 def in_window(packet, connection, from_opener, opening):
     """Tell whether a segment is within the windows, and follow them by it; opening: the handshake is not over."""
-    end, limit, window, scale = connection.opener_end, connection.opener_limit, connection.opener_window, connection.scale_1
+    end, limit, window, scale = connection.opener_end, connection.opener_limit, connection.opener_window, connection.scales & 15
     o_end, o_limit, o_window, o_scale = (connection.answerer_end, connection.answerer_limit, connection.answerer_window,
-                                         connection.scale_2)  # fmt: skip
+                                         connection.scales >> ANSWERER_SCALE & 15)  # fmt: skip
     if not from_opener:
         end, limit, o_end, o_limit = o_end, o_limit, end, limit
         window, scale, o_window, o_scale = o_window, o_scale, window, scale
@@ -58,8 +73,9 @@ def in_window(packet, connection, from_opener, opening):
     o_end, o_limit, o_window, o_scale = np.int64(o_end), np.int64(o_limit), np.int64(o_window), np.int64(o_scale)
     flags = packet.tcp_flags
     first = np.int64(packet.tcp_sequence)
-    last = (first + packet.payload_bytes + (1 if flags & SYN else 0) + (1 if flags & FIN else 0)) & MODULUS
-    if flags & SYN and (s_window == 0 or (opening and behind(s_end, last))):
+    last = end_of(packet)
+    answers = opening and flags & ACK and np.int64(packet.tcp_acknowledgment) == o_end
+    if flags & SYN and (s_window == 0 or (answers and s_end != last)):  # its first, or an answer by who forgot the first
         s_end = s_limit = last
         s_window = offered(packet, 0, 0)
         s_scale = np.int64(packet.tcp_window_scale)
@@ -76,6 +92,8 @@ def in_window(packet, connection, from_opener, opening):
         or behind(ack, o_end - reach)
     ):
         return False
+    if flags & RST:
+        return True
     size = offered(packet, s_scale, o_scale)
     s_window = max(s_window, size)
     if behind(s_end, last):
@@ -90,5 +108,5 @@ def in_window(packet, connection, from_opener, opening):
         s_scale, o_scale = o_scale, s_scale
     connection.answerer_end, connection.answerer_limit, connection.answerer_window = s_end, s_limit, min(s_window, MODULUS)
     connection.opener_end, connection.opener_limit, connection.opener_window = o_end, o_limit, min(o_window, MODULUS)
-    connection.scale_1, connection.scale_2 = o_scale, s_scale
+    connection.scales = o_scale | s_scale << ANSWERER_SCALE | np.int64(connection.scales) & (15 << REOPENING_SCALE)
     return True

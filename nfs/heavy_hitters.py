@@ -90,17 +90,17 @@ def record_key(row: int, block: int) -> Any:
 
 @network_function(
     key=NONE,
-    passes=("truncated", "oversized", "malformed", "not_ip", "fragment"),
+    passes=("truncated", "oversized", "malformed", "not_ip", "unreadable", "fragment"),
     settings={
         "width": ("i8", 8192),  # 4 * width counters, 32 bytes of records for 4 of them: 256 KB
-        "counts": ("u1", "packets"),  # or "bytes" of the frames
+        "counts": ("u1", "packets"),  # or "bytes" of the frames, without padding and trailers
         "of": ("u1", "source"),  # or "destination"
     },
     prepare=prepare,
 )
 def heavy_hitters(packet, record, env):
     item = np.uint64(destination_word(packet) if env.of else source_word(packet))
-    weight = np.int64(packet.length) if env.counts else np.int64(1)
+    weight = np.int64(packet.network_offset) + np.int64(packet.ip_bytes) if env.counts else np.int64(1)
     for row in range(ROWS):
         place = np.int64(column(item >> np.uint64(PREFIX_BITS) if row == PREFIX_ROW else item, row, env.width))
         high, low = record_key(row, place >> 2)

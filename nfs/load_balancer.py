@@ -30,11 +30,12 @@ verdict within a period of housekeeping; each has trials of its own. UDP and ICM
 (on its loopback) and answers from it. Packets from outside are left alone, so they may pass or go another way. The answer that
 is counted is the client's acknowledgment; SYNs from nowhere never get one, so a flood of them makes a pool look down.
 
-TCP is followed as far as packets from inside tell, with the firewall's time-outs: SYN 120 s, then ACK 2 h 4 min (RFC 5382), then
-FIN 240 s, RST 10 s; UDP 300 s (RFC 4787), ICMP queries 60 s (RFC 5508). A backend's RST alone shortens nothing. ICMP errors
-about a balanced connection reach its other end, those from outside with the virtual address for source; echo and other queries
-go to a backend by the same rule. What is not for the virtual address passes untouched, from outside too, and so does IPv6, for
-the virtual address is one of IPv4: put a firewall beside.
+TCP is followed as far as packets from inside tell (`_tcp.py`), with the firewall's time-outs: SYN 120 s, then ACK 2 h 4 min
+(RFC 5382), then FIN or RST 240 s; UDP 300 s (RFC 4787), ICMP queries 60 s (RFC 5508). A RST that its backend refuses is taken
+back by the client's next segment. A backend's RST alone shortens nothing. ICMP errors about a balanced connection reach its other
+end, those from outside with the virtual address for source; echo and other queries go to a backend by the same rule. What is not
+for the virtual address passes untouched, from outside too, and so does IPv6, for the virtual address is one of IPv4: put a
+firewall beside.
 
 Verdicts in trouble: no backend with weight that is up (or each has this client's connection already), DROP with cause
 no_backend, for new connections only; a port or protocol that is not balanced, and a packet straight to a backend that would be
@@ -50,6 +51,7 @@ import numpy as np
 from datastore.native import inline, jit
 from datastore.store.partitions import flow_partition, hashed_partition, key_high, key_low
 from nfs._backends import DIRECT, MOST, MOST_PORTS, NAME_BITS, REWRITTEN, place_in, prepare
+from nfs._tcp import CLOSING, ESTABLISHED, NONE, OPENING, WAS_RESET, end_of, next_state
 from nfs.dataplane import (
     ACK,
     DROP,
@@ -73,10 +75,9 @@ from nfs.dataplane import (
 from nfs.firewall import CLOSING_S, ESTABLISHED_S, ICMP_S, OPENING_S, QUERIES, RESET_S, UDP_S
 
 CONNECTION = record(address="u4", port="u2", state="u1", role="u1", timeout_s="u2", service="u2", claimed_s="u4", sequence="u4",
-                    next_hop="u8")  # fmt: skip
-"""address, port: of the other end, the backend's or (ANSWERS) the virtual ones. service: the port in the backend's name."""
-NONE, OPENING, ESTABLISHED, CLOSING, RESET = range(5)
-"""`state`; of UDP and ICMP: ESTABLISHED."""
+                    fin_end="u4", next_hop="u8")  # fmt: skip
+"""address, port: of the other end, the backend's or (ANSWERS) the virtual ones. service: the port in the backend's name.
+state: of `_tcp.py`; of UDP and ICMP: ESTABLISHED. sequence: of the SYN. fin_end: where the client's FIN ended, in CLOSING."""
 ANSWERS, OWN = 3, 4
 """`role`, besides REWRITTEN and DIRECT, a client's connection with the virtual address: what its backend answers; a client's own
 with a backend."""
@@ -177,7 +178,7 @@ def choose(packet, connection, env, opens_tcp):
     connection.port = packet.destination_port if connection.service == 0 or packet.protocol == ICMP else connection.service
     connection.next_hop = env.backends[2 * place + 1]
     connection.state, connection.role = NONE, env.mode
-    connection.timeout_s, connection.claimed_s, connection.sequence = 0, 0, 0
+    connection.timeout_s, connection.claimed_s, connection.sequence, connection.fin_end = 0, 0, 0, 0
     return True
 
 
@@ -227,18 +228,18 @@ def follow(packet, connection, env, counted):
     if packet.protocol != TCP:
         connection.state = ESTABLISHED
         return ICMP_S if packet.protocol == ICMP else UDP_S
-    before, flags, word = connection.state, packet.tcp_flags, -1
-    if flags & RST:
-        connection.state = RESET
-    elif flags & SYN:
+    before, flags, word = np.int64(connection.state), packet.tcp_flags, -1
+    state = next_state(before, packet, connection.fin_end)
+    if flags & SYN and not flags & RST:
         if before <= OPENING:
-            connection.state, connection.sequence, word = OPENING, packet.tcp_sequence, SYNS
-    elif flags & FIN or before == RESET:  # behind a RST: the backend may not have taken it
-        connection.state = CLOSING
-    elif before <= OPENING and flags & ACK:
-        connection.state, word = ESTABLISHED, OPENED
-    if before == ESTABLISHED and connection.state != ESTABLISHED:
-        word = CLOSED
+            connection.sequence, word = packet.tcp_sequence, SYNS
+        else:  # the SYN of this connection, sent again, or a new one that the backend will not take yet
+            state = before
+    elif state == CLOSING and flags & FIN:
+        connection.fin_end = end_of(packet)
+    if (before == ESTABLISHED) != (state == ESTABLISHED):
+        word = OPENED if state == ESTABLISHED else CLOSED
+    connection.state = state
     if counted and word >= 0:
         name = name_of(connection.address, connection.service)
         count(env, name, word)
@@ -246,7 +247,7 @@ def follow(packet, connection, env, counted):
             count(env, name, ANSWERED)
     if connection.state == ESTABLISHED:
         return ESTABLISHED_S
-    return OPENING_S if connection.state == OPENING else CLOSING_S if connection.state == CLOSING else RESET_S
+    return OPENING_S if connection.state == OPENING else RESET_S if connection.state >= WAS_RESET else CLOSING_S
 
 
 @inline

@@ -3,6 +3,6 @@
 from nfs.dataplane import FORWARD, NONE, network_function
 
 
-@network_function(key=NONE, passes=("truncated", "malformed", "not_ip", "fragment"))
+@network_function(key=NONE, passes=("truncated", "malformed", "not_ip", "unreadable", "fragment"))
 def passthrough(packet, record, env):
     return FORWARD

@@ -1,7 +1,8 @@
 """Rate limiter: a token bucket for every sender; what exceeds its rate is dropped. A write on every packet.
 
 The buckets are those of RFC 2697 (committed burst size CBS = `burst_*`, committed information rate CIR = `*_per_s`; there is no
-excess bucket), one for packets and one for bytes of IP (RFC 2697, section 2: no link headers). A record that was never seen is
+excess bucket), one for packets and one for bytes of IP (RFC 2697, section 2: no link headers; and by IP's own length, so that
+neither padding nor a trailer counts). A record that was never seen is
 a full bucket, so what is kept is not the tokens but what is missing from CBS, `owed`, in billionths of a packet or byte: a rate
 per second times nanoseconds is a whole number of these, and nothing is ever rounded.
 
@@ -15,8 +16,8 @@ its bucket is full again.
 A clock that stands still or goes back by less than a second (another instance read its own a little later) pays nothing back
 twice. One that goes back further is another clock: the bucket goes on from it as it was.
 
-Verdicts in trouble: over the rate, DROP with cause rate_exceeded. A later fragment whose flow is not known passes; its datagram
-is lost when its first fragment is dropped. Table full or state unreachable: DROP with that cause,
+Verdicts in trouble: over the rate, DROP with cause rate_exceeded. A later fragment counts as its sender's, also before its first.
+Table full or state unreachable: DROP with that cause,
 nobody passes uncounted. The defaults are above what the testbed's generator offers: what is measured is the cost of the state.
 """
 
@@ -84,7 +85,7 @@ def rate_limiter(packet, bucket, env):
         idle_ns = packets // env.packets_per_s
     if env.bytes_per_s > 0:
         bucket.bytes_owed = left(bucket.bytes_owed, env.bytes_per_s, elapsed_ns)
-        size = bucket.bytes_owed + (np.int64(packet.length) - np.int64(packet.network_offset)) * ONE
+        size = bucket.bytes_owed + np.int64(packet.ip_bytes) * ONE
         idle_ns = max(idle_ns, size // env.bytes_per_s)
     env.idle_timeout_s = idle_ns // SECOND_NS + 2
     if packets > env.burst_packets * ONE or size > env.burst_bytes * ONE:

@@ -238,7 +238,8 @@ def expected(frame: bytes, arrived_from: int = INSIDE) -> dict[str, int]:
     ip = packet[IP]
     network = len(frame) - len(ip.original)
     fields |= {"ip_version": 4, "network_offset": network, "transport_offset": network + ip.ihl * 4, "time_to_live": ip.ttl,
-               "protocol": ip.proto, "source_address": _address(ip.src), "destination_address": _address(ip.dst)}  # fmt: skip
+               "protocol": ip.proto, "source_address": _address(ip.src), "destination_address": _address(ip.dst),
+               "ip_bytes": ip.len}  # fmt: skip
     if ip.frag:
         return fields | {"status": headers.FRAGMENT, "fragment_offset": ip.frag * 8}
     size = ip.len - ip.ihl * 4
@@ -294,7 +295,7 @@ def _addresses6(source: str, destination: str) -> dict[str, int]:
 def _expected_ipv6(ip: Any, network: int) -> dict[str, int]:
     layer, protocol, header = _behind_extensions(ip)
     end = network + 40 + ip.plen
-    fields = {"ip_version": 6, "network_offset": network, "time_to_live": ip.hlim, "protocol": protocol,
+    fields = {"ip_version": 6, "ip_bytes": 40 + ip.plen, "network_offset": network, "time_to_live": ip.hlim, "protocol": protocol,
               "transport_offset": end - len(layer.original), **_addresses6(ip.src, ip.dst)}  # fmt: skip
     size = len(layer.original)
     if header is not None:

@@ -35,7 +35,7 @@ DROP, FORWARD, TURN = 0, 1, 2
 MAX_RECORD_BYTES = 64
 KINDS = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")
 EXCEPTIONS = {"truncated": ledger.TRUNCATED, "oversized": ledger.OVERSIZED, "malformed": ledger.MALFORMED,
-              "not_ip": ledger.NOT_IP, "fragment": ledger.FRAGMENT}  # fmt: skip
+              "not_ip": ledger.NOT_IP, "fragment": ledger.FRAGMENT, "unreadable": ledger.UNREADABLE}  # fmt: skip
 
 Housekeep = Callable[[np.ndarray, Callable[[int, int], np.ndarray], float], None]
 
@@ -143,11 +143,12 @@ def network_function(
     """Declare the decorated function a network function.
 
     key: FLOW, ENDPOINT, TUPLE, SOURCE or NONE. state: its record's layout, made by `record`. passes: what it lets through
-    although it is no packet of a flow ("not_ip", "fragment", "malformed", ...); everything else of that kind is dropped and
-    counted. rewrites: addresses and ports that it sets in `packet` are written into the frame. settings: {name: (kind,
-    default)}, what a user can choose; the function finds them in `env` (see `settings.py`). prepare: from what the user gives
-    to what the fields hold. housekeep: called about ten times a second, in Python, with `(env, read, now_s)`: it may read
-    counters that all instances share, `read(key_high, key_low)` gives a record's words, and change settings in `env[name][0]`.
+    although it is no packet of a flow ("not_ip", the link protocols with a name in `link.py`; "unreadable", all others that are
+    not IP; "fragment", "malformed", ...); everything else of that kind is dropped and counted. rewrites: addresses and ports
+    that it sets in `packet` are written into the frame. settings: {name: (kind, default)}, what a user can choose; the function
+    finds them in `env` (see `settings.py`). prepare: from what the user gives to what the fields hold. housekeep: called about
+    ten times a second, in Python, with `(env, read, now_s)`: it may read counters that all instances share,
+    `read(key_high, key_low)` gives a record's words, and change settings in `env[name][0]`.
     needs_answers: it judges TCP by both sides' segments, so traffic of one side alone cannot measure it.
     """
     wrong = [name for name in passes if name not in EXCEPTIONS]

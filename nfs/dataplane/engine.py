@@ -18,7 +18,7 @@ import numpy as np
 
 from datastore.store.bells import Bells, silent
 from datastore.store.layout import EXPIRY_BITS
-from nfs.dataplane.fragments import make_fragments
+from nfs.dataplane.fragments import MOST_HELD, Room, make_fragments, make_room
 from nfs.dataplane.frames import Frames
 from nfs.dataplane.headers import PACKET
 from nfs.dataplane.held import Held, make_held
@@ -36,12 +36,12 @@ HERE = -1
 PASSES, VALUE_WORDS, OWNER, EPOCH, NOW_NS, FLIGHTS_FREE, WAITING, WAITING_LIMIT, HOSTS, DOWN, SPIN_NS = range(11)
 CONFLICTS, FETCHES, WRITES, BURSTS = range(11, 15)
 STEPS, TIMEOUT_S, CLAIMER, ADDING, HERE_FLIGHTS = range(15, 20)
-REPLICATES, QUEUES, CHANGED, CALLED, PUT_OFF, ALSO, SEEN_COMMITS, CLAIMED_IN = range(20, 28)
+REPLICATES, QUEUES, CHANGED, CALLED, PUT_OFF, ALSO, SEEN_COMMITS, CLAIMED_IN, BY_ADDRESS = range(20, 29)
 """TIMEOUT_S, CLAIMER, ADDING: what the last run of a step's functions asked for (its time-out, the env that claims or -1,
 whether it adds). HERE_FLIGHTS: flights of records on this host, which wait for a claim elsewhere. REPLICATES: partitions may
 change hosts. QUEUES: partitions with waiting packets. CHANGED: records of this host changed in this pass. CALLED: another thread
 wants the loop to return. PUT_OFF: flights that are to be asked again. ALSO: partition of the last claim here, -1: none.
-CLAIMED_IN: the reign it was made in."""
+CLAIMED_IN: the reign it was made in. BY_ADDRESS: every record's key is made of addresses alone, so fragments have theirs."""
 # words of a flight
 PHASE, HOST, NEXT, WAITING_HEAD, WAITING_TAIL, BATCH_HEAD, BATCH_TAIL, ABSENT, SINCE_NS, STEP, ATTEMPTS, BATCH_TIMEOUT_S = range(
     12
@@ -87,7 +87,8 @@ class Engine(NamedTuple):
     flights: int64[limit, FLIGHT_WORDS], keys and stamps uint64[limit, 3], values uint64[limit + 1, 2 * value words]: the
     record the functions work on, and the one last committed (the last row is scratch). claims: uint64[limit, 7]. adds:
     int64[frames, ...], the counters a waiting packet adds to. heads: int64[buckets], hash index of the flights by key. remote:
-    int64[partitions], the number of the host whose store answers for it, be it this host's. held, late, bells: see there.
+    int64[partitions], the number of the host whose store answers for it, be it this host's. room: fragments that
+    wait for their first one. burst: int64[BURST + MOST_HELD], packets that go on together. held, late, bells: see there.
     """
 
     control: np.ndarray
@@ -107,6 +108,7 @@ class Engine(NamedTuple):
     adds: np.ndarray
     pending: Pending
     fragments: np.ndarray
+    room: Room
     free_flights: np.ndarray
     heads: np.ndarray
     remote: np.ndarray
@@ -135,12 +137,14 @@ def make_engine(chain: Chain, frames: Frames, primary: np.ndarray, owner: int, e
     control[VALUE_WORDS], control[OWNER], control[EPOCH] = value_words, owner, epoch
     control[FLIGHTS_FREE], control[WAITING_LIMIT], control[HOSTS] = flights, count // 2, hosts
     control[SPIN_NS], control[REPLICATES] = int(spin_us * 1000), replicates
+    control[BY_ADDRESS] = chain.by_address
     index, stages = np.full(count, -1, np.int64), np.zeros((count, 2), np.int64)
     return Engine(control, make_ledger(), np.zeros(count, PACKET), np.zeros(count if chain.rewrites else 1, PACKET), index,
                   stages, chain.steps, chain.members, chain.env, primary.astype(np.int64),
                   np.full((flights, FLIGHT_WORDS), -1, np.int64), np.zeros((flights, 3), np.uint64),
                   np.zeros((flights + 1, 2 * value_words), np.uint64), np.zeros((flights, 3 + CLAIM_WORDS), np.uint64),
-                  np.zeros((count, 1 + 4 * ADDS), np.int64), make_pending(), make_fragments(), np.arange(flights, dtype=np.int64),
+                  np.zeros((count, 1 + 4 * ADDS), np.int64), make_pending(), make_fragments(), make_room(count),
+                  np.arange(flights, dtype=np.int64),
                   np.full(4 * flights, -1, np.int64), primary.astype(np.int64), make_held(count, primary.size),
                   make_late(hosts if replicates else 0), bells or silent(), np.zeros(BURST, np.int64), np.zeros(BURST, np.int64),
-                  np.zeros(BURST, np.int64), np.zeros(8, np.int64), np.zeros(5 + hosts, np.int64))  # fmt: skip
+                  np.zeros(BURST + MOST_HELD, np.int64), np.zeros(8, np.int64), np.zeros(5 + hosts, np.int64))  # fmt: skip

@@ -1,8 +1,9 @@
 """What a frame says of itself: the parser from bytes to the fields network functions see.
 
-Reads Ethernet II with up to two VLAN tags (IEEE 802.1Q), IPv4 (RFC 791), IPv6 and its extension headers (RFC 8200, `ipv6.py`),
-TCP (RFC 9293), UDP (RFC 768), ICMP (RFC 792) and ICMPv6 (RFC 4443); an ICMP error is followed to the flow it speaks of. Nothing
-is read beyond the frame's length, whatever its headers claim.
+Reads Ethernet with what may stand before IP in it (`link.py`), IPv4 (RFC 791), IPv6 and its extension headers (RFC 8200,
+`ipv6.py`), TCP (RFC 9293), UDP (RFC 768), ICMP (RFC 792) and ICMPv6 (RFC 4443); an ICMP error is followed to its flow. Nothing is
+read beyond the frame's length, whatever its headers claim. Nothing behind a packet's own end is taken for its own: a frame may be
+longer than its packet, by Ethernet's padding, a trailer, or a capture's check sequence.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from datastore.native import INTERPRETED, inline, jit
 from datastore.native.memory import network16, network32
 from nfs.dataplane import ipv6
 from nfs.dataplane.ledger import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED
+from nfs.dataplane.link import IPV4, IPV6, skip_link_headers
 
 INSIDE, OUTSIDE = 0, 1
 ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
@@ -58,6 +60,7 @@ _FIELDS = (
     ("source_middle", "u4"),  # bits 63 to 32
     ("destination_middle", "u4"),
     ("fragment_header", "u2"),  # bytes from the frame's start to the fragment header of a fragment; 0: it is none
+    ("ip_bytes", "u2"),  # bytes of the IP packet with its header, by that header (RFC 791, RFC 8200)
 )
 PACKET = np.dtype([(name, kind) for name, kind in _FIELDS], align=True)
 """One packet's fields, in host byte order; what a network function gets as `packet`."""
@@ -85,8 +88,9 @@ def _is_icmp_query(kind: int) -> bool:
 def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: np.ndarray, index: int) -> int:
     """Fill `packets[index]` from the `length` bytes at byte `at` of `memory` (uint8); return its status.
 
-    Status 0: an IPv4 or IPv6 packet whose flow is known. Else the ledger's cause: NOT_IP (also ICMPv6 that is for the link alone,
-    see `ipv6.is_link_control`), FRAGMENT (a later one: addresses are set, ports are not), TRUNCATED, OVERSIZED or MALFORMED.
+    Status 0: an IPv4 or IPv6 packet whose flow is known. Else the ledger's cause: NOT_IP (a link protocol with a name, also
+    ICMPv6 that is for the link alone, see `ipv6.is_link_control`), UNREADABLE (neither that nor IP), FRAGMENT (a later one:
+    addresses are set, ports are not), TRUNCATED, OVERSIZED or MALFORMED.
     """
     packet = packets[index]
     packet.frame = at
@@ -96,7 +100,7 @@ def parse(memory: np.ndarray, at: int, length: int, arrived_from: int, packets: 
     packet.source_port = packet.destination_port = 0
     packet.tcp_flags = packet.icmp_type = packet.icmp_code = packet.icmp_error = packet.has_ports = 0
     packet.protocol = packet.fragment_offset = packet.payload_bytes = packet.time_to_live = 0
-    packet.network_offset = packet.transport_offset = packet.next_hop = 0
+    packet.network_offset = packet.transport_offset = packet.ip_bytes = packet.next_hop = 0
     packet.tcp_sequence = packet.tcp_acknowledgment = packet.tcp_window = packet.tcp_window_scale = 0
     if packet.ip_version == 6:  # of the packet that was here before
         packet.source_high = packet.destination_high = packet.source_middle = packet.destination_middle = 0
@@ -115,18 +119,13 @@ def _parse_ethernet(memory: np.ndarray, at: int, length: int, packets: np.ndarra
         return OVERSIZED
     offset = np.int64(14)
     kind = np.int64(network16(memory, at + 12))
-    for _ in range(2):
-        if kind != 0x8100 and kind != 0x88A8:
-            break
-        if length < offset + 4:
-            return TRUNCATED
-        kind = np.int64(network16(memory, at + offset + 2))
-        offset += 4
-    if kind == 0x0800:
+    if kind != IPV4 and kind != IPV6:
+        status, kind, offset = skip_link_headers(memory, at, length, kind)
+        if status:
+            return status
+    if kind == IPV4:
         return _parse_ipv4(memory, at, length, offset, packets, index)
-    if kind == 0x86DD:
-        return _parse_ipv6(memory, at, length, offset, packets, index)
-    return NOT_IP
+    return _parse_ipv6(memory, at, length, offset, packets, index)
 
 
 @inline
@@ -144,6 +143,7 @@ def _parse_ipv4(memory: np.ndarray, at: int, length: int, offset: int, packets: 
     packet.ip_version = 4
     packet.network_offset = offset
     packet.transport_offset = offset + header_bytes
+    packet.ip_bytes = total_bytes
     packet.time_to_live = memory[ip + 8]
     packet.protocol = memory[ip + 9]
     packet.source_address = network32(memory, ip + 12)
@@ -151,9 +151,16 @@ def _parse_ipv4(memory: np.ndarray, at: int, length: int, offset: int, packets: 
     fragment = np.int64(network16(memory, ip + 6))
     packet.fragment_offset = (fragment & 0x1FFF) * 8
     if fragment & 0x1FFF:
-        return FRAGMENT
+        return _later_fragment(packets, index)
     more_fragments = fragment & 0x2000 != 0
     return _parse_transport(memory, ip + header_bytes, total_bytes - header_bytes, more_fragments, packets, index)
+
+
+@inline
+def _later_fragment(packets: np.ndarray, index: int) -> int:
+    """FRAGMENT; MALFORMED for one that begins within a TCP header, to overwrite flags that have passed (RFC 3128, RFC 1858)."""
+    packet = packets[index]
+    return MALFORMED if packet.protocol == TCP and packet.fragment_offset == 8 else FRAGMENT
 
 
 @jit
@@ -172,6 +179,7 @@ def _parse_ipv6(memory: np.ndarray, at: int, length: int, offset: int, packets: 
     packet.network_offset = offset
     packet.transport_offset = transport - at
     packet.time_to_live = memory[ip + 7]
+    packet.ip_bytes = end - ip
     packet.protocol = protocol
     _put_addresses(memory, ip + 8, ip + 24, packets, index)
     more_fragments = False
@@ -181,7 +189,7 @@ def _parse_ipv6(memory: np.ndarray, at: int, length: int, offset: int, packets: 
         packet.fragment_offset = word & ipv6.OFFSET_BYTES
         more_fragments = word & ipv6.MORE_FRAGMENTS != 0
     if status:
-        return status
+        return _later_fragment(packets, index) if status == FRAGMENT else status
     return _parse_transport(memory, transport, end - transport, more_fragments, packets, index)
 
 

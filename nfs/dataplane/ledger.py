@@ -17,8 +17,10 @@ CAUSES = (
     "truncated",  # shorter than its own headers say
     "oversized",  # longer than a frame of the network
     "malformed",  # header fields that contradict each other
-    "not_ip",  # ARP, LLDP, IPv6's neighbour discovery ...: no flow that the NF tracks
-    "fragment",  # a later fragment: no ports, so no flow
+    "not_ip",  # a link protocol with a name: ARP, LLDP, IPv6's neighbour discovery ... (`link.py`); no flow that the NF tracks
+    "fragment",  # a later fragment whose first one did not come in time: no ports, so no flow
+    "unreadable",  # neither IP nor a link protocol with a name: IP may be hidden in it
+    "fragment_room_full",  # a later fragment that waited for its first one, when others needed the room
     "table_full",
     "state_unreachable",  # the host with the packet's state does not answer
     "waiting_room_full",  # too many packets already wait for remote state
@@ -35,8 +37,9 @@ CAUSES = (
     "waiting",  # still inside when the count was taken; not a drop
 )
 RECEIVED, FORWARDED, BY_VERDICT, TRUNCATED, OVERSIZED, MALFORMED, NOT_IP, FRAGMENT = range(8)
-TABLE_FULL, STATE_UNREACHABLE, WAITING_ROOM_FULL, STATE_REFUSED, UNCOMMITTED, TRANSMIT_RING_FULL = range(8, 14)
-REFUSED_BY_RULE, OUT_OF_WINDOW, PORTS_EXHAUSTED, NO_BACKEND, RATE_EXCEEDED, BLOCKED_SOURCE, WAITING = range(14, 21)
+UNREADABLE, FRAGMENT_ROOM_FULL = 8, 9
+TABLE_FULL, STATE_UNREACHABLE, WAITING_ROOM_FULL, STATE_REFUSED, UNCOMMITTED, TRANSMIT_RING_FULL = range(10, 16)
+REFUSED_BY_RULE, OUT_OF_WINDOW, PORTS_EXHAUSTED, NO_BACKEND, RATE_EXCEEDED, BLOCKED_SOURCE, WAITING = range(16, 23)
 
 
 def make_ledger() -> np.ndarray:

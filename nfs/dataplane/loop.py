@@ -45,6 +45,7 @@ from nfs.dataplane import ledger as causes
 from nfs.dataplane.answers import ask_again, flush_requests, take_answers
 from nfs.dataplane.engine import (
     BURSTS,
+    BY_ADDRESS,
     CALLED,
     CAME_NS,
     CHANGED,
@@ -63,10 +64,12 @@ from nfs.dataplane.engine import (
     SPIN_NS,
     STAGE,
     WAITING,
+    WAITING_LIMIT,
+    WAITS,
     Engine,
     make_engine,
 )
-from nfs.dataplane.fragments import find_flow, remember_first
+from nfs.dataplane.fragments import EMPTY, HOLD_NS, any_held, find_flow, hold, oldest_ns, remember_first, take_held, take_oldest
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames
 from nfs.dataplane.headers import INSIDE, parse
 from nfs.dataplane.passage import advance_burst, note_oldest, release_held
@@ -91,13 +94,15 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
         status = parse(frames.memory, engine.addresses[i], engine.lengths[i], arrived_from, engine.packets, index)
         engine.stages[index, STAGE], engine.stages[index, CAME_NS] = 0, control[NOW_NS]
         if status == causes.FRAGMENT:
-            if find_flow(engine.fragments, engine.packets, index, frames.memory, control[NOW_NS]):
-                status = 0
-        elif status == 0:
-            remember_first(engine.fragments, engine.packets, index, frames.memory, control[NOW_NS])
+            status = later_fragment(engine, frames, index)
         if status == 0:
             engine.burst[flows] = index
             flows += 1
+            first = remember_first(engine.fragments, engine.packets, index, frames.memory, control[NOW_NS])
+            if first and any_held(engine.room):
+                flows = release_fragments(engine, frames, index, flows)
+        elif status == WAITS:
+            continue
         elif control[PASSES] >> status & 1:
             leave(engine, inside, outside, frames, index)
         else:
@@ -105,6 +110,64 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
     if flows > 0:
         advance_burst(engine, inside, outside, frames, words, client, arrived_from, flows)
     return count
+
+
+@jit
+def later_fragment(engine: Engine, frames: Frames, index: int) -> int:
+    """Return the status of a later fragment: 0 when it has a flow, WAITS when it waits for its first one, else a cause."""
+    packet, control = engine.packets[index], engine.control
+    if find_flow(engine.fragments, engine.packets, index, frames.memory, control[NOW_NS]):
+        return 0
+    status = np.int64(packet.status)
+    if status != causes.FRAGMENT or packet.fragment_offset == 0:
+        return status
+    if control[BY_ADDRESS]:
+        return 0
+    if control[PASSES] >> status & 1:
+        return status
+    if control[WAITING] >= control[WAITING_LIMIT]:
+        return causes.WAITING_ROOM_FULL
+    evicted = hold(engine.room, engine.packets, index, frames.memory, control[NOW_NS])
+    if evicted == index:
+        return status
+    control[WAITING] += 1
+    if evicted != EMPTY:
+        let_go(engine, frames, evicted, causes.FRAGMENT_ROOM_FULL)
+    return WAITS
+
+
+@jit
+def let_go(engine: Engine, frames: Frames, index: int, cause: int) -> None:
+    """Drop a fragment that has waited for its first one."""
+    engine.control[WAITING] -= 1
+    drop(engine, frames, index, cause)
+
+
+@jit
+def release_fragments(engine: Engine, frames: Frames, index: int, flows: int) -> int:
+    """Append to the burst, in order of arrival, what waits for first fragment `index`; returns how many go on then."""
+    control, end = engine.control, take_held(engine.room, engine.packets, index, frames.memory, engine.burst, flows)
+    on = flows
+    for n in range(flows, end):
+        held = engine.burst[n]
+        if not find_flow(engine.fragments, engine.packets, held, frames.memory, control[NOW_NS]):
+            let_go(engine, frames, held, np.int64(engine.packets[held].status))
+            continue
+        control[WAITING] -= 1
+        engine.stages[held, CAME_NS] = control[NOW_NS]
+        engine.burst[on] = held
+        on += 1
+    return on
+
+
+@jit
+def expire_fragments(engine: Engine, frames: Frames) -> None:
+    """Drop the fragments that have waited too long for their first one."""
+    room = engine.room
+    while any_held(room) and engine.control[NOW_NS] - oldest_ns(room) > HOLD_NS:
+        index = take_oldest(room)
+        if index != EMPTY:
+            let_go(engine, frames, index, causes.FRAGMENT)
 
 
 @jit
@@ -169,6 +232,8 @@ def loop(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.
         if now - started >= duration_ns:
             break
         control[NOW_NS] = now
+        if any_held(engine.room):
+            expire_fragments(engine, frames)
         reclaim(inside, frames)
         reclaim(outside, frames)
         refill(inside, frames)

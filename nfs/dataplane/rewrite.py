@@ -126,13 +126,25 @@ def write_error(memory: np.ndarray, packets: np.ndarray, index: int) -> None:
         put_address(memory, ip + 16, packet.destination_address, ip + 10, NO_CHECKSUM, False)
 
 
+@inline
+def quotation_end(memory: np.ndarray, packets: np.ndarray, index: int) -> Any:
+    """Return the byte behind the quotation of an ICMP error: its packet's, or where extensions begin (RFC 4884, section 3)."""
+    packet = packets[index]
+    end = packet.frame + np.int64(packet.network_offset) + np.int64(packet.ip_bytes)
+    icmp = packet.frame + packet.transport_offset
+    words = np.int64(memory[icmp + 5])
+    if words > 0 and (memory[icmp] == 3 or memory[icmp] == 11 or memory[icmp] == 12):
+        end = min(end, icmp + 8 + 4 * words)
+    return end
+
+
 @jit
 def quote_endpoint(memory: np.ndarray, packets: np.ndarray, index: int, at: int, address: int, port_at: int, port: int) -> None:
     """Write address and port of one end of a quoted packet, its checksums as far as they are quoted, and the ICMP checksum."""
     packet = packets[index]
     icmp = packet.frame + packet.transport_offset
     quoted = icmp + 8
-    end = packet.frame + np.int64(packet.length)
+    end = quotation_end(memory, packets, index)
     ports = quoted + np.int64(memory[quoted] & np.uint8(15)) * 4
     check = transport_checksum(packet.protocol, ports)
     udp = packet.protocol == UDP

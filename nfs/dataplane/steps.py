@@ -18,7 +18,7 @@ import numpy as np
 from datastore.native.errors import NearstateError, unknown
 from nfs.dataplane import declaration
 from nfs.dataplane.declaration import NetworkFunction, kind_of
-from nfs.dataplane.keys import NONE
+from nfs.dataplane.keys import INITIATOR, NONE, SOURCE
 from nfs.dataplane.requests import ENV_WORDS
 from nfs.dataplane.settings import remember
 
@@ -43,6 +43,12 @@ class Chain(NamedTuple):
     def rewrites(self) -> bool:
         """True when a function changes addresses or ports."""
         return bool(self.steps[:, REWRITES].any())
+
+    @property
+    def by_address(self) -> bool:
+        """True when records are kept by address alone, so that a fragment without ports has one."""
+        keys = set(self.steps[:, KEY].tolist())
+        return keys <= {NONE, SOURCE, INITIATOR} and keys != {NONE}
 
     def change_settings(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
         """Give functions other settings, by name, while they run. Raises NearstateError; then nothing has changed."""

@@ -21,11 +21,12 @@ from nfs.dataplane.headers import (
     make_packets,
     parse,
 )  # fmt: skip
+from nfs.dataplane.ledger import UNREADABLE
 from tests import packets
 from tests.packets import expected, icmp_error, outward, parsed, tcp, udp
 
 FRAMES = packets.well_formed()
-STATUSES = {0, FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED}
+STATUSES = {0, FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED, UNREADABLE}
 KEY_FIELDS = {"frame", "key_high", "key_low", "partition", "verdict"}
 
 

@@ -13,7 +13,8 @@ from nfs.dataplane.ledger import CAUSES, imbalance, make_ledger, to_counts
 def test_every_cause_has_the_number_its_name_says() -> None:
     numbers = {"received": ledger.RECEIVED, "forwarded": ledger.FORWARDED, "dropped_by_verdict": ledger.BY_VERDICT,
                "truncated": ledger.TRUNCATED, "oversized": ledger.OVERSIZED, "malformed": ledger.MALFORMED,
-               "not_ip": ledger.NOT_IP, "fragment": ledger.FRAGMENT, "table_full": ledger.TABLE_FULL,
+               "not_ip": ledger.NOT_IP, "fragment": ledger.FRAGMENT, "unreadable": ledger.UNREADABLE,
+               "fragment_room_full": ledger.FRAGMENT_ROOM_FULL, "table_full": ledger.TABLE_FULL,
                "state_unreachable": ledger.STATE_UNREACHABLE, "waiting_room_full": ledger.WAITING_ROOM_FULL,
                "state_refused": ledger.STATE_REFUSED, "uncommitted": ledger.UNCOMMITTED,
                "transmit_ring_full": ledger.TRANSMIT_RING_FULL,

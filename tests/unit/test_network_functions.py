@@ -6,7 +6,7 @@ import pytest
 
 from nfs.dataplane import declaration
 from nfs.dataplane.declaration import DROP, FORWARD
-from nfs.firewall import CLOSING_S, ESTABLISHED_S, ICMP_S, OPENING_S, RESET_S, TIME_WAIT_S, UDP_S
+from nfs.firewall import CLOSING_S, ESTABLISHED_S, ICMP_S, OPENING_S, REFUSED_S, RESET_S, TIME_WAIT_S, UDP_S
 from tests import packets
 from tests.packets import Instance, echo, icmp_error, tcp, udp
 
@@ -161,18 +161,28 @@ def test_time_wait_reopens_from_inside_only(firewall: Instance) -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_reset_ends_at_once(firewall: Instance, inside: bool) -> None:
+def test_a_reset_shortens_and_what_follows_takes_it_back(firewall: Instance, inside: bool) -> None:
+    """RFC 5961, section 3.2: its receiver may refuse it. RFC 6146, section 3.5.2.2; RFC 7857, section 2."""
     opened(firewall)
     assert (firewall(tcp("R")) if inside else firewall.outside(tcp("R", inside=False))) == FORWARD
     assert firewall.idle_timeout_s == RESET_S
-    assert firewall(tcp("PA")) == DROP
-    assert firewall.outside(tcp("PA", inside=False)) == DROP
+    assert (firewall.outside(tcp("A", inside=False)) if inside else firewall(tcp("A"))) == FORWARD, "a challenge ACK"
+    assert firewall.idle_timeout_s == ESTABLISHED_S
+    firewall.now_s += ESTABLISHED_S - 1
+    assert firewall(tcp("PA")) == FORWARD
+    assert firewall.outside(tcp("PA", inside=False)) == FORWARD
+    assert firewall(tcp("R")) == FORWARD
     opened(firewall)
+    firewall(tcp("R"))
+    firewall.now_s += RESET_S + 1
+    assert firewall.outside(tcp("PA", inside=False)) == DROP, "nothing took it back"
 
 
 def test_a_refused_connection_may_be_tried_again(firewall: Instance) -> None:
     assert firewall(tcp("S")) == FORWARD
-    assert firewall.outside(tcp("RA", inside=False)) == FORWARD, "connection refused reaches the client"
+    refusal = bytes(packets.inward() / packets.TCP(sport=packets.SERVER_PORT, dport=packets.CLIENT_PORT, flags="RA", ack=1))
+    assert firewall.outside(refusal) == FORWARD, "connection refused reaches the client"
+    assert firewall.idle_timeout_s == REFUSED_S
     assert firewall.outside(tcp("SA", inside=False)) == DROP
     opened(firewall)
 
