@@ -19,6 +19,8 @@ from functools import cached_property
 from typing import Any
 
 from datastore.native.errors import NearstateError
+from datastore.security import strict
+from datastore.security.strict import LARGEST_EPOCH, whole
 from datastore.store.partitions import PartitionMap
 
 
@@ -126,13 +128,19 @@ class ClusterMap:
         try:
             fields = json.loads(document) if isinstance(document, str) else document
             kinds = [
-                Group(tuple(g["members"]), int(g["reign"]), tuple(g["learners"]), tuple(g["leaving"]), g["successor"],
-                      {str(host): int(epoch) for host, epoch in g["joined"].items()})
+                Group(_names(g["members"]), whole(g["reign"], LARGEST_EPOCH), _names(g["learners"]), _names(g["leaving"]),
+                      None if g["successor"] is None else strict.name(g["successor"]),
+                      {strict.name(host): whole(epoch, LARGEST_EPOCH) for host, epoch in g["joined"].items()})
                 for g in fields["kinds"]]  # fmt: skip
-            return cls(int(fields["epoch"]), tuple(kinds[kind] for kind in fields["groups"]))
+            return cls(whole(fields["epoch"], LARGEST_EPOCH),
+                       tuple(kinds[whole(kind, len(kinds))] for kind in fields["groups"]))  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise NearstateError(f"not a cluster map: {error!r}") from error
 
     def placement(self) -> PartitionMap:
         """Return who serves what, as clients need it; a partition without members keeps an empty name."""
         return PartitionMap(self.epoch, tuple(group.members or ("",) for group in self.groups))
+
+
+def _names(given: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(map(strict.name, given))

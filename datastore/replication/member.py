@@ -8,15 +8,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
 from datastore.replication.dialer import Dialer
 from datastore.replication.links import Links, Peers
-from datastore.replication.messages import LineSocket, beat_message, gossip, read_gossip, read_grant
+from datastore.replication.messages import LONGEST_TOLD, LineSocket, beat_message, gossip, read_gossip, read_grant
 from datastore.replication.replica import Pong, Replica
 from datastore.replication.shipping import Shipping
+from datastore.security.datagrams import LONGEST_BYTES, Seals
+from datastore.security.secret import COORDINATOR, STORE, Secret
 from datastore.store.layout import EPOCH, LEASE_NS
 from datastore.store.table import Table
 
+CHALLENGE_NS = 1_000_000
+"""How soon an answer to a challenge is looked for."""
 SILENCE_LEASES = 5
 """A coordinator that is silent for so many leases is left for the next one: it is stopped, or its machine is gone."""
 
@@ -27,10 +32,10 @@ class Member:
     def __init__(
         self, host: str, table: Table, owner: int, cluster: int, peers: Sequence[dict[str, Any]],
         coordinators: Sequence[Sequence[Any]], shipping: Shipping, links: Links,
-        address: tuple[str, int], timing: Timing | None = None,
+        address: tuple[str, int], secret: Secret, timing: Timing | None = None,
     ) -> None:  # fmt: skip
         """peers: {"host", "address", "port"} of the other stores. coordinators: (host, port) of each; one leads and listens.
-        address: this store's; datagrams go to the same port.
+        address: this store's; datagrams go to the same port. secret: of the deployment.
 
         Raises OSError when that port is not free.
         """
@@ -38,12 +43,14 @@ class Member:
         incarnation = time.time_ns() & (1 << 62) - 1
         self.replica = Replica(host, [peer["host"] for peer in peers], table.words, shipping, owner, cluster, incarnation,
                                self.timing)  # fmt: skip
-        self.peers = Peers([(peer["address"], peer["port"]) for peer in peers], links, shipping)
+        credential = secret.credential(STORE, host)
+        self.peers = Peers(peers, links, shipping, credential)
+        self._seals = Seals(secret, host, self.replica.peers, incarnation)
         self._addresses = [(peer["address"], peer["port"]) for peer in peers]
         self.gossip = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self.gossip.bind(address)
         self._line: LineSocket | None = None
-        self._dialer = Dialer(*coordinators)
+        self._dialer = Dialer(*coordinators, credential=credential, wanted=COORDINATOR)
         self._worked_ns = self._looked_ns = self._beat_ns = self._heard_ns = 0
         self._told: tuple[Any, ...] = ()
         self._ping_ns = [0] * len(peers)
@@ -54,6 +61,8 @@ class Member:
 
     def due_ns(self) -> int:
         """Return when `work` is due at the latest."""
+        if self._dialer.is_challenged or self.peers.are_challenged:
+            return time.monotonic_ns() + CHALLENGE_NS
         if self._line is None:
             return time.monotonic_ns() + self.timing.heartbeat_ns // 3
         return min([self._looked_ns + self._pause_ns(), *(at_ns + self.timing.heartbeat_ns for at_ns in self._ping_ns)])
@@ -78,7 +87,7 @@ class Member:
         self._ping(now_ns, self.timing.heartbeat_ns - self._slack_ns())
         if self._line is None:
             connection = self._dialer.dial()
-            self._line, self._heard_ns = LineSocket(connection) if connection else None, now_ns
+            self._line, self._heard_ns = LineSocket(connection, LONGEST_TOLD) if connection else None, now_ns
             self._told = ()
         if self._line is None:
             return
@@ -95,7 +104,7 @@ class Member:
             self._line.flush()
             if now_ns - self._heard_ns > SILENCE_LEASES * self.timing.lease_ns:
                 raise TimeoutError
-        except (OSError, KeyError):
+        except (OSError, KeyError, NearstateError):
             self._line.close()
             self._line = None
             self._dialer.turn_away()
@@ -123,16 +132,18 @@ class Member:
             self._ping_ns[peer] = time.monotonic_ns()
             said.append(self.replica.ping(self._ping_ns[peer]))
         with contextlib.suppress(OSError):
-            self.gossip.sendto(gossip(*said), self._addresses[peer])
+            self.gossip.sendto(self._seals.seal(self.replica.peers[peer], gossip(*said)), self._addresses[peer])
 
     def _listen(self) -> None:
-        """Take what other stores said. Who is answered need not be pinged soon: both travel together."""
+        """Take what other stores said of themselves. Who is answered need not be pinged soon: both travel together."""
         for _ in range(256):
             try:
-                data = self.gossip.recv(2048)
+                opened = self._seals.open(self.gossip.recv(LONGEST_BYTES))
             except OSError:  # nothing more, or a peer whose port is closed
                 return
-            pong, ping = read_gossip(data)
+            if opened is None:
+                continue
+            pong, ping = read_gossip(*opened)
             if pong:
                 self.replica.ponged(pong)
             now_ns = time.monotonic_ns()

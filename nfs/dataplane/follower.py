@@ -22,7 +22,11 @@ from typing import Any
 from datastore.replication.coordinator import Timing
 from datastore.replication.dialer import Dialer
 from datastore.replication.member import SILENCE_LEASES
-from datastore.replication.messages import LineSocket
+from datastore.replication.messages import LONGEST_TOLD, LineSocket
+from datastore.security.secret import COORDINATOR, Credential
+
+CHALLENGE_S = 0.001
+"""How soon an answer to a challenge is looked for."""
 
 
 class Follower:
@@ -30,15 +34,15 @@ class Follower:
 
     def __init__(
         self, coordinators: Sequence[Sequence[Any]], report: Callable[[], dict[str, Any]], call: Callable[[], None],
-        timing: Timing,
+        timing: Timing, credential: Credential,
     ) -> None:  # fmt: skip
         """coordinators: (host, port) of each; one leads and listens. report: what to tell ({"instance": ...} of
-        `coordination.py`). call: wakes the loop.
+        `coordination.py`). call: wakes the loop. credential: of this instance, a client.
         """
         self.orders: deque[dict[str, Any]] = deque()
         self._report, self._call = report, call
         self._pause_s, self._silence_s = timing.heartbeat_ns / 1e9, SILENCE_LEASES * timing.lease_ns / 1e9
-        self._dialer = Dialer(*coordinators)
+        self._dialer = Dialer(*coordinators, credential=credential, wanted=COORDINATOR)
         self._told = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
@@ -55,9 +59,9 @@ class Follower:
         while not self._closed.is_set():
             connection = self._dialer.dial()
             if connection is None:
-                self._closed.wait(self._pause_s / 3)
+                self._closed.wait(CHALLENGE_S if self._dialer.is_challenged else self._pause_s / 3)
                 continue
-            line = LineSocket(connection)
+            line = LineSocket(connection, LONGEST_TOLD)
             with contextlib.suppress(OSError):
                 self._converse(line)
             line.close()
