@@ -82,7 +82,8 @@ class Speaker:
     def may(self, role: int, name: str | None = None) -> None:
         """Raise NearstateError unless it has a role, and a name if one is given."""
         if self.identity.role != role or name not in (None, self.identity.name):
-            raise NearstateError(f"{ROLES[self.identity.role]} {self.identity.name} may not speak as {ROLES[role]} {name or ''}")
+            mine, wanted = f"{ROLES[self.identity.role]} {self.identity.name}", f"{ROLES[role]} {name or ''}"
+            raise NearstateError(f"{mine.strip()} may not speak as {wanted.strip()}")
 
 
 class Coordination:
@@ -90,7 +91,7 @@ class Coordination:
 
     def __init__(self, config: dict[str, Any], state: StateStore | None = None) -> None:
         """state: in which this coordinator leads; None: as the configuration says."""
-        timing, secret = Timing.of(config.get("lease_ms")), Secret.received(config["secret"])
+        timing, secret = Timing.of(config.get("lease_ms")), Secret.received(config.get("secret", -1))
         self.state = state or open_state(config)
         self.trouble = ""
         document, now_ns = self.state.load(), time.monotonic_ns()
@@ -421,7 +422,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     except (NearstateError, OSError) as error:
         control.send({"error": str(error)})
     finally:
-        forget_key(config["secret"])
+        forget_key(config.get("secret", -1))
         if state:
             state.close()
 

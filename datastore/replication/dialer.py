@@ -14,8 +14,8 @@ from datastore.security.secret import Credential
 
 AGAIN_S = 0.02
 """Pause between two attempts."""
-PATIENCE_S = 0.2
-"""How long an attempt may take."""
+PATIENCE_S, ANSWER_S = 0.2, 0.5
+"""How long connecting may take, and after that the challenge, which waits for a process and not only for its kernel."""
 
 
 class Dialer:
@@ -43,7 +43,7 @@ class Dialer:
         assert attempt is not None
         try:
             if not self._go_on(attempt):
-                if time.monotonic() - self._tried_at > PATIENCE_S:
+                if time.monotonic() - self._tried_at > (ANSWER_S if self._challenge else PATIENCE_S):
                     self.turn_away()
                 return None
         except OSError:
@@ -59,6 +59,7 @@ class Dialer:
                 return False
             if error := attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(error, "not connected")
+            self._tried_at = time.monotonic()
             self._challenge = Speaker(self._credential, self._wanted, self._name)
         return self._challenge.step(attempt)
 

@@ -135,9 +135,9 @@ class LineSocket:
             if closed:
                 break
             self._in += data
-            if len(self._in) > self._longest and b"\n" not in self._in[-len(data) :]:
+            if len(self._in) - self._in.rfind(b"\n") - 1 > self._longest:
                 raise ConnectionAbortedError(f"a line of over {self._longest} bytes")
-            if len(self._in) > self._longest + (1 << 20):  # the rest waits in the socket
+            if len(self._in) > 2 * self._longest:  # the rest waits in the socket
                 break
         *lines, self._in = self._in.split(b"\n")
         for line in lines:

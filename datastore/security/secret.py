@@ -101,7 +101,9 @@ class Secret:
         return hmac.digest(self._key, b"".join(len(part).to_bytes(2, "big") + part for part in parts), "sha256")
 
     def credential(self, role: int, name: str, number: int = 0) -> Credential:
-        """Return what proves that a speaker has this role, name and number."""
+        """Return what proves that a speaker has this role, name and number. Raises NearstateError for a name that is too long."""
+        if len(name.encode()) > NAME_BYTES:
+            raise NearstateError(f"name {name!r} has {len(name.encode())} bytes: at most {NAME_BYTES} are possible")
         key = self.derive("credential", ROLES[role], name, str(number & ~HOUSEKEEPING))
         return Credential(role, name, number, key)
 

@@ -51,7 +51,7 @@ def whole(value: Any, largest: int, least: int = 0) -> int:
 
 def name(value: Any) -> str:
     """Return a name. Raises ValueError for what is none."""
-    if not isinstance(value, str) or len(value.encode(errors="replace")) > NAME_BYTES:
+    if not isinstance(value, str) or len(value.encode(errors="replace")) > NAME_BYTES or "\0" in value:
         raise ValueError(f"{str(value)[:40]!r} is no name of at most {NAME_BYTES} bytes")
     return value
 

@@ -516,7 +516,7 @@ class StoreProcess:
 
     def __init__(self, config: dict[str, Any], waker: int = -1) -> None:
         """config: host, table, capacity, value_bytes, address, port, cluster, map (JSON), create, secret; see `main`."""
-        self.host, secret = config["host"], Secret.received(config["secret"])
+        self.host, secret = config["host"], Secret.received(config.get("secret", -1))
         replication = config.get("replication")
         placement = None if replication else PartitionMap.from_json(config["map"])
         self._created = bool(config["create"]) and not config.get("keep", False)

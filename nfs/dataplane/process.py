@@ -13,7 +13,7 @@ import numpy as np
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
 from datastore.replication.maps import ClusterMap
-from datastore.security.secret import CLIENT, HOUSEKEEPING, Credential
+from datastore.security.secret import CLIENT, HOUSEKEEPING, Credential, forget_key
 from datastore.store.client import EPOCH as CLIENT_EPOCH
 from datastore.store.client import Client, give_up
 from datastore.store.partitions import PARTITIONS, PartitionMap
@@ -73,7 +73,7 @@ class Process:
         self.coordinators = config.get("coordinators")
         self.bell = self.table.bell(self.owner) if self.coordinators else None
         value_words = config["value_bytes"] // 8
-        self.credential = Credential.received(config["secret"], CLIENT, config["host"], config["client_id"]) if (
+        self.credential = Credential.received(config.get("secret", -1), CLIENT, config["host"], config["client_id"]) if (
             self.stores or self.coordinators) else None  # fmt: skip
         self.client = Client([(store["address"], store["port"]) for store in self.stores], config["client_id"],
                              config["value_bytes"], config["cluster"], epoch, timeout_s=CONNECT_S,
@@ -155,8 +155,9 @@ class Process:
         if self.coordinators:
             assert self.credential
             note_oldest(self.engine, self._oldest)  # loads its code, which takes 10 ms, before there are packets
-            self.follower = Follower(self.coordinators, self.report, self.call, Timing.of(self.config.get("lease_ms")),
-                                     self.credential)
+            self.follower = Follower(
+                self.coordinators, self.report, self.call, Timing.of(self.config.get("lease_ms")), self.credential
+            )
 
     def report(self) -> dict[str, Any]:
         """Return what the coordinator is told of this instance; from another thread. What was quiet before orders that are not
@@ -259,6 +260,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     """Process target: sends {"ready": true}, answers {"statistics": true} and {"settings": {function: {name: value}}}, ends at
     {"stop": true}."""
     process = Process(config)
+    forget_key(config.get("secret", -1))
     process.connect()
     process.process_packets(0)
     for opened in process.opened:  # whoever is told "ready" may send at once

@@ -29,8 +29,8 @@ from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC, write_f
 from datastore.store.server import CLIENT_PLACES, StoreProcess
 from datastore.store.statuses import ABSENT, BAD_FRAME, LEASE_LAPSED, NOT_PRIMARY, OK, STALE_EPOCH
 from datastore.store.table import Table
-from tests.secrets_of_tests import client as credential
 from tests.secrets_of_tests import SECRET, secret_file
+from tests.secrets_of_tests import client as credential
 from topologies.emulation.processes import Control
 
 CLUSTER, VALUE_BYTES = 9, 16
