@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table as Sheet
 
 from datastore.native.errors import NearstateError, unknown
+from datastore.security.secret import Credential, Secret, forget_key, key_file
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.table import SHARED_MEMORY, Record, Table
 from datastore.verification.history import read_history
@@ -156,19 +157,46 @@ def serve(arguments: argparse.Namespace) -> None:
     from datastore.store.server import StoreProcess, stop_at_signals
 
     stopping = stop_at_signals()
+    path = arguments.secret or secret_file(arguments.table)
+    secret = Secret.read(path) if path.exists() else Secret.fresh()
+    descriptor = key_file(secret.key)
     config = {
         "host": HOST, "table": arguments.table, "capacity": arguments.capacity, "value_bytes": arguments.value_bytes,
-        "address": arguments.address, "port": arguments.port, "cluster": arguments.cluster,
+        "address": arguments.address, "port": arguments.port,
+        "cluster": secret.cluster if arguments.cluster is None else arguments.cluster, "secret": descriptor,
         "map": PartitionMap(arguments.epoch, ((HOST,),) * PARTITIONS).to_json(), "create": not arguments.attach,
         "keep": arguments.keep,
     }  # fmt: skip
     store = StoreProcess(config)
+    forget_key(descriptor)
+    is_new = not path.exists()
     try:
-        print(f"table {arguments.table} is served on {arguments.address}:{store.port}; stop with Ctrl-C", flush=True)
+        if is_new:
+            secret.write(path)
+        where = f"{arguments.address}:{store.port}"
+        print(f"table {arguments.table} is served on {where}; clients need {path}; stop with Ctrl-C", flush=True)
         while not stopping:
             store.turn()
     finally:
         store.close()
+        if is_new and not arguments.keep and not arguments.secret:
+            path.unlink(missing_ok=True)
+
+
+def secret_file(table: str) -> Path:
+    """Return where `serve` keeps the secret of a table if it is not told."""
+    return SHARED_MEMORY / f"{table}.secret"
+
+
+def administrator(path: Path | None) -> Credential:
+    """Return the credential of whoever may read the secret: at `path`, or the only one here. Raises NearstateError."""
+    if path is None:
+        found = [file for file in sorted(SHARED_MEMORY.glob("nearstate-*.secret")) if os.access(file, os.R_OK)]
+        if len(found) != 1:
+            names = ", ".join(map(str, found)) or "none; does the run go on, and is it yours?"
+            raise NearstateError(f"which secret? there are {len(found)} here: {names}; choose one with --secret FILE")
+        path = found[0]
+    return Secret.read(path).administrator()
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -230,7 +258,7 @@ def status(arguments: argparse.Namespace) -> None:
     from datastore.replication.report import host_sheet, troubles
     from datastore.replication.routed import ask
 
-    answer = ask(arguments.coordinator, {"status": True})["status"]
+    answer = ask(arguments.coordinator, {"status": True}, administrator(arguments.secret))["status"]
     if arguments.json:
         print(json.dumps(answer))
         return
@@ -247,7 +275,7 @@ def move(arguments: argparse.Namespace) -> None:
     if not first.isdecimal() or not (last or first).isdecimal():
         raise NearstateError(f"partitions {arguments.partitions!r}: give one, as 7, or a range, as 0-63")
     message = {"partitions": list(range(int(first), int(last or first) + 1)), "target": arguments.host}
-    answer = ask(arguments.coordinator, {"move": message})
+    answer = ask(arguments.coordinator, {"move": message}, administrator(arguments.secret))
     if "error" in answer:
         raise NearstateError(answer["error"])
     print(f"{len(message['partitions'])} partitions are on their way to {arguments.host}")
@@ -294,13 +322,17 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--value-bytes", type=positive, default=32, help="bytes of a value (default: %(default)s)")
     server.add_argument("--address", default="127.0.0.1", help="IPv4 address to listen on (default: %(default)s)")
     server.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
-    server.add_argument("--cluster", type=int, default=0, help="cluster id its clients must name (default: %(default)s)")
+    server.add_argument("--cluster", type=int, help="cluster id its clients must name (default: the secret's)")
+    server.add_argument(
+        "--secret", type=Path, metavar="FILE", help="what clients must know, made if missing (default: /dev/shm/NAME.secret)"
+    )
     server.add_argument("--epoch", type=positive, default=1, help="epoch of the partition map (default: %(default)s)")
     server.add_argument("--attach", action="store_true", help="serve a table that exists instead of making one")
     server.add_argument("--keep", action="store_true", help="leave the table in shared memory at the end")
     state = command("status", status)
     moving = command("move", move, json_too=False)
     for each in (state, moving):
+        each.add_argument("--secret", type=Path, metavar="FILE", help="of the deployment (default: the only one in /dev/shm)")
         each.add_argument("coordinator", type=coordinator_address, metavar="ADDRESS:PORT", help="where the coordinator listens")
     moving.add_argument("partitions", metavar="PARTITIONS", help="one, or a range: 7, 0-63")
     moving.add_argument("host", metavar="HOST", help="the store host that is to be their primary")

@@ -16,6 +16,7 @@ from typing import Any
 from datastore.replication import coordination
 from datastore.replication.routed import RoutedClient, ask
 from datastore.store import server
+from tests.secrets_of_tests import SECRET, client, secret_file
 from topologies.emulation.processes import Control
 
 CLUSTER, VALUE_BYTES, PARTITIONS = 0xC7, 16, 256
@@ -72,10 +73,12 @@ class Cluster:
         """state: of the coordinator; "": a file in `folder`."""
         self.folder, self.ports = folder, {host: free_port() for host in (*HOSTS, "control", "standby")}
         self.tables: list[str] = []
+        self.secret = secret_file()
         placement = [[HOSTS[(p + r) % len(HOSTS)] for r in range(replicas)] for p in range(PARTITIONS)]
         self.coordinator_config = {
             "address": "127.0.0.1", "port": self.ports["control"], "cluster": CLUSTER, "replicas": replicas, "hosts": HOSTS,
             "placement": placement, "state": state or str(folder / "coordinator.json"), "lease_ms": LEASE_MS,
+            "secret": self.secret,
         }  # fmt: skip
         self.coordinator = Process(coordination.main, self.coordinator_config)
         self.stores = {host: self.start(host) for host in HOSTS}
@@ -86,18 +89,21 @@ class Cluster:
         peers = [{"host": name, "address": "127.0.0.1", "port": self.ports[name]} for name in HOSTS if name != host]
         return Process(server.main, {
             "host": host, "table": self.tables[-1], "capacity": 4096, "value_bytes": VALUE_BYTES, "address": "127.0.0.1",
-            "port": port or self.ports[host], "cluster": CLUSTER, "create": True,
-            "replication": {"coordinators": [["127.0.0.1", self.ports[name]] for name in ("control", "standby")], "secret": 5,
+            "port": port or self.ports[host], "cluster": CLUSTER, "create": True, "secret": self.secret,
+            "replication": {"coordinators": [["127.0.0.1", self.ports[name]] for name in ("control", "standby")],
                             "peers": peers, "asynchronous": False, "lease_ms": LEASE_MS},
         })  # fmt: skip
 
     def client(self, number: int) -> RoutedClient:
         addresses = {host: ("127.0.0.1", self.ports[host]) for host in HOSTS}
-        return RoutedClient(addresses, ("127.0.0.1", self.ports["control"]), number, VALUE_BYTES, CLUSTER)
+        return RoutedClient(addresses, ("127.0.0.1", self.ports["control"]), client(number), VALUE_BYTES, CLUSTER)
 
     def status(self) -> dict[str, Any]:
-        answer = ask(("127.0.0.1", self.ports["control"]), {"status": True})
-        return dict(answer["status"])
+        return dict(self.ask({"status": True})["status"])
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Ask the coordinator as an administrator."""
+        return ask(("127.0.0.1", self.ports["control"]), message, SECRET.administrator())
 
     def wait_until_full(self, timeout_s: float = 20) -> None:
         """Wait until every host has a lease, every group its members, and nothing is under way."""
@@ -124,3 +130,4 @@ class Cluster:
             process.kill()
         for name in self.tables:
             Path("/dev/shm", name).unlink(missing_ok=True)
+        os.close(self.secret)

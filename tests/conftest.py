@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.secrets_of_tests import key_of
 from topologies.emulation import system
 from topologies.emulation.journal import Journal
 from topologies.emulation.processes import Launcher, RunningProcess
@@ -94,7 +95,7 @@ class Bench:
     def spawn(self, name: str, host: Host, target: str, config: dict[str, Any]) -> RunningProcess:
         """Start a process on a host and wait until it says it is ready."""
         self.started += 1
-        process = self.launcher.spawn(f"{name}-{self.started}", host, target, config)
+        process = self.launcher.spawn(f"{name}-{self.started}", host, target, config, key=key_of(target, config))
         answer = process.receive(READY_S)
         assert answer, f"{name} is not ready: {process.log.read_text()}"
         assert answer["ready"]

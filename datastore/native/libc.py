@@ -24,7 +24,6 @@ sendto = types.ExternalFunction("sendto", _long(_int, _pointer, _pointer, _int, 
 libc_send = types.ExternalFunction("send", _long(_int, _pointer, _pointer, _int))
 libc_recv = types.ExternalFunction("recv", _long(_int, _pointer, _pointer, _int))
 libc_ppoll = types.ExternalFunction("ppoll", _int(_pointer, _long, _pointer, _pointer))
-libc_accept4 = types.ExternalFunction("accept4", _int(_int, _pointer, _pointer, _int))
 libc_close = types.ExternalFunction("close", _int(_int))
 libc_fcntl = types.ExternalFunction("fcntl", _int(_int, _int, _pointer))
 sched_yield = types.ExternalFunction("sched_yield", _int())

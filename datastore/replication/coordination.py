@@ -2,6 +2,9 @@
 
 Nothing is sent before the state it follows from is saved. When it cannot be saved (a full disk), the decision is taken back:
 leases go on as they are, no map changes, and `status` says why.
+
+Who speaks has proven its role and name (`datastore/security/door.py`), and is heard in that role alone: a store with heartbeats
+of its own, a client with reports of its own instance, an administrator with moves and questions; each may ask for the map.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +24,23 @@ from datastore.native.errors import NearstateError
 from datastore.replication import etcd
 from datastore.replication.coordinator import Coordinator, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
-from datastore.replication.messages import LineSocket, grant_message, read_beat
-from datastore.replication.speaker import take_precedence
+from datastore.replication.messages import MOST_PARTITIONS, LineSocket, grant_message, read_beat
+from datastore.replication.reporter import take_precedence
 from datastore.replication.state_file import FileState
 from datastore.replication.switch import Switch
 from datastore.replication.switchover import Switchover, check_steering
+from datastore.security import strict
+from datastore.security.challenge import Identity
+from datastore.security.door import Door
+from datastore.security.secret import ADMINISTRATOR, CLIENT, COORDINATOR, ROLES, STORE, Secret, forget_key
 
 BACKLOG = 64
+MOST_LINES = {STORE: 256, CLIENT: 512, ADMINISTRATOR: 16}
+"""Connections of a role; one more ends the one that is silent for longest."""
+LINES_OF_A_CALLER = 4
+"""Of one store or client, which has one; a process of the same name ends none of it."""
+IDLE_LEASES, IDLE_NS = 5, 10_000_000_000
+"""Who is silent for so many leases, and for that time, is left."""
 RIVAL_NS = 1_000_000_000
 """For how long status tells of a second process of a host's name."""
 
@@ -57,12 +71,27 @@ def open_state(config: dict[str, Any]) -> StateStore:
     return FileState(Path(config["state"]))
 
 
+@dataclass
+class Caller:
+    """A connection, who has proven to be at its other end, and when that was heard last."""
+
+    line: LineSocket
+    identity: Identity
+    heard_ns: int
+
+    def may(self, role: int, name: str | None = None) -> None:
+        """Raise NearstateError unless it has a role, and a name if one is given."""
+        if self.identity.role != role or name not in (None, self.identity.name):
+            mine, wanted = f"{ROLES[self.identity.role]} {self.identity.name}", f"{ROLES[role]} {name or ''}"
+            raise NearstateError(f"{mine.strip()} may not speak as {wanted.strip()}")
+
+
 class Coordination:
     """A coordinator on a listening socket. config: see `main`."""
 
     def __init__(self, config: dict[str, Any], state: StateStore | None = None) -> None:
         """state: in which this coordinator leads; None: as the configuration says."""
-        timing = Timing.of(config.get("lease_ms"))
+        timing, secret = Timing.of(config.get("lease_ms")), Secret.received(config.get("secret", -1))
         self.state = state or open_state(config)
         self.trouble = ""
         document, now_ns = self.state.load(), time.monotonic_ns()
@@ -92,13 +121,14 @@ class Coordination:
         self._looked_ns = now_ns
         self._saved = self.coordinator.save()
         self._published = self.coordinator.map.epoch
-        self._lines: dict[int, LineSocket] = {}
+        self._lines: dict[int, Caller] = {}
         self._hosts: dict[str, LineSocket] = {}
-        self.listener = socket.create_server((config["address"], config["port"]), backlog=BACKLOG)
-        self.listener.setblocking(False)
-        self.port = self.listener.getsockname()[1]
+        listener = socket.create_server((config["address"], config["port"]), backlog=BACKLOG)
+        listener.setblocking(False)
+        self.port = listener.getsockname()[1]
+        self.door = Door(listener, secret, COORDINATOR, "")
         self.selector = selectors.DefaultSelector()
-        self.selector.register(self.listener, selectors.EVENT_READ)
+        self.selector.register(self.door, selectors.EVENT_READ)
 
     def _steering(self, config: dict[str, Any] | None) -> tuple[Switchover | None, Switch | None]:
         """Return who decides where packets go, and who tells the switch."""
@@ -126,14 +156,15 @@ class Coordination:
         if looked_ns - self._looked_ns > 2 * self.coordinator.timing.heartbeat_ns:
             self.coordinator.was_stopped(looked_ns)
         self._looked_ns = looked_ns
+        for connection, identity in self.door.admit():
+            self._admit(connection, identity, looked_ns)
         for key, _ in self.selector.select(0):
-            if key.fileobj is self.listener:
-                self._accept()
-            elif isinstance(key.data, LineSocket):
-                self._converse(key.data)
-        for line in [line for line in self._lines.values() if line.has_output]:
+            if isinstance(key.data, Caller):
+                self._converse(key.data, looked_ns)
+        for line in [caller.line for caller in self._lines.values() if caller.line.has_output]:
             with contextlib.suppress(OSError):  # what is lost is found when it is read from
                 line.flush()
+        self._drop_idle(looked_ns)
         self._advance(looked_ns)
         self.publish()
 
@@ -180,7 +211,7 @@ class Coordination:
         now_ns = time.monotonic_ns()
         name = self.switchover.hear(now_ns, report)
         if report.get("store_ended"):
-            self.coordinator.end(now_ns, name, int(report["store_ended"]))
+            self.coordinator.end(now_ns, name, strict.whole(report["store_ended"], strict.LARGEST_TIME))
         if self._instances.get(name) is not line:
             self._instances[name] = line
             self._ordered.pop(name, None)
@@ -189,25 +220,30 @@ class Coordination:
             self._answered_ns[name] = now_ns
             self._tell(line, {"heard": True})
 
-    def _accept(self) -> None:
-        try:
-            connection, _ = self.listener.accept()
-        except BlockingIOError:
-            return
-        line = LineSocket(connection)
-        self._lines[line.fileno()] = line
-        self.selector.register(connection, selectors.EVENT_READ, line)
+    def _admit(self, connection: socket.socket, identity: Identity, now_ns: int) -> None:
+        """Take a connection whose caller is known; one too many ends another."""
+        alike = [caller for caller in self._lines.values() if caller.identity == identity]
+        of_role = [caller for caller in self._lines.values() if caller.identity.role == identity.role]
+        if identity.role != ADMINISTRATOR and len(alike) >= LINES_OF_A_CALLER:
+            self._drop(min(alike, key=lambda caller: caller.heard_ns).line)
+        elif len(of_role) >= MOST_LINES[identity.role]:
+            self._drop(min(of_role, key=lambda caller: caller.heard_ns).line)
+        caller = Caller(LineSocket(connection), identity, now_ns)
+        self._lines[caller.line.fileno()] = caller
+        self.selector.register(connection, selectors.EVENT_READ, caller)
 
-    def _converse(self, line: LineSocket) -> None:
+    def _converse(self, caller: Caller, now_ns: int) -> None:
+        line, caller.heard_ns = caller.line, now_ns
         try:
             for message in line.receive():
                 if "parting" in message:
                     self._parted.add(line)
                     continue
                 if "instance" in message:
+                    caller.may(CLIENT, strict.name(message["instance"]["host"]))
                     self._hear_instance(line, message["instance"])
                     continue
-                self._tell(line, self._answer(line, message))
+                self._tell(line, self._answer(caller, message))
         except NearstateError as error:
             self._tell(line, {"error": str(error)})
             self._drop(line)
@@ -219,8 +255,12 @@ class Coordination:
 
     def _tell(self, line: LineSocket, message: dict[str, Any]) -> None:
         """Send a message. A lost connection is found when it is read from: there may be something left to hear."""
-        with contextlib.suppress(OSError):
+        try:
             line.send(message)
+        except ConnectionAbortedError:  # its other end does not read
+            self._drop(line)
+        except OSError:
+            pass
 
     def _take_end(self, line: LineSocket) -> None:
         """A process' connection was closed, and not by the process itself, which says so before: the kernel did, at its end.
@@ -240,6 +280,11 @@ class Coordination:
             if host not in instances or instances[host].has_ended:
                 self.coordinator.end(now_ns, host, self._incarnations[host])
 
+    def _drop_idle(self, now_ns: int) -> None:
+        idle_ns = max(IDLE_LEASES * self.coordinator.timing.lease_ns, IDLE_NS)
+        for caller in [caller for caller in self._lines.values() if now_ns - caller.heard_ns > idle_ns]:
+            self._drop(caller.line)
+
     def _drop(self, line: LineSocket) -> None:
         if self._lines.pop(line.fileno(), None) is None:
             return
@@ -251,19 +296,22 @@ class Coordination:
             del self._instances[name]
         line.close()
 
-    def _answer(self, line: LineSocket, message: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, caller: Caller, message: dict[str, Any]) -> dict[str, Any]:
         coordinator = self.coordinator
         try:
             if "beat" in message:
                 beat = read_beat(message["beat"])
+                caller.may(STORE, beat.host)
                 if not self.state.leads():
                     return grant_message(Grant(beat.incarnation, beat.sent_ns, 0, 0, None, "this coordinator leads no longer"))
                 grant = coordinator.hear(time.monotonic_ns(), beat)
                 if not grant.refusal:
-                    self._hosts[beat.host], self._incarnations[beat.host] = line, beat.incarnation
+                    self._hosts[beat.host], self._incarnations[beat.host] = caller.line, beat.incarnation
                 if not self.publish():
                     grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
                 return grant_message(grant)
+            if "map" not in message:
+                caller.may(ADMINISTRATOR)
             return self.saved_command(message)
         except (NearstateError, KeyError, TypeError, ValueError) as error:
             return {"error": str(error)}
@@ -283,7 +331,9 @@ class Coordination:
                 newest = coordinator.map if message["map"] != coordinator.map.epoch else None
                 return {"map": newest.to_json() if newest else None}
             if "move" in message:
-                self._move(list(map(int, message["move"]["partitions"])), str(message["move"]["target"]))
+                partitions = [strict.whole(partition, MOST_PARTITIONS)
+                              for partition in strict.members(message["move"]["partitions"], MOST_PARTITIONS)]  # fmt: skip
+                self._move(partitions, strict.name(message["move"]["target"]))
                 return {"epoch": coordinator.map.epoch}
             if "moves" in message:
                 return {"moves": len(coordinator.moves)}
@@ -354,10 +404,10 @@ class Coordination:
 
     def close(self) -> None:
         """Close every connection."""
-        for line in list(self._lines.values()):
-            self._drop(line)
+        for caller in list(self._lines.values()):
+            self._drop(caller.line)
         self.selector.close()
-        self.listener.close()
+        self.door.close()
         if self.switch:
             self.switch.close()
 
@@ -368,7 +418,8 @@ def main(config: dict[str, Any], control: Any) -> None:
     config: {"address", "port", "cluster": id, "replicas": n, "hosts": [names], "placement": hosts of each partition, "state":
     path, or etcd://host:port/prefix for one of several coordinators, "lease_ms": optional}, and where packets are to follow
     the map, "steering": {"instances": [NF hosts], "steering": the instance of each partition now, "aligned": whether the
-    stores are on those hosts, "controller": path of its socket, or ""}. Sends {"ready": true, "port": n}, with "leads": false
+    stores are on those hosts, "controller": path of its socket, or ""}. "secret": descriptor of
+    the deployment's secret. Sends {"ready": true, "port": n}, with "leads": false
     while it stands by, or {"error": line}; answers commands; ends at {"stop": true}, SIGTERM, or when the other side is gone.
     """
     take_precedence()  # on a machine of its own it would not wait behind packets; here it shares a few cores
@@ -403,6 +454,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     except (NearstateError, OSError) as error:
         control.send({"error": str(error)})
     finally:
+        forget_key(config.get("secret", -1))
         if state:
             state.close()
 

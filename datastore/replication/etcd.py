@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from datastore.native.errors import NearstateError
+from datastore.security import strict
 
 SCHEME = "etcd://"
 TTL_S = 2
@@ -93,8 +94,7 @@ class Gateway:
         data = response.read()
         if response.status != http.client.OK:
             raise OSError(f"status {response.status}: {data[:100].decode(errors='replace')}")
-        answer: dict[str, Any] = json.loads(data)
-        return answer
+        return strict.message(data)
 
     def close(self) -> None:
         """Close the connection; the next request makes another."""

@@ -28,6 +28,7 @@ from datastore.replication.shipping import (
     ship_all,
     take_ack,
 )
+from datastore.security.secret import STORE, Credential
 from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC
 
 # words of a link's `control`
@@ -189,10 +190,17 @@ def poll_links(links: Links, polled: np.ndarray, at: int) -> int:
 class Peers:
     """The connections behind `Links`, made and made again without waiting."""
 
-    def __init__(self, addresses: Sequence[tuple[str, int]], links: Links, shipping: Shipping) -> None:
+    def __init__(self, peers: Sequence[dict[str, Any]], links: Links, shipping: Shipping, credential: Credential) -> None:
+        """peers: {"host", "address", "port"} of each. credential: of this store."""
         self.links, self.shipping = links, shipping
-        self._dialers = [Dialer(address) for address in addresses]
-        self._sockets: list[socket.socket | None] = [None] * len(addresses)
+        self._dialers = [Dialer((peer["address"], peer["port"]), credential=credential, wanted=STORE, name=str(peer["host"]))
+                         for peer in peers]  # fmt: skip
+        self._sockets: list[socket.socket | None] = [None] * len(peers)
+
+    @property
+    def are_challenged(self) -> bool:
+        """Whether a peer is about to answer a challenge."""
+        return any(dialer.is_challenged for dialer in self._dialers)
 
     def mend(self) -> None:
         """Close what is lost, and go on connecting. Call it often."""

@@ -21,6 +21,8 @@ from functools import cached_property
 from typing import Any
 
 from datastore.native.errors import NearstateError
+from datastore.security import strict
+from datastore.security.strict import LARGEST_EPOCH, LARGEST_TIME, whole
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,17 @@ class ClusterMap:
         try:
             fields = json.loads(document) if isinstance(document, str) else document
             kinds = [
-                Group(tuple(g["members"]), int(g["reign"]), tuple(g["learners"]), tuple(g["leaving"]), g["successor"],
-                      {str(host): int(epoch) for host, epoch in g["joined"].items()})
+                Group(_names(g["members"]), whole(g["reign"], LARGEST_EPOCH), _names(g["learners"]), _names(g["leaving"]),
+                      None if g["successor"] is None else strict.name(g["successor"]),
+                      {strict.name(host): whole(epoch, LARGEST_EPOCH) for host, epoch in g["joined"].items()})
                 for g in fields["kinds"]]  # fmt: skip
-            ended = {str(host): int(incarnation) for host, incarnation in fields.get("ended", {}).items()}
-            return cls(int(fields["epoch"]), tuple(kinds[kind] for kind in fields["groups"]), ended)
+            ended = {strict.name(host): whole(incarnation, LARGEST_TIME)
+                     for host, incarnation in fields.get("ended", {}).items()}  # fmt: skip
+            return cls(whole(fields["epoch"], LARGEST_EPOCH),
+                       tuple(kinds[whole(kind, len(kinds))] for kind in fields["groups"]), ended)  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise NearstateError(f"not a cluster map: {error!r}") from error
+
+
+def _names(given: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(map(strict.name, given))

@@ -15,28 +15,32 @@ from datastore.replication.coordinator import Grant, Heartbeat, Timing
 from datastore.replication.links import Links, Peers
 from datastore.replication.messages import beat_message, gossip, read_gossip, read_grant
 from datastore.replication.replica import Pong, Replica
+from datastore.replication.reporter import Reporter
 from datastore.replication.shipping import Shipping
-from datastore.replication.speaker import Speaker
+from datastore.security.datagrams import LONGEST_BYTES, Seals
+from datastore.security.secret import STORE, Secret
 from datastore.store.layout import EPOCH, LEASE_NS, PROMISE_NS
 from datastore.store.table import Table
 
 STUCK_NS = 1_000_000_000
 """A process whose main thread does not come by for so long asks for no lease any more: it serves nobody."""
+CHALLENGE_NS = 1_000_000
+"""How soon an answer to a challenge is looked for."""
 
 
 class Member:
     """What `store/server.py` calls between turns of its compiled loop. It never waits.
 
-    Heartbeats and leases are the speaker's, a thread of its own; maps are followed here, between two turns.
+    Heartbeats and leases are the reporter's, a thread of its own; maps are followed here, between two turns.
     """
 
     def __init__(
         self, host: str, table: Table, owner: int, cluster: int, peers: Sequence[dict[str, Any]],
         coordinators: Sequence[Sequence[Any]], shipping: Shipping, links: Links,
-        address: tuple[str, int], timing: Timing | None = None,
+        address: tuple[str, int], secret: Secret, timing: Timing | None = None,
     ) -> None:  # fmt: skip
         """peers: {"host", "address", "port"} of the other stores. coordinators: (host, port) of each; one leads and listens.
-        address: this store's; datagrams go to the same port.
+        address: this store's; datagrams go to the same port. secret: of the deployment.
 
         Raises OSError when that port is not free.
         """
@@ -44,7 +48,9 @@ class Member:
         incarnation = time.time_ns() & (1 << 62) - 1
         self.replica = Replica(host, [peer["host"] for peer in peers], table.words, shipping, owner, cluster, incarnation,
                                self.timing)  # fmt: skip
-        self.peers = Peers([(peer["address"], peer["port"]) for peer in peers], links, shipping)
+        credential = secret.credential(STORE, host)
+        self.peers = Peers(peers, links, shipping, credential)
+        self._seals = Seals(secret, host, self.replica.peers, incarnation)
         self._addresses = [(peer["address"], peer["port"]) for peer in peers]
         self.gossip = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self.gossip.bind(address)
@@ -53,13 +59,13 @@ class Member:
         self._said = self.replica.beat(self._worked_ns)
         self._grants: deque[Grant] = deque()
         self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.speaker = Speaker("speaker", coordinators, self._report, self._hear, self.timing)
+        self.reporter = Reporter("reporter", coordinators, self._report, self._hear, self.timing, credential)
 
     def fileno(self) -> int:
         """Return the descriptor whose input is a reason to call `work`."""
         return self._called
 
-    # ---- the speaker's thread -----------------------------------------------------------------------------------------
+    # ---- the reporter's thread -----------------------------------------------------------------------------------------
 
     def _report(self) -> dict[str, Any] | None:
         """Return the heartbeat to send now: what the main thread said last, under the clock of now."""
@@ -78,6 +84,8 @@ class Member:
 
     def due_ns(self) -> int:
         """Return when `work` is due at the latest."""
+        if self.peers.are_challenged:
+            return time.monotonic_ns() + CHALLENGE_NS
         return min([self._looked_ns + self._pause_ns(), *(at_ns + self.timing.heartbeat_ns for at_ns in self._ping_ns)])
 
     def _pause_ns(self) -> int:
@@ -115,7 +123,7 @@ class Member:
         beat, before = self.replica.beat(self._looked_ns), self._said
         self._said = beat
         if _news(beat) != _news(before):
-            self.speaker.tell()
+            self.reporter.tell()
 
     def _ping(self, now_ns: int, after_ns: int) -> None:
         """Ping the peers whose last ping is at least `after_ns` ago."""
@@ -130,16 +138,18 @@ class Member:
             self._ping_ns[peer] = time.monotonic_ns()
             said.append(self.replica.ping(self._ping_ns[peer]))
         with contextlib.suppress(OSError):
-            self.gossip.sendto(gossip(*said), self._addresses[peer])
+            self.gossip.sendto(self._seals.seal(self.replica.peers[peer], gossip(*said)), self._addresses[peer])
 
     def _listen(self) -> None:
-        """Take what other stores said. Who is answered need not be pinged soon: both travel together."""
+        """Take what other stores said of themselves. Who is answered need not be pinged soon: both travel together."""
         for _ in range(256):
             try:
-                data = self.gossip.recv(2048)
+                opened = self._seals.open(self.gossip.recv(LONGEST_BYTES))
             except OSError:  # nothing more, or a peer whose port is closed
                 return
-            pong, ping = read_gossip(data)
+            if opened is None:
+                continue
+            pong, ping = read_gossip(*opened)
             if pong:
                 self.replica.ponged(pong)
             now_ns = time.monotonic_ns()
@@ -153,11 +163,11 @@ class Member:
         now_ns = time.monotonic_ns()
         until_ns = max(int(self.table.words[LEASE_NS]), int(self.table.words[PROMISE_NS]))
         return {"epoch": self.replica.map.epoch, "lease_ms": (until_ns - now_ns) / 1e6, "refusal": self.replica.refusal,
-                "coordinator": self.speaker.connected}  # fmt: skip
+                "coordinator": self.reporter.connected}  # fmt: skip
 
     def close(self) -> None:
         """Close every connection."""
-        self.speaker.close()
+        self.reporter.close()
         self.peers.close()
         self.gossip.close()
         os.close(self._called)

@@ -1,5 +1,8 @@
 """How stores, clients and coordinator speak beside the data: JSON, in lines over TCP and in datagrams, few and small.
 
+A connection begins with a challenge (`datastore/security/challenge.py`), a datagram is sealed (`security/datagrams.py`).
+What is read is checked here, whoever sent it: nothing deep, long, or not finite, and numbers of the range that they count in.
+
 store  -> coordinator   {"beat": {...}}      coordinator -> store    {"grant": {...}}     also unasked, with a new map
 anyone -> coordinator   {"map": epoch}       coordinator -> anyone   {"map": {...}}       null: that epoch is the newest
 either   -> coordinator {"parting": true}    before it closes the connection itself; else its kernel does, at its end
@@ -20,8 +23,12 @@ from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Grant, Heartbeat
 from datastore.replication.maps import ClusterMap
 from datastore.replication.replica import Ping, Pong
+from datastore.security import strict
+from datastore.security.strict import LARGEST_EPOCH, LARGEST_TIME, WORD, members, whole
 
-LONGEST_LINE = 1 << 22
+LONGEST_LINE, LONGEST_TOLD = 1 << 16, 1 << 22
+"""Bytes that somebody may say to a coordinator, and a coordinator to others: maps, and status."""
+MOST_PARTITIONS, MOST_HOSTS = 1 << 16, 1 << 10
 
 
 def beat_message(beat: Heartbeat) -> dict[str, Any]:
@@ -33,9 +40,12 @@ def read_beat(fields: dict[str, Any]) -> Heartbeat:
     """Return the heartbeat in a message; raises NearstateError when it is none."""
     try:
         return Heartbeat(
-            str(fields["host"]), int(fields["cluster"]), int(fields["incarnation"]), int(fields["epoch"]), int(fields["sent_ns"]),
-            tuple((int(partition), str(host)) for partition, host in fields["synchronised"]),
-            tuple(map(int, fields["released"])), tuple(map(str, fields["unreachable"])), int(fields["lag"]),
+            strict.name(fields["host"]), whole(fields["cluster"], WORD), whole(fields["incarnation"], LARGEST_TIME),
+            whole(fields["epoch"], LARGEST_EPOCH), whole(fields["sent_ns"], LARGEST_TIME),
+            tuple((whole(partition, MOST_PARTITIONS), strict.name(host))
+                  for partition, host in members(fields["synchronised"], MOST_PARTITIONS)),
+            tuple(whole(partition, MOST_PARTITIONS) for partition in members(fields["released"], MOST_PARTITIONS)),
+            tuple(map(strict.name, members(fields["unreachable"], MOST_HOSTS))), whole(fields["lag"], WORD),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise NearstateError(f"not a heartbeat: {error!r}") from None
@@ -50,7 +60,8 @@ def read_grant(fields: dict[str, Any]) -> Grant:
     """Return the grant in a message; raises NearstateError when it is none."""
     try:
         given = ClusterMap.from_json(fields["map"]) if fields["map"] else None
-        return Grant(int(fields["incarnation"]), int(fields["sent_ns"]), int(fields["lease_ns"]), int(fields["epoch"]), given,
+        return Grant(whole(fields["incarnation"], LARGEST_TIME), whole(fields["sent_ns"], LARGEST_TIME),
+                     whole(fields["lease_ns"], LARGEST_TIME), whole(fields["epoch"], LARGEST_EPOCH), given,
                      str(fields["refusal"]))  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise NearstateError(f"not a grant: {error!r}") from None
@@ -61,29 +72,32 @@ def gossip(*said: Ping | Pong) -> bytes:
     return json.dumps({type(each).__name__.lower(): vars(each) for each in said}).encode()
 
 
-def read_gossip(data: bytes) -> tuple[Pong | None, Ping | None]:
-    """Return what another store says in a datagram; nothing when it is not whole."""
+def read_gossip(sender: str, text: bytes) -> tuple[Pong | None, Ping | None]:
+    """Return what a store says of itself in a datagram; nothing when it is not whole, or of somebody else."""
     try:
-        message = json.loads(data)
+        message = strict.message(text)
         pong, ping = message.get("pong"), message.get("ping")
+        if any(said["host"] != sender for said in (pong, ping) if said):
+            return None, None
         return (
-            Pong(str(pong["host"]), int(pong["epoch"]), int(pong["incarnation"]), int(pong["sent_ns"]), bool(pong["promise"]))
-            if pong else None,
-            Ping(str(ping["host"]), *(int(ping[name]) for name in ("cluster", "incarnation", "epoch", "sent_ns")))
-            if ping else None,
+            Pong(sender, whole(pong["epoch"], LARGEST_EPOCH), whole(pong["incarnation"], LARGEST_TIME),
+                 whole(pong["sent_ns"], LARGEST_TIME), pong["promise"] is True) if pong else None,
+            Ping(sender, whole(ping["cluster"], WORD), whole(ping["incarnation"], LARGEST_TIME),
+                 whole(ping["epoch"], LARGEST_EPOCH), whole(ping["sent_ns"], LARGEST_TIME)) if ping else None,
         )  # fmt: skip
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return None, None
 
 
 class LineSocket:
     """A connection that carries messages; it never waits."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, longest: int = LONGEST_LINE) -> None:
+        """longest: bytes of a line that is taken."""
         connection.setblocking(False)
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection, self._in, self._out = connection, b"", b""
+        self.connection, self._longest, self._in, self._out = connection, longest, b"", b""
 
     def fileno(self) -> int:
         return self.connection.fileno()
@@ -94,9 +108,12 @@ class LineSocket:
         return bool(self._out)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message, or as much of it as the socket takes now. Raises OSError when the connection is lost."""
+        """Send a message, or as much of it as the socket takes now. Raises OSError when the connection is lost, or the other end
+        does not read."""
         self._out += json.dumps(message, separators=(",", ":")).encode() + b"\n"
         self.flush()
+        if len(self._out) > 2 * LONGEST_TOLD:
+            raise ConnectionAbortedError("the other end does not read")
 
     def flush(self) -> None:
         """Go on sending. Raises OSError."""
@@ -125,17 +142,18 @@ class LineSocket:
                 lost = ConnectionResetError("closed")
                 break
             self._in += data
-            if len(self._in) > LONGEST_LINE:
-                raise ConnectionAbortedError("a line of over 4 MB")
+            if len(self._in) - self._in.rfind(b"\n") - 1 > self._longest:
+                raise ConnectionAbortedError(f"a line of over {self._longest} bytes")
+            if len(self._in) > 2 * self._longest:  # the rest waits in the socket
+                break
         *lines, self._in = self._in.split(b"\n")
         for line in lines:
+            if len(line) > self._longest:
+                raise ConnectionAbortedError(f"a line of over {self._longest} bytes")
             try:
-                message = json.loads(line)
-            except ValueError:
-                raise ConnectionAbortedError(f"no message: {line[:60]!r}") from None
-            if not isinstance(message, dict):
-                raise ConnectionAbortedError(f"no message: {line[:60]!r}")
-            yield message
+                yield strict.message(line)
+            except ValueError as error:
+                raise ConnectionAbortedError(f"no message: {error}") from None
         if lost:
             raise lost
 

@@ -17,6 +17,10 @@ import numpy as np
 
 from datastore.native.errors import NearstateError
 from datastore.replication.maps import ClusterMap
+from datastore.replication.messages import LONGEST_TOLD
+from datastore.security import strict
+from datastore.security.challenge import Distrust, prove
+from datastore.security.secret import COORDINATOR, STORE, Credential
 from datastore.store.client import Answer
 from datastore.store.layout import EXPIRY_BITS
 from datastore.store.operations import ANY_VERSION, DELETE, GET, HELLO, OPERATION_VALUE, PUT, SEQUENCE, operation_word
@@ -30,10 +34,16 @@ TRY_S = 0.1
 PAUSE_S = 0.002
 
 
-def ask(address: tuple[str, int], message: dict[str, Any], timeout_s: float = 2.0) -> dict[str, Any]:
-    """Send a coordinator one message and return its answer. Raises NearstateError when it does not answer."""
+def ask(
+    address: tuple[str, int], message: dict[str, Any], credential: Credential, timeout_s: float = 2.0
+) -> dict[str, Any]:  # fmt: skip
+    """Send a coordinator one message and return its answer. Raises NearstateError when it does not answer, or none that is one.
+
+    credential: an administrator's; a client's for {"map": epoch} alone.
+    """
     try:
         with socket.create_connection(address, timeout_s) as connection:
+            prove(connection, credential, COORDINATOR, timeout_s=timeout_s)
             connection.sendall(json.dumps(message).encode() + b"\n")
             data = b""
             while not data.endswith(b"\n"):
@@ -41,19 +51,26 @@ def ask(address: tuple[str, int], message: dict[str, Any], timeout_s: float = 2.
                 if not more:
                     raise ConnectionResetError("it closed the connection")
                 data += more
+                if len(data) > LONGEST_TOLD:
+                    raise ConnectionAbortedError(f"its answer is longer than {LONGEST_TOLD} bytes")
+        return strict.message(data)
+    except Distrust as error:
+        raise NearstateError(f"coordinator at {address[0]}:{address[1]}: {error}") from None
+    except ValueError as error:
+        raise NearstateError(f"coordinator at {address[0]}:{address[1]} answers no message: {error}") from None
     except OSError as error:
         raise NearstateError(f"no coordinator answers at {address[0]}:{address[1]} ({error}): is it running?") from None
-    answer: dict[str, Any] = json.loads(data)
-    return answer
 
 
 class RoutedClient:
     """One client; not for several threads at once."""
 
     def __init__(
-        self, stores: dict[str, tuple[str, int]], coordinator: tuple[str, int], client_id: int, value_bytes: int, cluster: int
-    ) -> None:
-        """client_id: not 0, of this client alone, and never used before."""
+        self, stores: dict[str, tuple[str, int]], coordinator: tuple[str, int], credential: Credential, value_bytes: int,
+        cluster: int,
+    ) -> None:  # fmt: skip
+        """credential: a client's, whose number is its id: not 0, of this client alone, and never used before."""
+        client_id, self._credential = credential.number, credential
         self.stores, self.coordinator, self.client_id, self.cluster = stores, coordinator, client_id, cluster
         self.value_words = value_bytes // 8
         self.next_sequence = 1
@@ -95,7 +112,7 @@ class RoutedClient:
 
     def _look_at_map(self) -> None:
         with contextlib.suppress(NearstateError):
-            newest = ask(self.coordinator, {"map": self.map.epoch}, TRY_S).get("map")
+            newest = ask(self.coordinator, {"map": self.map.epoch}, self._credential, TRY_S).get("map")
             if newest:
                 self.map = ClusterMap.from_json(newest)
 
@@ -119,8 +136,9 @@ class RoutedClient:
     def _exchange(self, host: str, operation: np.ndarray) -> np.ndarray:
         if host not in self._connections:
             connection = socket.create_connection(self.stores[host], TRY_S)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connections[host] = connection
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            prove(connection, self._credential, STORE, host, TRY_S)
             greeting = np.zeros_like(operation)
             greeting[0], greeting[SEQUENCE], greeting[4] = operation_word(HELLO, 0, 0, self.value_words * 8), 0, 64
             if int(self._send(connection, greeting)[0]) >> 8 & 0xFF != OK:

@@ -686,9 +686,9 @@ def judge(is_first: bool, epoch: int, joined: int, base: int, serial: int, my_ep
     """Return what to do with a frame, given the last one applied: OK (apply it), DUPLICATE, STALE_EPOCH or GAP.
 
     is_first: it needs none before it: an image, or a claim that is right. STALE_EPOCH is also the answer to a frame for a replica
-    that this host does not know to be.
+    that this host does not know to be; nobody joins in epoch 0.
     """
-    if epoch < my_epoch or joined != my_joined:
+    if epoch < my_epoch or joined != my_joined or joined == 0:
         return STALE_EPOCH
     if epoch > my_epoch:
         return OK if is_first else GAP

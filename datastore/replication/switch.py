@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datastore.replication.messages import LineSocket
+from datastore.replication.messages import LONGEST_TOLD, LineSocket
 
 AGAIN_S = 0.05
 PORTS_S = 0.03
@@ -72,7 +72,7 @@ class Line:
             except OSError:
                 connection.close()
                 raise
-            self._line = LineSocket(connection)
+            self._line = LineSocket(connection, LONGEST_TOLD)
         return self._line
 
     def _lose(self, error: OSError) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from datastore.native.errors import NearstateError, unknown
 from datastore.replication.coordinator import Coordinator, Failover, Timing
+from datastore.security.strict import LARGEST_EPOCH, members, whole
 
 BATCH = 128
 """Moves between `park` and `go` at a time: a parked packet waits until its whole batch has been steered and drained.
@@ -77,14 +78,19 @@ class Switchover:
             coordinator.may_hand_over, coordinator.may_end = set(), set()
 
     def hear(self, now_ns: int, report: dict[str, Any]) -> str:
-        """Take what an instance says of itself (`nfs/dataplane/process.py`) and return its name. Raises NearstateError."""
+        """Take what an instance says of itself (`nfs/dataplane/process.py`) and return its name.
+
+        Raises NearstateError for an unknown instance, ValueError for a report that is none.
+        """
         name = str(report["host"])
         if name not in self.instances:
             raise unknown("instance", name, self.instances)
         instance = self.instances[name]
-        instance.heard_ns, instance.epoch, instance.has_ended = now_ns, int(report["epoch"]), False
-        instance.parked = frozenset(map(int, report["parked"]))
-        instance.quiet = frozenset(map(int, report["quiet"])) & self.watched.keys()
+        epoch, most = whole(report["epoch"], LARGEST_EPOCH), len(self.steering)
+        parked, quiet = (frozenset(whole(partition, most - 1) for partition in members(report[kind], most))
+                         for kind in ("parked", "quiet"))  # fmt: skip
+        instance.heard_ns, instance.epoch, instance.has_ended = now_ns, epoch, False
+        instance.parked, instance.quiet = parked, quiet & self.watched.keys()
         return name
 
     def see(self, now_ns: int, down: frozenset[str], settled_ns: int) -> None:

@@ -30,6 +30,8 @@ from datastore.native import inline, jit
 from datastore.native.errors import NearstateError
 from datastore.native.libc import EAGAIN, ECONNRESET, recv, send
 from datastore.native.memory import copy
+from datastore.security.challenge import Distrust, prove
+from datastore.security.secret import STORE, Credential
 from datastore.store.layout import EXPIRY_BITS, EXPIRY_MASK
 from datastore.store.operations import (
     ADD,
@@ -407,10 +409,11 @@ class Client:
 
     def __init__(
         self, addresses: list[tuple[str, int]], client_id: int, value_bytes: int, cluster: int = 0, epoch: int = 1,
-        window: int = DEFAULT_WINDOW, timeout_s: float = 5.0,
+        window: int = DEFAULT_WINDOW, timeout_s: float = 5.0, credential: Credential | None = None,
     ) -> None:  # fmt: skip
-        """client_id: 1 to 2^32 - 1, of this process alone. window: at most the stores'. timeout_s: for every blocking step."""
-        self.addresses, self.value_bytes, self.timeout_s = addresses, value_bytes, timeout_s
+        """client_id: 1 to 2^32 - 1, of this process alone. window: at most the stores'. timeout_s: for every blocking step.
+        credential: of this client id; without one nothing can be connected."""
+        self.addresses, self.value_bytes, self.timeout_s, self._credential = addresses, value_bytes, timeout_s, credential
         self.state = new_state(len(addresses), client_id, value_bytes, cluster, epoch, window)
         self._sockets: list[socket.socket | None] = [None] * len(addresses)
 
@@ -422,6 +425,8 @@ class Client:
     def dial(self, host: int) -> tuple[socket.socket, int]:
         """Make a connection for `take_connection`; may run in another thread. Raises NearstateError as `connect`."""
         address, port = self.addresses[host]
+        if self._credential is None:
+            raise NearstateError(f"client without a credential cannot connect to {address}:{port}: give it one of the secret's")
         try:
             connection = socket.create_connection((address, port), self.timeout_s)
         except OSError as error:
@@ -430,12 +435,23 @@ class Client:
             ) from None
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._prove(connection, f"store at {address}:{port}")
             highest = self._greet(connection, f"store at {address}:{port}", host)
         except BaseException:
             connection.close()
             raise
         connection.setblocking(False)
         return connection, highest
+
+    def _prove(self, connection: socket.socket, store: str) -> None:
+        """Answer the store's challenge. Raises NearstateError when it proves nothing, StoreClosed when it is lost."""
+        assert self._credential
+        try:
+            prove(connection, self._credential, STORE, timeout_s=self.timeout_s)
+        except Distrust as error:
+            raise NearstateError(f"{store}: {error}") from None
+        except OSError as error:
+            raise StoreClosed(f"{store} did not answer the challenge: {error}") from None
 
     def take_connection(self, host: int, connection: socket.socket, highest: int) -> None:
         """Use a connection that `dial` made from now on. highest: the sequence number that the store told."""

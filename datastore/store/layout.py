@@ -37,7 +37,7 @@ HEADER_WORDS = 512
 
 # Header: what every access reads (never written after creation), in the first two cache lines.
 MAGIC, LAYOUT, VALUE_WORDS, BUCKETS, PARTITION_COUNT, FIRST, STRIDE, BUCKETS_OFFSET = range(8)
-SECRETS = 8
+SECRETS, HASH_SECRETS = 8, 5
 SLOT_WORDS, BUCKET_WORDS, DIRTY_OFFSET = 13, 14, 15
 """DIRTY_OFFSET: from a partition's header to its dirty bytes; 0: the table does not replicate."""
 # Header: what the store process and the tools read.

@@ -1,6 +1,7 @@
 """How do store and client speak?
 
-TCP; little-endian words of 64 bits; frames of up to 256 operations of one size, answered by one frame each, in order:
+TCP; a challenge first (`datastore/security/challenge.py`), then little-endian words of 64 bits; frames of up to 256 operations
+of one size, answered by one frame each, in order:
 
     0   magic and protocol version (32 bits) | frame bytes (32)
     1   operations in the frame (16) | flags (16; 1: answers) | epoch of the partition map (32)
@@ -53,7 +54,7 @@ from datastore.store.operations import (
     execute,
     operation_word,
 )
-from datastore.store.statuses import BAD_FRAME, BAD_OPERATION, OK, OVERSIZED, TOO_MANY_CLIENTS, WRONG_CLUSTER
+from datastore.store.statuses import BAD_FRAME, BAD_OPERATION, OK, OVERSIZED, TOO_MANY_CLIENTS, WRONG_CLIENT, WRONG_CLUSTER
 from datastore.store.table import LARGEST_VALUE_BYTES
 
 PROTOCOL_MAGIC = 0x6E73_7401
@@ -65,6 +66,7 @@ LARGEST_FRAME_BYTES = FRAME_HEADER_WORDS * 8 + FRAME_OPERATIONS * LARGEST_OPERAT
 ANSWERS = 1
 """The flag of a frame that holds answers."""
 
+NOT_ITS_OWN = -2
 UNUSED_CLIENT_S = 60
 """A client's slot may go to another one after this long without a frame."""
 
@@ -160,9 +162,12 @@ def highest_sequence(words: np.ndarray, client: int) -> Any:
 
 @jit
 def hello(words: np.ndarray, client: int, cluster: int, request: np.ndarray, at: int, answer: np.ndarray, answer_at: int) -> int:
-    """Answer a HELLO; return its status. client: the slot, or -1 when there is none left. cluster: the client's, uint64."""
+    """Answer a HELLO; return its status. client: the slot, -1 when there is none left, NOT_ITS_OWN when the id is not the one
+    that the connection's speaker has proven. cluster: the client's, uint64."""
     status = OK
-    if cluster != words[CLUSTER]:
+    if client == NOT_ITS_OWN:
+        status = WRONG_CLIENT
+    elif cluster != words[CLUSTER]:
         status = WRONG_CLUSTER
     elif request[at] >> np.uint64(32) > words[VALUE_WORDS] << np.uint64(3):
         status = OVERSIZED

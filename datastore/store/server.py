@@ -3,6 +3,14 @@
 One compiled loop around ppoll: whatever has arrived on a connection is read with one call, all operations of all whole frames
 in it are done, and all answers are sent with one call. A client that does not read its answers is not read from either, until
 its send buffer has room again. Between requests a bounded number of buckets is swept of expired records.
+
+A connection gets a place in the loop when Python has seen by a challenge who speaks (`datastore/security/door.py`):
+
+    place   0 ... 63        clients, one for each id; who is idle for long gives way
+            64 ... 67       administrators
+            68 ...          other stores, two for each: a process under the name of another one takes nothing away from it
+
+From a peer's place only stores' frames are taken, from the others only operations.
 """
 
 from __future__ import annotations
@@ -14,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import jit
+from datastore.native import inline, jit
 from datastore.native.errors import NearstateError
-from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, libc_accept4, libc_close, now_ns, poll, pollfd, recv, send
+from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, libc_close, now_ns, poll, pollfd, recv, send
 from datastore.native.memory import copy, fetch_add, load_acquire
 from datastore.replication.coordinator import Timing
 from datastore.replication.holds import FIRST_FRAME, LAST_FRAME, Holds, forget, has_room, let_go, make_holds, serve_frame
@@ -33,11 +41,14 @@ from datastore.replication.shipping import (
     Shipping,
     apply,
     image_words,
-    is_peer_frame,
     make_shipping,
     peer_frame_words,
 )
-from datastore.store.bells import STORE, Bells, hear, silent, wake_owners
+from datastore.security.challenge import Identity
+from datastore.security.door import Door
+from datastore.security.secret import ADMINISTRATOR, STORE, Secret, forget_key
+from datastore.store.bells import STORE as STORE_BELL
+from datastore.store.bells import Bells, hear, silent, wake_owners
 from datastore.store.layout import (
     ADDRESS,
     BUCKETS,
@@ -64,6 +75,7 @@ from datastore.store.protocol import (
     FRAME_HEADER_WORDS,
     FRAME_OPERATIONS,
     LARGEST_FRAME_BYTES,
+    NOT_ITS_OWN,
     find_client,
     frame_operations,
     frame_words,
@@ -74,7 +86,10 @@ from datastore.store.protocol import (
 from datastore.store.statuses import OK
 from datastore.store.table import Table, sweep
 
-CONNECTION_LIMIT = 64
+CLIENT_PLACES, ADMINISTRATOR_PLACES, PLACES_OF_A_PEER = 64, 4, 2
+COMMON_PLACES = CLIENT_PLACES + ADMINISTRATOR_PLACES
+IDLE_NS = 10_000_000_000
+"""A connection that was silent for so long gives way when its place is wanted."""
 SWEEP_PASS_S = 4
 """The whole table is swept once in this time, as far as the bounds of a step allow."""
 SWEEP_BUCKETS_BUSY, SWEEP_BUCKETS_IDLE = 32, 2048
@@ -85,14 +100,12 @@ WAKERS = 2
 BELL = 2
 """In `polled`, counted from the last peer: two wakers that end `serve` early, and the bell that does not."""
 
-_SOCK_NONBLOCK, _SOCK_CLOEXEC = 0o4000, 0o2000000
-
-# What a server's `control` holds.
-LISTENER, WAKER, SWEEP_PARTITION, SWEEP_DONE, SWEEP_NS, SEEN_IN_PLACE = range(6)
+# What a server's `control` holds. DOOR: the descriptor that says that somebody wants in.
+DOOR, WAKER, SWEEP_PARTITION, SWEEP_DONE, SWEEP_NS, SEEN_IN_PLACE = range(6)
 # What a connection holds. Received: bytes up to this one. Answered, released and sent: of the send buffer; an answer is released
-# when what it tells of is committed.
-DESCRIPTOR, RECEIVED, ANSWERED, RELEASED, SENT, CLIENT, CLOSING = range(7)
-CONNECTION_FIELDS = 8
+# when what it tells of is committed. Role and number: who has proven to speak; 0 may say nothing. Heard: when it was, last.
+DESCRIPTOR, RECEIVED, ANSWERED, RELEASED, SENT, CLIENT, CLOSING, ROLE, NUMBER, HEARD_NS = range(10)
+CONNECTION_FIELDS = 16
 
 
 class ServerState(NamedTuple):
@@ -103,16 +116,16 @@ class ServerState(NamedTuple):
     control: np.ndarray
     """int64[8]"""
     connections: np.ndarray
-    """int64[CONNECTION_LIMIT, CONNECTION_FIELDS]; DESCRIPTOR -1: none"""
+    """int64[places, CONNECTION_FIELDS]; DESCRIPTOR -1: none"""
     connected: np.ndarray
     """uint8[client slots]: 1 where a connection serves the client"""
     receive_words: np.ndarray
     receive_bytes: np.ndarray
-    """uint8[CONNECTION_LIMIT * largest frame]"""
+    """uint8[places * largest frame]"""
     send_words: np.ndarray
     send_bytes: np.ndarray
     polled: np.ndarray
-    """int64[CONNECTION_LIMIT + 2 + n]: listener, waker, connections, peers, what else ends `serve` early"""
+    """int64[places + 2 + n]: door, waker, connections, peers, what else ends `serve` early"""
     scratch: np.ndarray
     """int64[2]"""
     wakers: np.ndarray
@@ -124,20 +137,21 @@ class ServerState(NamedTuple):
 
 
 def new_state(
-    words: np.ndarray, listener: int, waker: int = -1, peers: int = 0, asynchronous: bool = False, bells: Bells | None = None
+    words: np.ndarray, door: int, waker: int = -1, peers: int = 0, asynchronous: bool = False, bells: Bells | None = None
 ) -> ServerState:
-    """Return the state of a server on the table `words`. waker: a descriptor whose input ends `serve` early, or -1.
+    """Return the state of a server on the table `words`. door, waker: descriptors whose input ends `serve` early, or -1.
 
     peers: how many other stores it ships to; none unless the table replicates. bells: None if nobody else works on the table.
     """
     answer_words = FRAME_HEADER_WORDS + FRAME_OPERATIONS * (OPERATION_VALUE + int(words[VALUE_WORDS]))
     longest_words = max(LARGEST_FRAME_BYTES // 8, image_words(words) if peers else 0)
-    receive = np.zeros(CONNECTION_LIMIT * longest_words, np.uint64)
+    places = COMMON_PLACES + PLACES_OF_A_PEER * peers
+    receive = np.zeros(places * longest_words, np.uint64)
     connected = np.zeros(max(int(words[CLIENTS]), 1), np.uint8)
-    answers = np.zeros(CONNECTION_LIMIT * 4 * answer_words, np.uint64)
+    answers = np.zeros(places * 4 * answer_words, np.uint64)
     control = np.zeros(8, np.int64)
-    control[LISTENER], control[WAKER], control[SWEEP_NS] = listener, waker, time.monotonic_ns()
-    connections = np.full((CONNECTION_LIMIT, CONNECTION_FIELDS), -1, np.int64)
+    control[DOOR], control[WAKER], control[SWEEP_NS] = door, waker, time.monotonic_ns()
+    connections = np.full((places, CONNECTION_FIELDS), -1, np.int64)
     return ServerState(
         words,
         control,
@@ -147,36 +161,28 @@ def new_state(
         receive.view(np.uint8),
         answers,
         answers.view(np.uint8),
-        np.zeros(CONNECTION_LIMIT + 2 + peers + WAKERS + 1, np.int64),
+        np.zeros(places + 2 + peers + WAKERS + 1, np.int64),
         np.zeros(2, np.int64),
         np.full(WAKERS, -1, np.int64),
         make_shipping(words, peers, connected, asynchronous),
-        make_holds(CONNECTION_LIMIT, 4 * FRAME_OPERATIONS, 4 * FRAME_OPERATIONS),
+        make_holds(places, 4 * FRAME_OPERATIONS, 4 * FRAME_OPERATIONS),
         make_links(words, peers),
         bells or silent(),
     )
 
 
-@jit
-def accept(server: ServerState) -> None:
-    """Take all waiting connections; the one too many is closed at once."""
-    while True:
-        flags = np.int32(_SOCK_NONBLOCK | _SOCK_CLOEXEC)
-        fd = libc_accept4(np.int32(server.control[LISTENER]), np.uintp(0), np.uintp(0), flags)
-        if fd < 0:
-            return
-        free = -1
-        for n in range(CONNECTION_LIMIT):
-            if server.connections[n, DESCRIPTOR] < 0:
-                free = n
-                break
-        if free < 0:
-            libc_close(fd)
-            continue
-        for field in range(CONNECTION_FIELDS):
-            server.connections[free, field] = 0
-        server.connections[free, DESCRIPTOR], server.connections[free, CLIENT] = fd, -1
-        fetch_add(server.words, CONNECTIONS, 1)
+@inline
+def places(server: ServerState) -> Any:
+    """Return how many connections there is room for."""
+    return server.connections.shape[0]
+
+
+def occupy(server: ServerState, n: int, descriptor: int, role: int, number: int = 0) -> None:
+    """Give place `n`, which is free, to a connection; the descriptor is the server's from now on. Not while it serves."""
+    row = np.zeros(CONNECTION_FIELDS, np.int64)
+    row[CLIENT], row[ROLE], row[NUMBER], row[HEARD_NS], row[DESCRIPTOR] = -1, role, number, time.monotonic_ns(), descriptor
+    server.connections[n] = row
+    server.words[CONNECTIONS] += np.uint64(1)
 
 
 @jit
@@ -195,17 +201,20 @@ def disconnect(server: ServerState, n: int) -> None:
 def greet(server: ServerState, n: int, now_s: int, at: int, answer_at: int) -> int:
     """Answer a frame that holds a HELLO alone and bind the connection to its client; return the answer's words.
 
-    An older connection of the same client is closed: what it still has in flight comes again on this one.
+    Its id must be the one it has proven. An older connection of the same client is closed: what it still has in flight comes
+    again on this one.
     """
     words = server.words
     requests, answers, operation = server.receive_words, server.send_words, at + FRAME_HEADER_WORDS
     client_id, cluster = requests[at + 2], requests[at + 3]
     client = -1
-    if client_id != np.uint64(0) and cluster == words[CLUSTER]:
+    if not is_of(server, n, client_id):
+        client = NOT_ITS_OWN
+    elif cluster == words[CLUSTER]:
         client = find_client(words, client_id, now_s, server.connected)
     status = hello(words, client, cluster, requests, operation, answers, answer_at + FRAME_HEADER_WORDS)
     if status == OK:
-        for other in range(CONNECTION_LIMIT):
+        for other in range(places(server)):
             if other != n and server.connections[other, DESCRIPTOR] >= 0 and server.connections[other, CLIENT] == client:
                 disconnect(server, other)
         if server.connections[n, CLIENT] >= 0:
@@ -217,21 +226,30 @@ def greet(server: ServerState, n: int, now_s: int, at: int, answer_at: int) -> i
     return FRAME_HEADER_WORDS + answer_words
 
 
+@inline
+def is_of(server: ServerState, n: int, client_id: int) -> Any:
+    """Tell whether a connection may speak under a client's id: its low half is the number that was proven."""
+    return np.int64(client_id & np.uint64(0xFFFFFFFF)) == server.connections[n, NUMBER] or (
+        server.connections[n, ROLE] == ADMINISTRATOR and client_id != np.uint64(0)
+    )
+
+
 @jit
 def answer_all(server: ServerState, owner: int, n: int, now: int) -> None:
     """Do the whole frames a connection has received, as long as their answers have room, and keep the rest."""
     words, connections = server.words, server.connections
-    receive_at = n * (server.receive_words.size // CONNECTION_LIMIT)
-    send_size = server.send_words.size // CONNECTION_LIMIT
+    receive_at = n * (server.receive_words.size // places(server))
+    send_size = server.send_words.size // places(server)
     send_at = n * send_size
     end = receive_at + (connections[n, RECEIVED] >> 3)
     answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
     at = receive_at
     while connections[n, CLOSING] == 0:
-        length = frame_words(server.receive_words, at, end, 0)
+        if connections[n, ROLE] == STORE:
+            length = peer_frame_words(server.receive_words, at, end, server.receive_words.size // places(server))
+        else:
+            length = frame_words(server.receive_words, at, end, 0)
         answered = connections[n, ANSWERED] >> 3
-        if length < 0 and server.links.control.shape[0] > 0:
-            length = peer_frame_words(server.receive_words, at, end, server.receive_words.size // CONNECTION_LIMIT)
         if length == 0:
             break
         if length < 0:
@@ -240,7 +258,7 @@ def answer_all(server: ServerState, owner: int, n: int, now: int) -> None:
             connections[n, ANSWERED] += refuse_frame(words, server.send_words, send_at + answered) * 8
             connections[n, CLOSING] = 1
             break
-        if is_peer_frame(server.receive_words, at):
+        if connections[n, ROLE] == STORE:
             if send_size - answered < FRAME_HEADER_WORDS + ACK_WORDS:
                 break
             connections[n, ANSWERED] += follow_frame(server, owner, now, at, length, send_at + answered) * 8
@@ -280,8 +298,9 @@ def client_of(server: ServerState, n: int, now_s: int, at: int) -> int:
     words, client = server.words, server.connections[n, CLIENT]
     if client >= 0:
         words[client_at(words, client) + CLIENT_USED_S] = np.uint64(now_s)
-        if words[client_at(words, client) + CLIENT_ID] != server.receive_words[at + 2]:
-            client = find_client(words, server.receive_words[at + 2], now_s, server.connected)
+        client_id = server.receive_words[at + 2]
+        if words[client_at(words, client) + CLIENT_ID] != client_id:
+            client = find_client(words, client_id, now_s, server.connected) if is_of(server, n, client_id) else -1
     return client
 
 
@@ -310,14 +329,14 @@ def release_answers(server: ServerState, n: int) -> None:
     if counts[n, FIRST_FRAME] == counts[n, LAST_FRAME]:
         connections[n, RELEASED] = connections[n, ANSWERED]
     elif end >= 0:
-        connections[n, RELEASED] = (end - n * (server.send_words.size // CONNECTION_LIMIT)) * 8
+        connections[n, RELEASED] = (end - n * (server.send_words.size // places(server))) * 8
 
 
 @jit
 def send_answers(server: ServerState, n: int) -> None:
     """Send what a connection has to send, as far as it is released and the peer takes it; a broken one is closed."""
     connections = server.connections
-    start = n * (server.send_bytes.size // CONNECTION_LIMIT)
+    start = n * (server.send_bytes.size // places(server))
     release_answers(server, n)
     if connections[n, SENT] < connections[n, RELEASED]:
         fd = connections[n, DESCRIPTOR]
@@ -339,7 +358,7 @@ def converse(server: ServerState, owner: int, n: int) -> None:
     The clock is read after the requests: a process that was stopped before must find that its lease is over.
     """
     connections = server.connections
-    size = server.receive_bytes.size // CONNECTION_LIMIT
+    size = server.receive_bytes.size // places(server)
     start = n * size
     if connections[n, SENT] == connections[n, RELEASED] and connections[n, RECEIVED] < size:
         got = recv(connections[n, DESCRIPTOR], server.receive_bytes, start + connections[n, RECEIVED], start + size)
@@ -348,6 +367,7 @@ def converse(server: ServerState, owner: int, n: int) -> None:
             return
         connections[n, RECEIVED] += max(got, 0)
     now = now_ns(server.scratch)
+    connections[n, HEARD_NS] = now
     while connections[n, DESCRIPTOR] >= 0:
         before = connections[n, RECEIVED]
         answer_all(server, owner, n, now)
@@ -362,11 +382,11 @@ def replicate(server: ServerState, owner: int, now: int) -> None:
     if server.words[DIRTY_OFFSET] == U0:
         return
     server.control[SEEN_IN_PLACE] = np.int64(load_acquire(server.words, IN_PLACE))
-    exchange(server.links, server.shipping, server.words, owner, now, server.polled, CONNECTION_LIMIT + 2)
+    exchange(server.links, server.shipping, server.words, owner, now, server.polled, places(server) + 2)
     if server.shipping.control[COMMITTED_MORE] != 0:
         server.shipping.control[COMMITTED_MORE] = 0
         wake_owners(server.words, server.bells)
-    for n in range(CONNECTION_LIMIT):
+    for n in range(places(server)):
         if server.connections[n, DESCRIPTOR] >= 0 and server.connections[n, ANSWERED] > 0:
             send_answers(server, n)
             if server.connections[n, DESCRIPTOR] >= 0 and server.connections[n, RECEIVED] > 0:
@@ -395,16 +415,16 @@ def sweep_step(server: ServerState, owner: int, now: int, most: int) -> None:
 
 @jit
 def wait(server: ServerState, timeout_ns: int) -> int:
-    """Sleep until the listener, a waker, a connection or a peer is ready, or time is up; return how many are.
+    """Sleep until the door, a waker, a connection or a peer is ready, or time is up; return how many are.
 
     A connection waits for room to send while it has answers left that may go, else for input.
     """
     polled, connections = server.polled, server.connections
-    polled[0], polled[1] = pollfd(server.control[LISTENER], POLLIN), pollfd(server.control[WAKER], POLLIN)
-    for n in range(CONNECTION_LIMIT):
+    polled[0], polled[1] = pollfd(server.control[DOOR], POLLIN), pollfd(server.control[WAKER], POLLIN)
+    for n in range(places(server)):
         events = POLLOUT if connections[n, RELEASED] > connections[n, SENT] else POLLIN
         polled[n + 2] = pollfd(connections[n, DESCRIPTOR], events)
-    used = poll_links(server.links, polled, CONNECTION_LIMIT + 2)
+    used = poll_links(server.links, polled, places(server) + 2)
     for n in range(WAKERS):
         polled[used + n] = pollfd(server.wakers[n], POLLIN)
     polled[used + BELL] = pollfd(server.bells.control[0], POLLIN)
@@ -431,9 +451,9 @@ def wait(server: ServerState, timeout_ns: int) -> int:
 
 @jit
 def serve(server: ServerState, owner: int, until_ns: int) -> int:
-    """Serve clients until `until_ns` of CLOCK_MONOTONIC; return 1 earlier when a waker has input or a peer is lost, else 0.
+    """Serve clients until `until_ns` of CLOCK_MONOTONIC; return 1 earlier when door or waker have input or a peer is lost.
 
-    A signal also ends it early, so that Python can handle it. Sleeps in ppoll whenever there is nothing to do.
+    Else 0. A signal also ends it early, so that Python can handle it. Sleeps in ppoll whenever there is nothing to do.
     """
     polled, connections = server.polled, server.connections
     while True:
@@ -444,24 +464,22 @@ def serve(server: ServerState, owner: int, until_ns: int) -> int:
         if ready < 0:
             return 0
         now = now_ns(server.scratch)
-        for n in range(CONNECTION_LIMIT):
+        for n in range(places(server)):
             if polled[n + 2] >> 48 != 0 and connections[n, DESCRIPTOR] >= 0:
                 if connections[n, ANSWERED] > 0:
                     send_answers(server, n)
                 if connections[n, DESCRIPTOR] >= 0:
                     converse(server, owner, n)
-        if polled[0] >> 48 != 0:
-            accept(server)
         replicate(server, owner, now)
         sweep_step(server, owner, now, SWEEP_BUCKETS_BUSY if ready > 0 else SWEEP_BUCKETS_IDLE)
-        if polled[1] >> 48 != 0 or must_return(server):
+        if polled[0] >> 48 != 0 or polled[1] >> 48 != 0 or must_return(server):
             return 1
 
 
 @jit
 def must_return(server: ServerState) -> bool:
     """Tell whether a waker has input, or a connection to a peer is lost: Python is to look."""
-    last = CONNECTION_LIMIT + 2 + server.links.control.shape[0]
+    last = places(server) + 2 + server.links.control.shape[0]
     for n in range(WAKERS):
         if server.polled[last + n] >> 48 != 0:
             return True
@@ -484,7 +502,7 @@ def listen(address: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
         listener.bind((address, port))
-        listener.listen(CONNECTION_LIMIT)
+        listener.listen(COMMON_PLACES)
     except OSError as error:
         listener.close()
         raise NearstateError(
@@ -497,15 +515,15 @@ class StoreProcess:
     """A table and the server on it: made from a configuration, run until told to stop."""
 
     def __init__(self, config: dict[str, Any], waker: int = -1) -> None:
-        """config: host, table, capacity, value_bytes, address, port, cluster, map (JSON), create; see `main`."""
-        self.host = config["host"]
+        """config: host, table, capacity, value_bytes, address, port, cluster, map (JSON), create, secret; see `main`."""
+        self.host, secret = config["host"], Secret.received(config.get("secret", -1))
         replication = config.get("replication")
         placement = None if replication else PartitionMap.from_json(config["map"])
         self._created = bool(config["create"]) and not config.get("keep", False)
         if config["create"]:
             self.table = Table.create(
                 config["table"], config["capacity"], config["value_bytes"], epoch=placement.epoch if placement else 0,
-                cluster=config["cluster"], replication_secret=replication["secret"] if replication else None,
+                cluster=config["cluster"], clients=COMMON_PLACES, replication_secret=secret.table_secret if replication else None,
             )  # fmt: skip
         else:
             self.table = Table.attach(config["table"])
@@ -514,48 +532,89 @@ class StoreProcess:
             self.owner = self.table.register_owner()
             if placement:
                 apply_map(self.table, self.host, placement)
-            self._listener = listen(config["address"], config["port"])
+            listener = listen(config["address"], config["port"])
+            self._door = Door(listener, secret, STORE, self.host)
         except BaseException:
             self.close()
             raise
-        address, self.port = self._listener.getsockname()
+        address, self.port = listener.getsockname()
         words = self.table.words
         words[PORT] = self.port
         words[ADDRESS] = int.from_bytes(socket.inet_aton(address), "big")
         peers = replication["peers"] if replication else []
-        self.bell = self.table.bell(STORE) if replication else None
+        self.bell = self.table.bell(STORE_BELL) if replication else None
         self.state = new_state(
-            words, self._listener.fileno(), waker, len(peers), bool(replication and replication["asynchronous"]),
+            words, self._door.fileno(), waker, len(peers), bool(replication and replication["asynchronous"]),
             self.bell.state if self.bell else None,
         )  # fmt: skip
         serve(self.state, self.owner, 0)  # compiled before anybody is told that the store is ready
+        self._peers = [str(peer["host"]) for peer in peers]
         self.member = Member(
             self.host, self.table, self.owner, config["cluster"], peers, replication["coordinators"], self.state.shipping,
-            self.state.links, (address, self.port), Timing.of(replication.get("lease_ms")),
+            self.state.links, (address, self.port), secret, Timing.of(replication.get("lease_ms")),
         ) if replication else None  # fmt: skip
 
     def turn(self) -> bool:
         """Serve for TURN_NS, or until a signal or the waker; tell whether the waker has input."""
         until_ns = time.monotonic_ns() + TURN_NS
+        for connection, identity in self._door.admit():
+            self._admit(connection, identity)
         if self.member is None:
-            return bool(serve(self.state, self.owner, until_ns))
+            serve(self.state, self.owner, until_ns)
+            return bool(self.state.polled[1] >> 48)
         self.member.work()
         self.state.wakers[0], self.state.wakers[1] = self.member.fileno(), self.member.gossip.fileno()
         serve(self.state, self.owner, min(until_ns, self.member.due_ns()))
         return bool(self.state.polled[1] >> 48)
 
+    def _admit(self, connection: socket.socket, identity: Identity) -> None:
+        """Give a connection whose speaker is known a place, if there is one."""
+        place = self._place(identity)
+        if place is None:
+            connection.close()
+            return
+        if self.state.connections[place, DESCRIPTOR] >= 0:
+            disconnect(self.state, place)
+        occupy(self.state, place, connection.detach(), identity.role, identity.number)
+
+    def _place(self, identity: Identity) -> int | None:
+        """Return the place for a speaker: its own, else a free one, else that of whoever is silent for longest, if for long.
+
+        A peer's second place goes to who has spoken last: of two processes under one name neither ends the other.
+        """
+        connections, rows = self.state.connections, self._rows(identity)
+        used = [n for n in rows if connections[n, DESCRIPTOR] >= 0]
+        own = [n for n in used if identity.number and connections[n, NUMBER] == identity.number]
+        free = [n for n in rows if n not in used]
+        if own or free:
+            return (own or free)[0]
+        idlest = min(used, key=lambda n: int(connections[n, HEARD_NS]), default=None)
+        is_idle = idlest is not None and time.monotonic_ns() - connections[idlest, HEARD_NS] > IDLE_NS
+        return idlest if is_idle or identity.role == STORE else None
+
+    def _rows(self, identity: Identity) -> range:
+        """Return the places of a speaker's kind; none for a store that is no peer."""
+        if identity.role == ADMINISTRATOR:
+            return range(CLIENT_PLACES, COMMON_PLACES)
+        if identity.role != STORE:
+            return range(CLIENT_PLACES)
+        if identity.name not in self._peers:
+            return range(0)
+        first = COMMON_PLACES + PLACES_OF_A_PEER * self._peers.index(identity.name)
+        return range(first, first + PLACES_OF_A_PEER)
+
     def close(self) -> None:
-        """Close connections and listener, and remove the table's name if this process made it."""
+        """Close connections and door, and remove the table's name if this process made it."""
         member: Member | None = getattr(self, "member", None)
         if member:
             member.close()
         if hasattr(self, "state"):
             if self.bell:
                 self.bell.close()
-            for n in range(CONNECTION_LIMIT):
+            for n in range(len(self.state.connections)):
                 if self.state.connections[n, DESCRIPTOR] >= 0:
                     disconnect(self.state, n)
-            self._listener.close()
+            self._door.close()
         self.table.close()
         if self._created:
             self.table.unlink()
@@ -565,8 +624,9 @@ def main(config: dict[str, Any], control: Any) -> None:
     """Run a store process under the launcher: target of `Launcher.spawn`.
 
     config: {"host": name in the map, "table": name, "capacity": records, "value_bytes": n, "address": IPv4, "port": n,
-    "cluster": id, "map": PartitionMap as JSON, "create": bool, "keep": bool (optional: leave the table behind)}, and optionally
-    "replication": {"coordinators": [[address, port], ...], "secret": n, "peers": [{"host", "address", "port"}],
+    "cluster": id, "map": PartitionMap as JSON, "create": bool, "secret": descriptor of the deployment's secret,
+    "keep": bool (optional: leave the table behind)}, and optionally
+    "replication": {"coordinators": [[address, port], ...], "peers": [{"host", "address", "port"}],
     "asynchronous": bool, "lease_ms": optional}: then it follows the coordinator's maps, and "map" is not looked at.
     control: `send(dict)`, `receive(timeout_s)`, `fileno()`. Sends {"ready": true, "port": n} (or {"error": line}); answers
     {"statistics": true} and {"map": ...}; ends at {"stop": true}, SIGTERM, or when the other side is gone.
@@ -574,6 +634,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     stopping = stop_at_signals()
     try:
         store = StoreProcess(config, control.fileno())
+        forget_key(config["secret"])
     except NearstateError as error:
         control.send({"error": str(error)})
         return

@@ -19,13 +19,14 @@ TOO_MANY_CLIENTS = 13
 BUSY = 14
 ALREADY_OPEN = 15
 LEASE_LAPSED = 16
+WRONG_CLIENT = 17
 
-STATUSES = 17
+STATUSES = 18
 
 NAMES = (
     "ok", "absent", "version_mismatch", "exists", "table_full", "oversized", "unknown_partition", "not_primary",
     "stale_epoch", "bad_frame", "bad_operation", "stale_sequence", "wrong_cluster", "too_many_clients", "busy",
-    "already_open", "lease_lapsed",
+    "already_open", "lease_lapsed", "wrong_client",
 )  # fmt: skip
 
 _MESSAGES = (
@@ -46,6 +47,7 @@ _MESSAGES = (
     "the partition's lock is held by a living process that does not go on (stopped or starved)",
     "this owner already holds the partition's lock: commit or abort the open record first",
     "this store's lease ran out, so another host may be primary by now: it waits for the coordinator, ask again",
+    "the client id is not the one that this connection has proven to have: use the credential's number",
 )
 
 

@@ -16,9 +16,9 @@ An expired record counts as absent: opened, it is new (all zero) and becomes a r
 from __future__ import annotations
 
 import errno as error_numbers
+import hashlib
 import mmap
 import os
-import random
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +64,7 @@ from datastore.store.layout import (
     FIRST,
     FLOOR,
     FULL_SWEEP,
+    HASH_SECRETS,
     HEADER_WORDS,
     INCARNATION,
     INSERT,
@@ -458,6 +459,13 @@ class Record:
         return FlowKey.of_words(self.low, self.high)
 
 
+def _hash_secrets(seed: int | None) -> np.ndarray:
+    """Return uint64[HASH_SECRETS]: drawn by chance, or made of a cluster's number of up to 256 bits (SHAKE256, FIPS 202)."""
+    size = 8 * HASH_SECRETS
+    drawn = secrets.token_bytes(size) if seed is None else hashlib.shake_256(seed.to_bytes(32, "big")).digest(size)
+    return np.frombuffer(drawn, np.uint64)
+
+
 class Table:
     """A hash table in shared memory: made by `create` or `private`, joined by `attach`.
 
@@ -481,7 +489,7 @@ class Table:
 
         The memory is reserved at once, so a full /dev/shm is an error here and never a crash later. clients, window: how
         many remote clients the completion records serve, and how many operations of each. replication_secret: the same number
-        on all hosts of a cluster whose tables replicate; None: this one does not.
+        of up to 256 bits on all hosts of a cluster whose tables replicate; None: this one does not.
         """
         path = _path(name)
         try:
@@ -553,9 +561,7 @@ class Table:
         words = table.words
         for at, content in layout.items():
             words[at] = content
-        source = secrets.SystemRandom() if replication_secret is None else random.Random(replication_secret)
-        for n in range(5):
-            words[SECRETS + n] = source.getrandbits(64)
+        words[SECRETS : SECRETS + HASH_SECRETS] = _hash_secrets(replication_secret)
         words[EPOCH], words[CLUSTER], words[LAYOUT] = epoch, cluster, LAYOUT_VERSION
         for partition in range(partitions):
             words[_base(words, partition) + ROLE] = role_word(epoch, NO_ROLE)

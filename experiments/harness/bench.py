@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from datastore import placements
 from datastore.native.errors import NearstateError, unknown
 from datastore.placements import Cluster
+from datastore.security.secret import CLIENT, Secret
 from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Record, Table
 from experiments.harness import accounting, spec
@@ -61,6 +61,7 @@ class Bench:
         self.lost: set[str] = set()
         self._offered: tuple[float, float, dict[str, Any]] | None = None
         self.overrides: dict[str, Any] = {}
+        self.secret = Secret.fresh()
 
     @property
     def stages(self) -> list[list[str]]:
@@ -116,8 +117,18 @@ class Bench:
 
     @property
     def cluster_id(self) -> int:
-        """A number that keeps stores and clients of different runs apart."""
-        return zlib.crc32(self.network.run_id.encode()) % (1 << 31) + 1
+        """A number that keeps stores and clients of different trials apart."""
+        return self.secret.cluster
+
+    @property
+    def secret_path(self) -> Path:
+        """The secret of this trial, for tools: `python -m datastore status ADDRESS --secret FILE`."""
+        return Path("/dev/shm", f"nearstate-{self.network.run_id}.secret")
+
+    def _keep_secret(self) -> None:
+        """Leave the secret where tools of this user find it, until the run ends."""
+        Path(self.launcher.journal.shared_memory(self.secret_path.name)).unlink(missing_ok=True)
+        self.secret.write(self.secret_path)
 
     def stores_of(self, stage: Sequence[str]) -> tuple[str, ...]:
         """Return the hosts that keep the state of a stage; those with role "store" keep that of all stages."""
@@ -208,10 +219,11 @@ class Bench:
         """Return what a store's configuration says of replication."""
         peers = [{"host": name, "address": self.storage_address(name), "port": STORE_PORT}
                  for name in self.stores_of(stage) if name != host]  # fmt: skip
-        return {"coordinators": [[self.storage_address("control"), COORDINATOR_PORT]], "secret": self.cluster_id, "peers": peers,
+        return {"coordinators": [[self.storage_address("control"), COORDINATOR_PORT]], "peers": peers,
                 "asynchronous": self.settings["asynchronous"], "lease_ms": self.settings["lease_ms"] or None}  # fmt: skip
 
     def _start_stores(self) -> None:
+        self._keep_secret()
         if self.is_coordinated:
             self._start_coordinator(self.stages[0])
         stage_of = {host: stage for stage in self.stages for host in self.stores_of(stage)}
@@ -228,7 +240,7 @@ class Bench:
                   "cluster": self.cluster_id, "map": self.map_of(stage), "create": True,
                   **({"replication": self._replication(host, stage)} if self.is_coordinated else {})}  # fmt: skip
         target = "datastore.store.server:main"
-        self.stores[host] = self.launcher.spawn(f"store-{host}", self.network.hosts[host], target, config)
+        self.stores[host] = self.launcher.spawn(f"store-{host}", self.network.hosts[host], target, config, key=self.secret.key)
 
     def restart_store(self, host: str) -> None:
         """Start a killed store process again: with an empty table, as after the loss of the host; it joins as a backup."""
@@ -247,7 +259,8 @@ class Bench:
         """Start a killed coordinator again, from the state it saved."""
         assert self._coordinator_config
         host, target = self.network.hosts["control"], "datastore.replication.coordination:main"
-        self.coordinator = self.launcher.spawn("coordinator", host, target, self._coordinator_config, prompt=True)
+        self.coordinator = self.launcher.spawn("coordinator", host, target, self._coordinator_config, prompt=True,
+                                             key=self.secret.key)  # fmt: skip
         self.wait_ready([self.coordinator])
 
     def records(self, host: str) -> list[Record]:
@@ -290,9 +303,13 @@ class Bench:
     def _start_function(self, host: str) -> None:
         number = [each.name for each in self.nf_hosts].index(host)
         self.instances += 1
-        self.functions[host] = self.launcher.spawn(
-            f"nf-{host}", self.nf_hosts[number], "nfs.dataplane.process:main", self.function_config(host, number)
-        )
+        config = self.function_config(host, number)
+        self.functions[host] = self.launcher.spawn(f"nf-{host}", self.nf_hosts[number], "nfs.dataplane.process:main", config,
+                                                   key=self.client_key(host, config["client_id"]))  # fmt: skip
+
+    def client_key(self, host: str, client_id: int) -> bytes:
+        """Return the key of a client of the stores; it proves to be this one alone."""
+        return self.secret.credential(CLIENT, host, client_id).key
 
     def function_config(self, host: str, number: int) -> dict[str, Any]:
         """Return the configuration of the NF process on `host`: its stage's functions, their settings and their state."""
@@ -497,7 +514,7 @@ class Bench:
             process.kill()
         if self.peer:
             self.peer.stop()
-        names = [self.table_name(host) for host in self.stores]
+        names = [self.secret_path.name, *(self.table_name(host) for host in self.stores)]
         if self._coordinator_config:
             names += self._state_names
             with contextlib.suppress(FileNotFoundError):

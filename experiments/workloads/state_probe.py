@@ -17,6 +17,7 @@ import numpy as np
 from datastore.native import jit
 from datastore.native.histogram import encode, make_counts, record_ns, summary_us
 from datastore.native.libc import POLLIN, doze, now_ns, poll, pollfd
+from datastore.security.secret import CLIENT, Credential
 from datastore.store import operations, statuses
 from datastore.store.client import (
     DESCRIPTOR,
@@ -170,8 +171,8 @@ def pipeline_there(client: ClientState, hosts: np.ndarray, keys: np.ndarray, dep
 
 
 class Probe:
-    """One host's view of the store. config: host, map, table (shared memory name or None), stores, cluster, client_id,
-    value_bytes, keys, seed."""
+    """One host's view of the store. config: host, map, table (shared memory name or None), stores, cluster, client_id, secret
+    (descriptor of the key of that client), value_bytes, keys, seed."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         partition_map = PartitionMap.from_json(config["map"])
@@ -189,7 +190,9 @@ class Probe:
     def _connect(self, config: dict[str, Any], partition_map: PartitionMap) -> None:
         stores = config["stores"]
         self.client = Client([(store["address"], store["port"]) for store in stores], config["client_id"],
-                             config["value_bytes"], config["cluster"], self.epoch)  # fmt: skip
+                             config["value_bytes"], config["cluster"], self.epoch,
+                             credential=Credential.received(config["secret"], CLIENT, config["host"],
+                                                            config["client_id"]))  # fmt: skip
         for host in range(len(stores)):
             self.client.connect(host)
         primaries = partition_map.primaries([store["host"] for store in stores])

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datastore.replication.coordinator import Timing
-from datastore.replication.speaker import Speaker
+from datastore.replication.reporter import Reporter
+from datastore.security.secret import Credential
 
 
 class Follower:
@@ -22,26 +23,26 @@ class Follower:
 
     def __init__(
         self, coordinators: Sequence[Sequence[Any]], report: Callable[[], dict[str, Any]], call: Callable[[], None],
-        timing: Timing,
+        timing: Timing, credential: Credential,
     ) -> None:  # fmt: skip
         """coordinators: (host, port) of each; one leads and listens. report: what to tell ({"instance": ...} of
-        `coordination.py`). call: wakes the loop.
+        `coordination.py`). call: wakes the loop. credential: of this instance, a client.
         """
         self.orders: deque[dict[str, Any]] = deque()
         self._call = call
-        self._speaker = Speaker("follower", coordinators, lambda: {"instance": report()}, self._hear, timing)
+        self._reporter = Reporter("follower", coordinators, lambda: {"instance": report()}, self._hear, timing, credential)
 
     def tell(self) -> None:
         """Have the coordinator told at once, because orders were carried out; from another thread."""
-        self._speaker.tell()
+        self._reporter.tell()
 
     def wait_until_met(self, timeout_s: float) -> bool:
         """Wait until a coordinator has said something; tell whether one has."""
-        return self._speaker.met.wait(timeout_s)
+        return self._reporter.met.wait(timeout_s)
 
     def watch(self, descriptor: int, act: Callable[[], None]) -> None:
         """Call `act` once a descriptor is readable, from the follower's thread, and report anew; then close the descriptor."""
-        self._speaker.watch(descriptor, act)
+        self._reporter.watch(descriptor, act)
 
     def _hear(self, message: dict[str, Any]) -> None:
         orders = message.get("orders")
@@ -51,4 +52,4 @@ class Follower:
 
     def close(self) -> None:
         """Stop telling: for the coordinator the instance is gone after a lease."""
-        self._speaker.close()
+        self._reporter.close()

@@ -13,6 +13,7 @@ import numpy as np
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
 from datastore.replication.maps import ClusterMap
+from datastore.security.secret import CLIENT, HOUSEKEEPING, Credential, forget_key
 from datastore.store.client import EPOCH as CLIENT_EPOCH
 from datastore.store.client import Client, give_up
 from datastore.store.partitions import PARTITIONS, PartitionMap
@@ -38,8 +39,6 @@ CONNECT_S = 0.5
 ARRIVAL_NS = 1_000_000
 """How long a frame may take from the switch into this process' ring: what it sent before it said that it sends no more."""
 READ_S = 1.0
-READER_CLIENTS = 1 << 16
-"""Client ids of housekeeping begin here."""
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Process:
     inside, outside: interface names. port_kind: afxdp, afpacket, auto. value_bytes. capacity: records of a
     private table. map: PartitionMap as JSON, or None: all state is private. table: shared memory name of the store on this
     host, or None. stores: [{"host", "address", "port"}]. cluster, client_id: numbers, the latter of this process alone. spin_us.
+    secret: descriptor of the key of this host's client `client_id` (`datastore/security/secret.py`), if it reaches anybody.
     coordinators: [[address, port], ...], if the map can change (then `stores` names the store on this host, too); lease_ms.
     """
 
@@ -73,8 +73,11 @@ class Process:
         self.coordinators = config.get("coordinators")
         self.bell = self.table.bell(self.owner) if self.coordinators else None
         value_words = config["value_bytes"] // 8
+        self.credential = Credential.received(config.get("secret", -1), CLIENT, config["host"], config["client_id"]) if (
+            self.stores or self.coordinators) else None  # fmt: skip
         self.client = Client([(store["address"], store["port"]) for store in self.stores], config["client_id"],
-                             config["value_bytes"], config["cluster"], epoch, timeout_s=CONNECT_S)  # fmt: skip
+                             config["value_bytes"], config["cluster"], epoch, timeout_s=CONNECT_S,
+                             credential=self.credential)  # fmt: skip
         self.engine: Engine = make_engine(self.chain, self.frames, primary, self.owner, epoch, value_words,
                                           len(self.stores), spin_us=config.get("spin_us", 5.0),
                                           replicates=bool(self.coordinators),
@@ -112,8 +115,10 @@ class Process:
     def _make_reader(self) -> Reader:
         """Return a reader of the state with connections of its own."""
         config = self.config
-        client = Client([(store["address"], store["port"]) for store in self.stores], READER_CLIENTS + config["client_id"],
-                        config["value_bytes"], config["cluster"], self.epoch, timeout_s=READ_S)  # fmt: skip
+        credential = self.credential.for_housekeeping() if self.credential else None
+        client = Client([(store["address"], store["port"]) for store in self.stores], HOUSEKEEPING | config["client_id"],
+                        config["value_bytes"], config["cluster"], self.epoch, timeout_s=READ_S,
+                        credential=credential)  # fmt: skip
         return Reader(self.table, client, self.engine.primary, self.engine.control)
 
     def connect(self) -> None:
@@ -150,9 +155,10 @@ class Process:
     def join(self) -> None:
         """Speak to the coordinator from now on: this process can carry out orders."""
         if self.coordinators:
+            assert self.credential
             note_oldest(self.engine, self._oldest)  # loads its code, which takes 10 ms, before there are packets
             timing = Timing.of(self.config.get("lease_ms"))
-            self.follower = Follower(self.coordinators, self.report, self.call, timing)
+            self.follower = Follower(self.coordinators, self.report, self.call, timing, self.credential)
             # A coordinator must know of this process before it works in the store's memory, or it may take the end of the
             # store process for the end of the host's lease. One that is not there takes nothing for that.
             self.follower.wait_until_met(2 * timing.lease_ns / 1e9)
@@ -273,6 +279,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     """Process target: sends {"ready": true}, answers {"statistics": true} and {"settings": {function: {name: value}}}, ends at
     {"stop": true}."""
     process = Process(config)
+    forget_key(config.get("secret", -1))
     process.connect()
     process.process_packets(0)
     for opened in process.opened:  # whoever is told "ready" may send at once

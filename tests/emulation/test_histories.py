@@ -21,6 +21,7 @@ import pytest
 
 from datastore.native.errors import NearstateError
 from datastore.replication.routed import RoutedClient
+from datastore.security.secret import CLIENT
 from datastore.store.layout import VALUE
 from datastore.store.table import Table
 from datastore.verification.history import read_history
@@ -154,7 +155,9 @@ class Faults:
 def connection(bench: Bench, number: int) -> RoutedClient:
     """Return client `number` of the bench's stores."""
     addresses = {host: (bench.storage_address(host), STORE_PORT) for host in bench.stores}
-    return RoutedClient(addresses, (bench.storage_address("control"), COORDINATOR_PORT), number, VALUE_BYTES, bench.cluster_id)
+    credential = bench.secret.credential(CLIENT, "recorded", number)
+    return RoutedClient(addresses, (bench.storage_address("control"), COORDINATOR_PORT), credential, VALUE_BYTES,
+                        bench.cluster_id)  # fmt: skip
 
 
 def record(bench: Bench, folder: Path, number: int, stop: threading.Event, least: int = OPERATIONS) -> None:

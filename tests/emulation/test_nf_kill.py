@@ -19,6 +19,7 @@ from nfs.dataplane import declaration
 from nfs.dataplane.ledger import imbalance
 from tests.conftest import Bench, ask, make_bench
 from tests.packets import SERVER
+from tests.secrets_of_tests import client as credential
 from topologies.emulation import system
 
 KILLS, FLOWS, FRAME_BYTES, OFFERED_KPPS = 100, 50, 128, 30
@@ -65,7 +66,7 @@ def test_100_kills_under_load_leave_the_store_whole_and_serving(bench: Bench, ta
                             {"interface": "net", "source_mac": "02:00:00:00:00:01", "next_hop_mac": "02:00:00:00:00:02",
                              "server": SERVER, "traffic": {"flows": FLOWS, "frame_bytes": FRAME_BYTES}})  # fmt: skip
     with system.network_namespace(nf.pid):
-        remote = Client([("127.0.0.1", STORE_PORT)], 9, 32, CLUSTER, 1)
+        remote = Client([("127.0.0.1", STORE_PORT)], 9, 32, CLUSTER, 1, credential=credential(9))
         remote.connect()
     process = bench.spawn("nf", nf, "nfs.dataplane.process:main", config)
     generator.send({"step": 1, "offered_kpps": OFFERED_KPPS, "seconds": 300})

@@ -21,6 +21,7 @@ from datastore.verification.history import HistoryWriter, read_history
 from datastore.verification.linearizability import LINEARIZABLE, VIOLATION, check_history
 from datastore.verification.recorder import RecordedClient
 from tests.conftest import Bench, make_bench
+from tests.secrets_of_tests import client as credential
 from topologies.emulation import system
 
 CLIENTS, KEYS, OPERATIONS, VALUE_BYTES, CLUSTER, PORT = 8, 3, 2500, 16, 78, 7078
@@ -45,7 +46,7 @@ def work(folder: Path, number: int, operations: int) -> None:
     """What one client does: everything a client can ask, on few keys; conditional writes from what it saw last."""
     chance = random.Random(number)
     seen = [1] * KEYS
-    with Client([("10.9.0.1", PORT)], number, VALUE_BYTES, CLUSTER) as client:
+    with Client([("10.9.0.1", PORT)], number, VALUE_BYTES, CLUSTER, credential=credential(number)) as client:
         client.connect()
         writer = HistoryWriter(folder, number, VALUE_BYTES)
         recorded = RecordedClient(client, writer)

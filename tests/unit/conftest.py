@@ -12,6 +12,7 @@ from datastore.store.client import Client
 from datastore.store.partitions import PARTITIONS
 from nfs.dataplane.engine import HERE
 from tests.rig import VALUE_BYTES
+from tests.secrets_of_tests import client as credential
 from tests.unit.test_store_server import CLUSTER, Store
 
 
@@ -22,7 +23,7 @@ def where(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         yield {}
         return
     store = Store(value_bytes=VALUE_BYTES)
-    client = Client([("127.0.0.1", store.port)], 1, VALUE_BYTES, CLUSTER)
+    client = Client([("127.0.0.1", store.port)], 1, VALUE_BYTES, CLUSTER, credential=credential(1))
     client.connect()
     primary = np.zeros(PARTITIONS, np.int64)
     if request.param == "half":

@@ -19,6 +19,7 @@ from datastore.store.operations import ADD, GET, INSERT, OPERATION_VALUE, PUT
 from datastore.store.partitions import PARTITIONS
 from datastore.store.statuses import ABSENT, OK, STALE_EPOCH
 from datastore.store.table import Table
+from tests.secrets_of_tests import client as credential
 from tests.unit.test_store_server import CLUSTER, VALUE_BYTES, Store, start
 
 __all__ = ["start"]  # the fixture
@@ -86,15 +87,15 @@ def test_a_client_that_does_not_fit_is_told_why(start, options, message):
     store = start()
     arguments = {"value_bytes": VALUE_BYTES, "cluster": CLUSTER, **options}
     with pytest.raises(NearstateError, match=message) as caught:
-        Client([("127.0.0.1", store.port)], 3, **arguments).connect()
+        Client([("127.0.0.1", store.port)], 3, credential=credential(3), **arguments).connect()
     assert "\n" not in str(caught.value)
 
 
 def test_nobody_there_and_nobody_answering():
     with pytest.raises(StoreClosed, match=r"no store answers at 127\.0\.0\.1:1 "):
-        Client([("127.0.0.1", 1)], 3, 8).reconnect(attempts=2)
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(StoreClosed, match="did not answer HELLO"):
-        Client([silent.getsockname()], 3, 8, timeout_s=0.2).connect()
+        Client([("127.0.0.1", 1)], 3, 8, credential=credential(3)).reconnect(attempts=2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(StoreClosed, match="did not answer the challenge"):
+        Client([silent.getsockname()], 3, 8, timeout_s=0.2, credential=credential(3)).connect()
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 64, b"\0" * 128, b""])
@@ -109,8 +110,8 @@ def test_a_stranger_at_the_address_is_recognised(answer):
 
         stranger = threading.Thread(target=speak)
         stranger.start()
-        with pytest.raises(NearstateError, match=r"HELLO|another program"):
-            Client([server.getsockname()], 3, 8, timeout_s=1).connect()
+        with pytest.raises(NearstateError, match=r"does not prove|did not answer the challenge"):
+            Client([server.getsockname()], 3, 8, timeout_s=1, credential=credential(3)).connect()
         stranger.join()
 
 

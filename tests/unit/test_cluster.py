@@ -18,7 +18,6 @@ from datastore.replication import coordination
 from datastore.replication.coordinator import Heartbeat
 from datastore.replication.maps import ClusterMap
 from datastore.replication.report import troubles
-from datastore.replication.routed import ask
 from datastore.replication.state_file import FileState
 from datastore.store.operations import ADD, GET
 from datastore.store.statuses import OK
@@ -26,6 +25,7 @@ from datastore.verification.history import read_history
 from datastore.verification.linearizability import LINEARIZABLE, check_history
 from tests.cluster import HOSTS, LEASE_MS, PARTITIONS, VALUE_BYTES, Cluster, Process, free_port
 from tests.recorded import work
+from tests.secrets_of_tests import SECRET, secret_file
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_move_loses_nothing(cluster):
     with cluster.client(1) as client:
         assert client.do(ADD, 3, 9, (5).to_bytes(8, "little")).status == OK
         target = next(host for host in HOSTS if host not in cluster.status()["map"]["groups"][3]["members"])
-        assert "error" not in ask(("127.0.0.1", cluster.ports["control"]), {"move": {"partitions": [3], "target": target}})
+        assert "error" not in cluster.ask({"move": {"partitions": [3], "target": target}})
         deadline = time.monotonic() + 10
         while cluster.status()["map"]["groups"][3]["members"][0] != target:
             assert time.monotonic() < deadline
@@ -86,14 +86,17 @@ def test_while_the_coordinator_is_down_nothing_stops(cluster):
     cluster.wait_until_full()
 
 
-def test_status_and_move_on_the_command_line(cluster, capsys):
+def test_status_and_move_on_the_command_line(cluster, capsys, tmp_path):
     cluster.wait_until_full()
     address = f"127.0.0.1:{cluster.ports['control']}"
-    assert command_line.main(["status", address]) == 0
+    secret_path = tmp_path / "secret"
+    SECRET.write(secret_path)
+    secret = ("--secret", str(secret_path))
+    assert command_line.main(["status", address, *secret]) == 0
     shown = capsys.readouterr().out
     assert "all 256 partitions have 2 copies" in shown
     assert shown.count(" ok ") == len(HOSTS)
-    assert command_line.main(["move", address, "0-9", "nf3"]) == 0
+    assert command_line.main(["move", *secret, address, "0-9", "nf3"]) == 0
     deadline = time.monotonic() + 20
     while any(group["members"][0] != "nf3" for group in cluster.status()["map"]["groups"][:10]):
         assert time.monotonic() < deadline
@@ -101,17 +104,18 @@ def test_status_and_move_on_the_command_line(cluster, capsys):
     cluster.stores["nf1"].kill()
     while "MISSING" not in shown:
         assert time.monotonic() < deadline
-        assert command_line.main(["status", address]) == 0
+        assert command_line.main(["status", address, *secret]) == 0
         shown = capsys.readouterr().out
-    assert command_line.main(["move", address, "0-9", "nf9"]) == 1
+    assert command_line.main(["move", *secret, address, "0-9", "nf9"]) == 1
     assert "unknown store host 'nf9'" in capsys.readouterr().err
-    assert command_line.main(["status", "127.0.0.1:1", "--json"]) == 1
+    assert command_line.main(["status", "127.0.0.1:1", "--json", *secret]) == 1
     assert "no coordinator answers at 127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_a_move_of_what_is_on_its_way_elsewhere_is_refused(tmp_path):
     config = {"address": "127.0.0.1", "port": 0, "cluster": 1, "replicas": 2, "hosts": HOSTS,
-              "placement": [["nf1", "nf2"]] * PARTITIONS, "state": str(tmp_path / "state.json")}  # fmt: skip
+              "placement": [["nf1", "nf2"]] * PARTITIONS, "state": str(tmp_path / "state.json"),
+              "secret": secret_file()}  # fmt: skip
     process = coordination.Coordination(config)
     try:
         for name in HOSTS:
@@ -133,7 +137,8 @@ def test_a_coordinator_that_cannot_save_changes_nothing_and_says_why(tmp_path):
             raise NearstateError("no space")
 
     config = {"address": "127.0.0.1", "port": 0, "cluster": 1, "replicas": 2, "hosts": HOSTS,
-              "placement": [["nf1", "nf2"]] * PARTITIONS, "state": str(tmp_path / "state.json")}  # fmt: skip
+              "placement": [["nf1", "nf2"]] * PARTITIONS, "state": str(tmp_path / "state.json"),
+              "secret": secret_file()}  # fmt: skip
     process = coordination.Coordination(config)
     try:
         process.state = FullDisk(tmp_path / "state.json")

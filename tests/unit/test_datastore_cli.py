@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from datastore import __main__ as command_line
+from datastore.security.secret import CLIENT, Credential, Secret
 from datastore.store import layout
 from datastore.store.client import Client
 from datastore.store.table import Table
@@ -38,7 +39,7 @@ def served() -> Iterator[subprocess.Popen[str]]:
         line = process.stdout.readline()
         assert NAME in line
         port = int(line.split(":")[1].split(";")[0])
-        with Client([("127.0.0.1", port)], 1, 32, 3) as client:
+        with Client([("127.0.0.1", port)], 1, 32, 3, credential=served_client(NAME)[0]) as client:
             client.connect()
             client.insert(FLOW_LOW, FLOW_HIGH, b"\x2a", expiry=(int(time.monotonic()) + 300) % (1 << 20))
             for n in range(120):
@@ -48,6 +49,12 @@ def served() -> Iterator[subprocess.Popen[str]]:
         process.terminate()
         process.wait(10)
         (Path("/dev/shm") / NAME).unlink(missing_ok=True)
+
+
+def served_client(table: str) -> tuple[Credential, int]:
+    """Return the credential of client 1 of a table that `serve` serves, and its cluster's number."""
+    secret = Secret.read(command_line.secret_file(table))
+    return secret.credential(CLIENT, "test", 1), secret.cluster
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -142,7 +149,8 @@ def test_a_kept_table_is_served_again_and_ctrl_c_ends_cleanly():
             try:
                 assert process.stdout
                 port = int(process.stdout.readline().split(":")[1].split(";")[0])
-                with Client([("127.0.0.1", port)], 1, 32) as client:
+                credential, cluster = served_client(name)
+                with Client([("127.0.0.1", port)], 1, 32, cluster, credential=credential) as client:
                     client.connect()
                     assert client.add(1, 1, 0, 1).value[0] == turn + 1
                 process.send_signal(signal.SIGINT)
@@ -155,3 +163,4 @@ def test_a_kept_table_is_served_again_and_ctrl_c_ends_cleanly():
         table.close()
     finally:
         (Path("/dev/shm") / name).unlink(missing_ok=True)
+        command_line.secret_file(name).unlink(missing_ok=True)

@@ -17,6 +17,9 @@ import pytest
 from datastore.replication import coordination
 from datastore.replication.coordinator import Heartbeat
 from datastore.replication.messages import LineSocket, beat_message
+from datastore.security.challenge import Speaker
+from datastore.security.secret import CLIENT, COORDINATOR, STORE, Credential
+from tests.secrets_of_tests import SECRET, secret_file
 
 HOSTS = ("nf1", "nf2")
 PARTITIONS = 4
@@ -30,14 +33,21 @@ class Hosts:
         self.process = coordination.Coordination({
             "address": "127.0.0.1", "port": 0, "cluster": 1, "replicas": 2, "hosts": HOSTS, "steering": steering,
             "placement": [list(HOSTS), list(HOSTS[::-1])] * 2, "state": str(folder / "state.json"),
+            "secret": secret_file(),
         })  # fmt: skip
-        self.stores = {host: self.connect() for host in HOSTS}
-        self.instances = {host: self.connect() for host in HOSTS} if steering else {}
+        self.stores = {host: self.connect(SECRET.credential(STORE, host)) for host in HOSTS}
+        clients = {host: SECRET.credential(CLIENT, host, number) for number, host in enumerate(HOSTS, 1)}
+        self.instances = {host: self.connect(clients[host]) for host in HOSTS} if steering else {}
         self.told: dict[str, Any] = {}
         self.speak(*self.stores, *(f"{host} instance" for host in self.instances))
 
-    def connect(self) -> LineSocket:
-        return LineSocket(socket.create_connection(("127.0.0.1", self.process.port)))
+    def connect(self, credential: Credential) -> LineSocket:
+        connection = socket.create_connection(("127.0.0.1", self.process.port))
+        connection.setblocking(False)
+        challenge = Speaker(credential, COORDINATOR)
+        while not challenge.step(connection):
+            self.process.turn(0.001)
+        return LineSocket(connection)
 
     def speak(self, *speakers: str, **report: Any) -> None:
         """Have stores ("nf1") send heartbeats and NF processes ("nf1 instance") reports, and the coordinator hear them."""

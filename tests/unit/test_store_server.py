@@ -18,15 +18,19 @@ import numpy as np
 import pytest
 
 from datastore.native.errors import NearstateError
+from datastore.security.challenge import prove
+from datastore.security.secret import CLIENT, STORE
 from datastore.store import server
 from datastore.store.client import Client, StoreClosed
 from datastore.store.layout import LEASE_NS, PRIMARY
 from datastore.store.operations import GET, OPERATION_VALUE, operation_word
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC, write_frame_header
-from datastore.store.server import CONNECTION_LIMIT, StoreProcess
+from datastore.store.server import CLIENT_PLACES, StoreProcess
 from datastore.store.statuses import ABSENT, BAD_FRAME, LEASE_LAPSED, NOT_PRIMARY, OK, STALE_EPOCH
 from datastore.store.table import Table
+from tests.secrets_of_tests import SECRET, secret_file
+from tests.secrets_of_tests import client as credential
 from topologies.emulation.processes import Control
 
 CLUSTER, VALUE_BYTES = 9, 16
@@ -41,7 +45,7 @@ class Store:
         self.config = {
             "host": "here", "table": f"nearstate-test-{os.getpid()}-store{next(_numbers)}", "capacity": 4096,
             "value_bytes": VALUE_BYTES, "address": "127.0.0.1", "port": 0, "cluster": CLUSTER, "epoch": 1,
-            "map": MAP.to_json(), "create": True, **changes,
+            "map": MAP.to_json(), "create": True, "secret": secret_file(), **changes,
         }  # fmt: skip
         self.start()
 
@@ -72,12 +76,20 @@ class Store:
         return dict(self.ask({"statistics": True})["statistics"])
 
     def client(self, client_id: int = 1, **options: Any) -> Client:
+        options.setdefault("credential", credential(client_id))
         client = Client([("127.0.0.1", self.port)], client_id, VALUE_BYTES, CLUSTER, **options)
         client.connect()
         return client
 
     def connect(self) -> socket.socket:
+        """Return a connection of somebody unknown."""
         return socket.create_connection(("127.0.0.1", self.port), 5)
+
+    def proven(self, number: int, role: int = CLIENT, name: str = "test") -> socket.socket:
+        """Return a connection that has answered the challenge and said nothing else yet."""
+        connection = self.connect()
+        prove(connection, SECRET.credential(role, name, number), STORE, "here")
+        return connection
 
     def kill(self) -> None:
         if self.pid:
@@ -141,7 +153,7 @@ def test_two_clients_see_one_table(start):
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 64, PROTOCOL_MAGIC.to_bytes(4, "little") + b"\xff" * 60])
 def test_garbage_closes_its_own_connection_only(start, garbage):
     store = start()
-    with store.client() as client, store.connect() as stranger:
+    with store.client() as client, store.proven(2) as stranger:
         client.insert(5, 6, b"x")
         stranger.sendall(garbage)
         answer = stranger.recv(4096)
@@ -155,8 +167,8 @@ def test_garbage_closes_its_own_connection_only(start, garbage):
 def test_half_a_frame_waits_and_a_lost_peer_is_forgotten(start):
     store = start()
     with store.client() as client:
-        for _ in range(CONNECTION_LIMIT * 2):  # more than there is room for at once
-            with store.connect() as stranger:
+        for number in range(CLIENT_PLACES * 2):  # more than there is room for at once
+            with store.proven(2 + number) as stranger:
                 stranger.sendall(PROTOCOL_MAGIC.to_bytes(4, "little") + (104).to_bytes(4, "little"))
         deadline = time.monotonic() + 5
         while client.insert(5, 6, b"x").status not in (OK, 3):
@@ -166,8 +178,8 @@ def test_half_a_frame_waits_and_a_lost_peer_is_forgotten(start):
 
 def test_one_connection_too_many_is_closed_and_room_comes_back(start):
     store = start()
-    opened = [store.connect() for _ in range(CONNECTION_LIMIT + 3)]
-    assert all(gone(extra) for extra in opened[CONNECTION_LIMIT:])
+    opened = [store.proven(2 + number) for number in range(CLIENT_PLACES + 3)]
+    assert all(gone(extra) for extra in opened[CLIENT_PLACES:])
     for connection in opened:
         connection.close()
     deadline = time.monotonic() + 5
@@ -182,7 +194,7 @@ def test_one_connection_too_many_is_closed_and_room_comes_back(start):
 
 def test_a_peer_that_does_not_read_stalls_nobody_else(start):
     store = start()
-    with store.client(1) as client, store.connect() as lazy:
+    with store.client(1) as client, store.proven(2) as lazy:
         frame = PROTOCOL_MAGIC.to_bytes(4, "little") + (32 + 256 * 40).to_bytes(4, "little")
         frame += (256 | 1 << 32).to_bytes(8, "little") + (0).to_bytes(8, "little") + CLUSTER.to_bytes(8, "little")
         frame += (b"\x07" + b"\0" * 39) * 256
@@ -223,8 +235,7 @@ def test_a_process_that_was_stopped_finds_its_lease_over():
     mine, its = socket.socketpair()
     with mine, its:
         its.setblocking(False)
-        state.connections[0, :] = 0
-        state.connections[0, [server.DESCRIPTOR, server.CLIENT]] = its.fileno(), -1
+        server.occupy(state, 0, its.fileno(), CLIENT, 7)
         statuses = []
         for lease_ns in (10**12, -1):
             table.words[LEASE_NS] = time.monotonic_ns() + lease_ns

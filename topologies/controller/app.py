@@ -42,6 +42,7 @@ from os_ken.controller.handler import CONFIG_DISPATCHER, DEAD_DISPATCHER, MAIN_D
 from os_ken.lib import hub
 from os_ken.ofproto import ofproto_v1_3, ofproto_v1_3_parser
 
+from datastore.security import strict
 from topologies.controller import revalidation, steering
 
 CONFIRM_S = 5.0
@@ -51,6 +52,9 @@ OUTPUT_AT = -12
 (OpenFlow 1.3.5, section 7.2.5)."""
 ADD, MODIFY = ofproto_v1_3.OFPGC_ADD, ofproto_v1_3.OFPGC_MODIFY
 GROUP_EXISTS = (ofproto_v1_3.OFPET_GROUP_MOD_FAILED, ofproto_v1_3.OFPGMFC_GROUP_EXISTS)
+LONGEST_COMMAND = 1 << 16
+"""Bytes of a command: `follow` names 256 instances."""
+MOST_TALKERS = 16
 LOG = logging.getLogger(__name__)
 
 
@@ -74,6 +78,7 @@ class Steering(OSKenApp):
         self.statistics: dict[int, tuple[threading.Event, list[Any]]] = {}
         self.refusals: list[str] = []
         self.written: dict[tuple[int, int], bytearray] = {}
+        self.talkers = threading.BoundedSemaphore(MOST_TALKERS)
         self.unsure: set[int] = set()
         """Partitions of a change that the switch did not confirm: it may have done a part of it."""
 
@@ -174,17 +179,24 @@ class Steering(OSKenApp):
     def _listen(self) -> None:
         while True:
             connection, _ = self.commands.accept()
-            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+            if self.talkers.acquire(blocking=False):
+                threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+            else:
+                connection.close()
 
     def _converse(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rw") as lines:
-            for line in lines:
-                try:
-                    answer = self._obey(json.loads(line))
-                except ValueError as error:
-                    answer = {"error": str(error)}
-                lines.write(json.dumps(answer) + "\n")
-                lines.flush()
+        """Answer the lines of a connection until it is closed, or one is too long."""
+        try:
+            with connection, connection.makefile("rwb") as lines, contextlib.suppress(OSError):
+                while len(line := lines.readline(LONGEST_COMMAND + 1)) in range(1, LONGEST_COMMAND + 1):
+                    try:
+                        answer = self._obey(strict.loads(line))
+                    except (ValueError, TypeError, KeyError, LookupError, OverflowError) as error:
+                        answer = {"error": str(error)}
+                    lines.write(json.dumps(answer).encode() + b"\n")
+                    lines.flush()
+        finally:
+            self.talkers.release()
 
     def _obey(self, request: Any) -> dict[str, Any]:
         """Return the answer to a command. Raises ValueError with the reason when it is wrong."""

@@ -442,6 +442,7 @@ class Network:
             file.unlink(missing_ok=True)
         self._commands = None
         commands = socket.socket(socket.AF_UNIX)
+        os.fchmod(commands.fileno(), 0o600)  # what bind(2) gives to the file
         commands.bind(str(path))
         commands.listen()
         topology.write_text(json.dumps(self._port_numbers()))

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datastore.native.errors import NearstateError
+from datastore.security.secret import key_file
 from topologies.emulation import system
 from topologies.emulation.journal import Journal
 
@@ -232,13 +233,13 @@ class Launcher:
                 self._ready = True
 
     def spawn(
-        self, name: str, host: Placeable | None, target: str, config: dict[str, Any], prompt: bool = False
+        self, name: str, host: Placeable | None, target: str, config: dict[str, Any], prompt: bool = False, key: bytes = b""
     ) -> RunningProcess:
         """Fork a process that runs `target` ("module:function") as function(config, control) on a host (None: on none).
 
         name: unique among the run's processes; its log is <name>.log. prompt: woken, it takes the core from a process that runs,
         for those with little to do and others waiting for it; processes on hosts else let each other finish a turn
-        (SCHED_BATCH, sched(7)). Costs about 2 ms.
+        (SCHED_BATCH, sched(7)). key: the process finds its descriptor as config["secret"]. Costs about 2 ms.
         """
         if not re.fullmatch(r"[A-Za-z0-9._:-]{1,60}", name):
             raise NearstateError(f"process name {name!r}: use letters, digits, '.', '_', ':' and '-', at most 60")
@@ -252,11 +253,15 @@ class Launcher:
             "namespace": host.pid if host else None, "cgroup": str(host.cgroup) if host and host.cgroup else None,
             "prompt": prompt or host is None,
         }  # fmt: skip
-        with theirs, self._lock:
+        with theirs, self._lock, contextlib.ExitStack() as keys:
             self.wait_ready()
             try:
+                descriptors = [theirs.fileno()]
+                if key:
+                    descriptors.append(key_file(key))
+                    keys.callback(os.close, descriptors[1])
                 self._end.settimeout(None)
-                socket.send_fds(self._end, [json.dumps(request).encode()], [theirs.fileno()])
+                socket.send_fds(self._end, [json.dumps(request).encode()], descriptors)
                 pid = int(self._reply(10)["pid"])
             except OSError:
                 raise NearstateError(f"{name}: the launcher is gone; its log is {self.log}") from None
@@ -351,7 +356,7 @@ class _Server:
     def _accept(self) -> bool:
         """Serve one request; False when the runner is gone."""
         size = self.end.recv_into(bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC)
-        message, descriptors, _, _ = socket.recv_fds(self.end, max(size, 1), 1)
+        message, descriptors, _, _ = socket.recv_fds(self.end, max(size, 1), 2)
         if not message:
             return False
         end, parent = descriptors[0], os.getpid()
@@ -361,8 +366,12 @@ class _Server:
                 os.close(key.fd)
             self.selector.close()
             self.end.detach()
-            _run_child(json.loads(message), socket.socket(fileno=end), parent)
-        os.close(end)
+            request = json.loads(message)
+            if descriptors[1:]:
+                request["config"]["secret"] = descriptors[1]
+            _run_child(request, socket.socket(fileno=end), parent)
+        for descriptor in descriptors:
+            os.close(descriptor)
         self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
         self.control.send({"pid": pid})
         return True

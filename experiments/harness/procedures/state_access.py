@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 FORWARDS = False
 """Not only trials with a path of packets."""
 OPERATIONS = ("read", "write", "read_modify_write")
+PROBE_CLIENT = 1000
 SETTINGS = {**COMMON_SETTINGS, "operations": OPERATIONS, "count_here": 200_000,
             "count_there": 3000, "gap_us": 0.0, "keys": 10_000, "background_kpps": 10.0, "background_seconds": 0.6,
             "loaded_share": 0.5, "pipeline": 64, "frames": 4, "pipeline_count": 1_280_000}  # fmt: skip
@@ -70,9 +71,10 @@ def start_probe(bench: Bench) -> RunningProcess:
         stores = [{"host": name, "address": bench.storage_address(name), "port": STORE_PORT} for name in bench.stores]
         table = bench.table_name(host.name) if host.name in bench.stores else None
         config = {"host": host.name, "map": bench.map_of(bench.stages[0]), "table": table, "stores": stores,
-                  "cluster": bench.cluster_id, "client_id": 1000, "value_bytes": settings["value_bytes"],
+                  "cluster": bench.cluster_id, "client_id": PROBE_CLIENT, "value_bytes": settings["value_bytes"],
                   "keys": settings["keys"], "seed": bench.trial.seed}  # fmt: skip
-        probe = bench.launcher.spawn("probe", host, "experiments.workloads.state_probe:main", config)
+        probe = bench.launcher.spawn("probe", host, "experiments.workloads.state_probe:main", config,
+                                     key=bench.client_key(host.name, PROBE_CLIENT))  # fmt: skip
     bench.extra.append(probe)
     bench.wait_ready([probe])
     return probe

@@ -17,10 +17,13 @@ from typing import Any
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
 from datastore.replication.dialer import Dialer
-from datastore.replication.messages import LineSocket
+from datastore.replication.messages import LONGEST_TOLD, LineSocket
+from datastore.security.secret import COORDINATOR, Credential
 
 SILENCE_LEASES = 5
 """A coordinator that is silent for so many leases is left for the next one: it is stopped, or its machine is gone."""
+CHALLENGE_S = 0.001
+"""How soon an answer to a challenge is looked for."""
 PRIORITY = 10
 """Above all ordinary processes, below the kernel's own threads of real time (50)."""
 
@@ -40,7 +43,7 @@ def take_precedence() -> None:
             os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
-class Speaker:
+class Reporter:
     """Tells a coordinator what there is to tell, every heartbeat and when asked to, and passes on what it says, until closed.
 
     connected: whether there is a connection. met: set once a coordinator has said something.
@@ -48,16 +51,17 @@ class Speaker:
 
     def __init__(
         self, name: str, coordinators: Sequence[Sequence[Any]], report: Callable[[], dict[str, Any] | None],
-        hear: Callable[[dict[str, Any]], None], timing: Timing,
+        hear: Callable[[dict[str, Any]], None], timing: Timing, credential: Credential,
     ) -> None:  # fmt: skip
         """coordinators: (host, port) of each; one leads and listens. report: returns the message to send now, None for none.
-        hear: takes each message. Both are called from the speaker's thread; a KeyError or NearstateError of `hear` ends the
-        connection.
+        hear: takes each message. credential: what proves to coordinators on whose behalf it speaks.
+
+        Both functions are called from the reporter's thread; a KeyError or NearstateError of `hear` ends the connection.
         """
         self.connected, self.met = False, threading.Event()
         self._report, self._hear = report, hear
         self._pause_s, self._silence_s = timing.heartbeat_ns / 1e9, SILENCE_LEASES * timing.lease_ns / 1e9
-        self._dialer = Dialer(*coordinators)
+        self._dialer = Dialer(*coordinators, credential=credential, wanted=COORDINATOR)
         self._told = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = threading.Event()
         self._watched: dict[int, Callable[[], None]] = {}
@@ -69,7 +73,7 @@ class Speaker:
         os.eventfd_write(self._told, 1)
 
     def watch(self, descriptor: int, act: Callable[[], None]) -> None:
-        """Have the speaker's thread call `act` once a descriptor is readable, and then close that; from another thread."""
+        """Have the reporter's thread call `act` once a descriptor is readable, and then close that; from another thread."""
         self._watched[descriptor] = act
         self.tell()
 
@@ -78,9 +82,9 @@ class Speaker:
         while not self._closed.is_set():
             connection = self._dialer.dial()
             if connection is None:
-                self._closed.wait(self._pause_s / 3)
+                self._closed.wait(CHALLENGE_S if self._dialer.is_challenged else self._pause_s / 3)
                 continue
-            line = LineSocket(connection)
+            line = LineSocket(connection, LONGEST_TOLD)
             self.connected = True
             with contextlib.suppress(OSError, KeyError, NearstateError):
                 self._converse(line)
@@ -91,7 +95,7 @@ class Speaker:
             self._dialer.turn_away()
 
     def _converse(self, line: LineSocket) -> None:
-        """Speak on a connection until it is lost, which is an OSError, or the speaker is closed."""
+        """Speak on a connection until it is lost, which is an OSError, or the reporter is closed."""
         due_s, heard_s = 0.0, time.monotonic()
         while not self._closed.is_set():
             now_s = time.monotonic()

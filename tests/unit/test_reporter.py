@@ -1,4 +1,4 @@
-"""Does a process go on speaking to the coordinator whatever its main thread does?"""
+"""Does a process go on telling to the coordinator whatever its main thread does?"""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 from datastore.replication.coordinator import Timing
-from datastore.replication.speaker import Speaker, take_precedence
+from datastore.replication.reporter import Reporter, take_precedence
+from datastore.security.challenge import Listener
+from datastore.security.secret import COORDINATOR, STORE, Secret
 
 TIMING = Timing()
+SECRET = Secret.fresh()
 
 
 class Ear:
@@ -34,6 +37,9 @@ class Ear:
                 connection, _ = self.listener.accept()
             except OSError:
                 return
+            challenge = Listener(SECRET, COORDINATOR, "control")
+            while not challenge.step(connection):
+                pass
             self.connections.append(connection)
             for line in connection.makefile():
                 self.heard.append((time.monotonic(), json.loads(line)))
@@ -61,34 +67,34 @@ def ear() -> Iterator[Ear]:
     made.close()
 
 
-def speaker(ear: Ear, hear: Any = lambda message: None, report: Any = lambda: {"beat": 1}) -> Speaker:
-    return Speaker("speaker", [ear.listener.getsockname()], report, hear, TIMING)
+def reporter(ear: Ear, hear: Any = lambda message: None, report: Any = lambda: {"beat": 1}) -> Reporter:
+    return Reporter("reporter", [ear.listener.getsockname()], report, hear, TIMING, SECRET.credential(STORE, "nf1"))
 
 
 def test_it_speaks_every_heartbeat_and_when_told_to(ear: Ear) -> None:
-    speaking = speaker(ear)
+    telling = reporter(ear)
     ear.wait_for(3)
-    speaking.tell()
+    telling.tell()
     ear.wait_for(5)
-    speaking.close()
+    telling.close()
     assert ear.heard[0][1] == {"beat": 1}
 
 
 def test_what_is_said_is_passed_on(ear: Ear) -> None:
     heard: list[dict[str, Any]] = []
-    speaking = speaker(ear, heard.append)
+    telling = reporter(ear, heard.append)
     ear.wait_for(1)
-    assert not speaking.met.is_set()
+    assert not telling.met.is_set()
     ear.say({"grant": 7})
-    assert speaking.met.wait(5)
-    speaking.close()
+    assert telling.met.wait(5)
+    telling.close()
     assert heard == [{"grant": 7}]
 
 
 def test_who_has_nothing_to_say_is_silent(ear: Ear) -> None:
-    speaking = speaker(ear, report=lambda: None)
+    telling = reporter(ear, report=lambda: None)
     time.sleep(5 * TIMING.heartbeat_ns / 1e9)
-    speaking.close()
+    telling.close()
     assert [message for _, message in ear.heard if "beat" in message] == []
 
 
@@ -96,7 +102,7 @@ def test_a_connection_that_is_left_is_parted_from_and_made_again(ear: Ear) -> No
     def hear(message: dict[str, Any]) -> None:
         raise KeyError("grant")
 
-    speaking = speaker(ear, hear)
+    telling = reporter(ear, hear)
     ear.wait_for(1)
     ear.say({"nonsense": True})
     deadline = time.monotonic() + 5
@@ -105,13 +111,13 @@ def test_a_connection_that_is_left_is_parted_from_and_made_again(ear: Ear) -> No
         time.sleep(0.005)
     said = len(ear.heard)
     ear.wait_for(said + 1)
-    speaking.close()
+    telling.close()
 
 
-def test_a_speaker_that_is_closed_parts(ear: Ear) -> None:
-    speaking = speaker(ear)
+def test_a_reporter_that_is_closed_parts(ear: Ear) -> None:
+    telling = reporter(ear)
     ear.wait_for(1)
-    speaking.close()
+    telling.close()
     ear.wait_for(2)
     deadline = time.monotonic() + 5
     while ear.heard[-1][1] != {"parting": True}:
@@ -136,9 +142,9 @@ def test_precedence_is_the_threads_own() -> None:
 
 def test_a_descriptor_that_becomes_readable_is_acted_on_once_and_told(ear: Ear) -> None:
     acts: list[int] = []
-    speaking = speaker(ear, report=lambda: {"acts": len(acts)})
+    telling = reporter(ear, report=lambda: {"acts": len(acts)})
     reading, writing = os.pipe()
-    speaking.watch(reading, lambda: acts.append(1))
+    telling.watch(reading, lambda: acts.append(1))
     ear.wait_for(2)
     assert acts == []
     os.close(writing)
@@ -146,7 +152,7 @@ def test_a_descriptor_that_becomes_readable_is_acted_on_once_and_told(ear: Ear) 
     while ear.heard[-1][1] != {"acts": 1}:
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    speaking.close()
+    telling.close()
     assert acts == [1]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(reading)

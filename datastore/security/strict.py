@@ -1,0 +1,84 @@
+"""How is text from the network read, whoever wrote it?
+
+JSON (RFC 8259) of a bounded depth whose numbers are finite and fit into 64 bits; the caller bounds its length. A refusal is a
+ValueError, which ends no process: `json` alone takes `Infinity`, and ends in RecursionError for a thousand opening brackets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection
+from typing import Any
+
+from datastore.security.secret import NAME_BYTES
+
+DEEPEST = 16
+LARGEST_DIGITS = 20
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_BRACKETS = re.compile(rb"[\[\]{}]")
+WORD, LARGEST_EPOCH, LARGEST_TIME = (1 << 64) - 1, (1 << 32) - 1, (1 << 62) - 1
+
+
+def loads(text: bytes) -> Any:
+    """Return what a JSON text says. Raises ValueError for what is none, too deep, or has a number that is not finite or long."""
+    depth = 0
+    for bracket in _BRACKETS.findall(_STRINGS.sub(b"", text)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > DEEPEST:
+            raise ValueError(f"nested deeper than {DEEPEST}: {_shown(text)}")
+    try:
+        return json.loads(text.decode(), parse_constant=_refuse, parse_float=_finite, parse_int=_short)
+    except RecursionError:
+        raise ValueError(f"nested too deep: {_shown(text)}") from None
+
+
+def message(text: bytes) -> dict[str, Any]:
+    """As `loads`, of an object."""
+    said = loads(text)
+    if not isinstance(said, dict):
+        raise ValueError(f"no object: {_shown(text)}")
+    return said
+
+
+def whole(value: Any, largest: int, least: int = 0) -> int:
+    """Return a whole number from `least` to `largest`. Raises ValueError for everything else."""
+    if type(value) is not int or not least <= value <= largest:
+        raise ValueError(f"{str(value)[:40]} is no whole number from {least} to {largest}")
+    return value
+
+
+def name(value: Any) -> str:
+    """Return a name. Raises ValueError for what is none."""
+    if not isinstance(value, str) or len(value.encode(errors="replace")) > NAME_BYTES or "\0" in value:
+        raise ValueError(f"{str(value)[:40]!r} is no name of at most {NAME_BYTES} bytes")
+    return value
+
+
+def members(value: Any, most: int) -> Collection[Any]:
+    """Return a list of at most `most` members. Raises ValueError for everything else."""
+    if not isinstance(value, (list, tuple)) or len(value) > most:
+        raise ValueError(f"no list of at most {most}")
+    return value
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:40]} is not finite")
+    return number
+
+
+def _short(digits: str) -> int:
+    if len(digits) > LARGEST_DIGITS + 1:
+        raise ValueError(f"{digits[:40]}... has {len(digits)} digits")
+    return int(digits)
+
+
+def _shown(text: bytes) -> str:
+    return repr(text[:60])
