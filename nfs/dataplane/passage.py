@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from datastore.native import inline, jit
-from datastore.native.libc import now_ns
 from datastore.native.memory import load_acquire
 from datastore.replication.shipping import changes
 from datastore.replication.shipping import reign as reign_of
@@ -229,14 +228,15 @@ def access(engine: Engine, words: np.ndarray, client: ClientState, index: int, s
 
 
 @jit
-def release_held(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState) -> int:
-    """Let go what waited here and need not any more; returns how many packets. The clock is read anew: what is let go was
-    looked up while this host had its lease."""
+def release_held(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+                 clock_ns: int) -> int:  # fmt: skip
+    """Let go what waited here and need not any more; returns how many packets. clock_ns: read after the records were, so that
+    what is let go was looked up while this host had its lease."""
     control, held = engine.control, engine.held
     released = 0
     if words[DIRTY_OFFSET] != U0:
         control[SEEN_COMMITS] = np.int64(load_acquire(words, COMMITS))
-    has_lease = words[DIRTY_OFFSET] == U0 or lease_holds(words, now_ns(engine.scratch))
+    has_lease = words[DIRTY_OFFSET] == U0 or lease_holds(words, clock_ns)
     kept = 0
     queues = control[QUEUES]
     for n in range(queues):
