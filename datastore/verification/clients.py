@@ -41,7 +41,7 @@ class ClientHost(Actor):
     def invoke(self) -> None:
         rng = self.world.random
         self.sequence += 1
-        key = self.world.some_key()
+        key: tuple[int, int] = self.world.some_key()
         kind = rng.choices((GET, PUT, INSERT, ADD, DELETE), (40, 3, 2, 4, 1) if self.number % 2 else (5, 3, 2, 4, 1))[0]
         known = ANY_VERSION if rng.random() < 0.5 else self.versions.get(key, 1)
         expected = known if kind in (PUT, DELETE) else ANY_VERSION

@@ -20,7 +20,7 @@ import numpy as np
 from datastore.replication.maps import ClusterMap
 from datastore.store.client import EPOCH as CLIENT_EPOCH
 from datastore.store.client import ClientState
-from nfs.dataplane.engine import EPOCH, HERE, Engine
+from nfs.dataplane.engine import EPOCH, HERE, NEVER, Engine
 from nfs.dataplane.passage import note_oldest
 from nfs.dataplane.port import Port, has_passed, mark
 
@@ -52,6 +52,8 @@ class Orders:
         self.quiet: list[int] = []
         """The watched partitions of which no packet that came before their marks is here any more, as the loop saw last."""
         self._asked = asked
+        if here in self.numbers:  # in place of HERE, for what must be asked by a message
+            engine.remote[engine.primary == HERE] = self.numbers[here]
         self._drains: dict[int, Drain] = {}
         self._oldest = np.zeros(engine.primary.size, np.int64)
 
@@ -99,6 +101,15 @@ class Orders:
     def _unfinished(self) -> list[Drain]:
         return [drain for drain in {id(drain): drain for drain in self._drains.values()}.values() if not drain.passed_ns]
 
+    def forsake(self) -> None:
+        """The store process whose table this process shares is gone, and another one is in its place: its table is that of no
+        store any more. From now on the store on this host is asked by messages, like all others."""
+        engine = self.engine
+        engine.held.deposed[:] = NEVER
+        if self.here in self.numbers:
+            engine.primary[engine.primary == HERE] = self.numbers[self.here]
+        self.here = None
+
     def _adopt(self, new: ClusterMap, leave: Callable[[int], None]) -> None:
         """Ask whom a newer map names from now on. A partition that nobody serves stays where it was."""
         if new.epoch <= self.epoch:
@@ -108,6 +119,8 @@ class Orders:
             if group.primary in self.numbers:
                 engine.remote[partition] = self.numbers[group.primary]
                 engine.primary[partition] = HERE if group.primary == self.here else self.numbers[group.primary]
+            if group.primary and self.here not in group.members:
+                engine.held.deposed[partition] = group.reign
         self.epoch = engine.control[EPOCH] = new.epoch
         self.client.identity[CLIENT_EPOCH] = new.epoch
         for name in sorted((self._asked - new.ruled.keys()) & self.numbers.keys()):

@@ -153,10 +153,16 @@ def claim_and_commit(engine: Engine, words: np.ndarray, client: ClientState, ind
 
 @inline
 def reachable(engine: Engine, words: np.ndarray, partition: int) -> Any:
-    """Tell whether somebody who can be asked has a partition, as far as is known here, and its packets are not to be parked."""
+    """Tell whether a store that can be asked has a partition, as far as is known here, and its packets are not to be parked.
+
+    A store process that is gone commits nothing any more: its table, which this process still maps, is then not worked on.
+    """
     if engine.held.parking[partition]:
         return False
     if engine.primary[partition] == HERE:
+        own = engine.remote[partition]
+        if own >= 0 and engine.control[DOWN] >> own & 1:
+            return False
         return is_primary(words, partition_at(words, partition), engine.control[EPOCH])
     return engine.control[DOWN] >> engine.primary[partition] & 1 == 0
 

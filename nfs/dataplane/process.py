@@ -113,6 +113,8 @@ class Process:
                 del self._dialling[host]
                 if dialling.exception() is None:
                     self.client.take_connection(host, *dialling.result())
+                    if self.stores[host]["host"] == self.orders.here and not self.table.is_named():
+                        self.orders.forsake()
                     self.engine.control[DOWN] &= ~(1 << host)
         if down and time.monotonic() - self.tried_at > RECONNECT_S:
             self.tried_at = time.monotonic()

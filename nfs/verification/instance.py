@@ -22,7 +22,7 @@ from datastore.verification.imagined import Actor, Stream
 from nfs.dataplane.engine import DOWN, HELD_NS, HERE, NEVER, PUT_OFF, QUEUES, make_engine
 from nfs.dataplane.frames import free_frames, make_frames
 from nfs.dataplane.headers import INSIDE
-from nfs.dataplane.ledger import imbalance, to_counts
+from nfs.dataplane.ledger import RECEIVED, to_counts
 from nfs.dataplane.loop import turn_at, waiting
 from nfs.dataplane.orders import Orders
 from nfs.dataplane.passage import note_oldest
@@ -140,6 +140,8 @@ class InstanceHost(Actor):
         if store.alive and self.world.now >= store.paused_until and not is_cut:
             self.disconnect(number)
             self.connections[number] = Connection(self, number, store)
+            if store.name == self.orders.here and store.table is not self.table:
+                self.orders.forsake()
             self.engine.control[DOWN] &= ~(1 << number)
             self.wake()
 
@@ -282,8 +284,10 @@ class InstanceHost(Actor):
         """Raise Violation unless every packet, and every frame, is accounted for."""
         inside = sum((int(p.rx_producer[0]) - int(p.rx_consumer[0])) & 0xFFFFFFFF for p in self.ports)
         missing = self.frames.stack.size - int(free_frames(self.frames)) - inside - waiting(self.engine)
-        if missing or imbalance(self.counts()):
-            self.world.violated(f"{self.name}: {missing} frames are missing, {imbalance(self.counts())} packets unaccounted for")
+        self.engine.ledger[-1] = waiting(self.engine)
+        unaccounted = 2 * int(self.engine.ledger[RECEIVED]) - int(self.engine.ledger.sum())
+        if missing or unaccounted:
+            self.world.violated(f"{self.name}: {missing} frames are missing, {unaccounted} packets unaccounted for")
 
     def longest_wait_ns(self, partition: int) -> int:
         """Return for how long the oldest packet of a partition has waited here, not counting until `bad_ns`."""
@@ -297,5 +301,3 @@ class InstanceHost(Actor):
     def note_oldest(self) -> None:
         """See which packets wait since when."""
         note_oldest(self.engine, self.oldest)
-
-

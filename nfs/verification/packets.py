@@ -1,7 +1,7 @@
 """Which packets were sent, which have left, and what must hold of them.
 
     order         no packet of a flow leaves after a later one
-    once          the numbers that `counted` gave are given once each; no packet that had left before another came has the higher one
+    once          each number that `counted` gave is given once; a packet that had left before another came has the lower one
     conservation  a flow's record has counted at least every packet that left, and at most every packet that came
 
 A chain of fetch-and-add on one word is linearizable exactly if the second holds: sorted by number, no later one may have been
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 CLIENT, SERVER = 0x0A000107, 0x0A800001
@@ -82,12 +83,16 @@ class Packets:
         if sequence > flow.last_left:
             flow.last_left, flow.last_way = sequence, instance.name
 
+    def gaps(self, flow: Flow) -> list[tuple[int, int]]:
+        """Return when each packet of a flow left, and when the next one did, in nanoseconds."""
+        return list(pairwise(sorted(left_ns for _, _, left_ns in flow.passed)))
+
     def check(self, flow: Flow, counted: int | None) -> None:
         """Raise Violation unless a flow's packets were counted once each. counted: by the record, None: it is lost."""
         passed = sorted(flow.passed)
         numbers = [number for number, _, _ in passed]
         if len(set(numbers)) != len(numbers):
-            twice = next(number for number, after in zip(numbers, numbers[1:], strict=False) if number == after)
+            twice = next(number for number, after in pairwise(numbers) if number == after)
             self.world.violated(f"flow {flow.number}: number {twice} was given twice")
         latest_ns = 0
         for number, came_ns, left_ns in passed:

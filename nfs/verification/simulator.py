@@ -3,9 +3,9 @@
     world = Rack(seed=7)
     world.play(1.0)          seconds of imagined time, then all heals; raises Violation
 
-What runs is the product's: stores, coordinator and clients as in `datastore/verification/simulator.py`, and beside each store an NF
-process (`instance.py`) whose packets an imagined switch steers as the coordinator's `Switchover` wishes. An NF process and its
-store die together or apart.
+The product's code runs: stores, coordinator and clients as in `datastore/verification/simulator.py`, and an NF process beside
+each store (`instance.py`). An imagined switch steers packets to it as the coordinator's `Switchover` wishes. An NF process and
+its store die together or apart.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from datastore.replication.coordinator import MILLISECOND_NS
 from datastore.replication.maps import ClusterMap
 from datastore.verification.hosts import COORDINATOR, PARTITIONS, InPlaceWriter, StoreHost
-from datastore.verification.imagined import Violation
-from datastore.verification.simulator import World
+from datastore.verification.imagined import CALM, Violation
+from datastore.verification.simulator import SETTLED_S, World
 from nfs.verification.instance import InstanceHost
 from nfs.verification.packets import Packets
 from nfs.verification.steering import ImaginedSwitch, SteeringCoordinator
@@ -128,7 +128,19 @@ class Rack(World):
             for host in {one, other} - {COORDINATOR}:
                 self.trouble(host, self.now + int(0.6e9))
 
+    def strike_move(self) -> None:
+        """Move a partition that is not on its way elsewhere: of others a command is refused (`coordination.py`)."""
+        host = self.actors[COORDINATOR]
+        partition, target = self.random.randrange(PARTITIONS), self.random.choice(self.store_names)
+        is_there = self.newest_map().groups[partition].primary == target or partition in host.coordinator.moves
+        if host.alive and self.now >= host.paused_until and not is_there:
+            self.count("move", f"partition {partition} is to move to {target}")
+            host.coordinator.move([partition], target)
+
     def strike_coordinator(self) -> None:
+        host = self.actors[COORDINATOR]
+        for name in self.store_names if host.alive and (host.coordinator.moves or host.switchover.under_way) else ():
+            self.trouble(name, self.now + int(0.6e9))  # the next one does not know how far a move had come
         super().strike_coordinator()
         self.trouble()
 
@@ -170,7 +182,7 @@ class Rack(World):
 
     def unsettled(self) -> str:
         waits = [instance.name for instance in self.instances()
-                 if any(instance.alive and instance.longest_wait_ns(p) > PATIENCE_NS // 3 for p in range(PARTITIONS))]  # fmt: skip
+                 if instance.alive and max(map(instance.longest_wait_ns, range(PARTITIONS))) > PATIENCE_NS // 3]  # fmt: skip
         return super().unsettled() or (f"packets wait in {', '.join(waits)}" if waits else "")
 
     def check(self) -> None:
@@ -203,4 +215,23 @@ def simulate(seed: int, seconds: float = 0.8, **options: Any) -> Rack:
     """Run one seed to its end; raises Violation. Returns the world, for its trace and history."""
     world = Rack(seed, **options)
     world.play(seconds)
+    return world
+
+
+def lose_one(seed: int, what: str) -> Rack:
+    """Run a calm rack in which `what` (store, nf, host) of nf1 dies, or all partitions move (move); raises Violation."""
+    world = Rack(seed, CALM, keep_trace=False, replicas=2)
+    try:
+        world.run(0.15)
+        if what == "move":
+            for partition in range(PARTITIONS):
+                world.actors[COORDINATOR].coordinator.move([partition], world.random.choice(world.store_names))
+        else:
+            world.lose("nf1", what)
+        world.run(0.45)
+        world.heal()
+        world.settle(SETTLED_S)
+        world.check()
+    finally:
+        world.close()
     return world

@@ -31,7 +31,7 @@ class ImaginedSwitch:
         self._looked = 0
 
     def tell(self, steering: list[str], unsettled: bool, now_ns: int) -> None:
-        """Have it steer as `steering` says. unsettled: it is to say when packets have settled. now_ns: the coordinator's clock."""
+        """Have it steer as `steering` says. unsettled: it is to say when packets have settled. now_ns: of the coordinator."""
         wish = list(steering)
         if wish != self.confirmed and not self._is_asked:
             self._is_asked = True
@@ -88,6 +88,7 @@ class SteeringCoordinator(CoordinatorHost):
         self.switchover_life = self.life
         self.switchover = Switchover.of(self.world.store_names, self.first, True)
         self.switchover.take_charge(self.coordinator)
+        self.switchover.resume(self.coordinator)
         self.lines: dict[str, Stream] = {}
         self.ordered: dict[str, dict[str, Any]] = {}
         self.answered_ns: dict[str, int] = {}
