@@ -229,7 +229,10 @@ def simulate(arguments: argparse.Namespace) -> None:
     """Run the replication's decisions on an imagined network with faults, all of it from one seed; print what happened."""
     from datastore.verification.simulator import Violation, World
 
-    world = World(arguments.seed, replicas=arguments.replicas)
+    kind: type[World] = World
+    if arguments.packets:
+        from nfs.verification.simulator import Rack as kind
+    world = kind(arguments.seed, replicas=arguments.replicas)
     failure = ""
     try:
         world.play(arguments.seconds)
@@ -342,6 +345,7 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=0.8, help="imagined seconds of faults (default: %(default)s, as tests)"
     )
     simulation.add_argument("--replicas", type=int, default=0, help="copies of each partition (default: 2 or 3, by seed)")
+    simulation.add_argument("--packets", action="store_true", help="with NF processes, their packets, and a switch")
     simulation.add_argument("--only", default=".", metavar="REGEX", help="log lines to print (default: all; '': none)")
     checking = command("check", check)
     checking.add_argument("folder", type=Path, metavar="HISTORY_FOLDER", help="where the clients recorded, a file each")

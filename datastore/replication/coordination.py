@@ -109,6 +109,8 @@ class Coordination:
         self.switchover, self.switch = self._steering(config.get("steering"))
         if self.switchover:
             self.switchover.take_charge(self.coordinator)
+            if document is not None:
+                self.switchover.resume(self.coordinator)
         self._ordered: dict[str, dict[str, Any]] = {}
         self._switch_descriptors: set[int] = set()
         self._instances: dict[str, LineSocket] = {}

@@ -329,11 +329,19 @@ class Coordinator:
         self.judges_ns = now_ns + 2 * self.timing.heartbeat_ns
 
     def alive(self, now_ns: int) -> list[str]:
-        """Return the hosts that are there: with a lease, or heard of within one."""
+        """Return the hosts that are there: heard of within a lease and its margin, and not failed.
+
+        A host that `_fail` takes out of its groups must not be given to them again by the same look at the clock.
+        """
         span = self.timing.lease_ns + self.timing.margin_ns
         return [name for name, state in self.hosts.items()
                 if state.incarnation and state.heard_ns and now_ns - state.heard_ns < span
-                and not self._has_ended(name)]  # fmt: skip
+                and not self._is_gone(name, now_ns)]  # fmt: skip
+
+    def _is_gone(self, host: str, now_ns: int) -> bool:
+        """Tell whether groups go on without a host: its store process has ended, or its lease is over and it is silent."""
+        lapsed = self._lapsed(host, now_ns) and self._silent(host, now_ns)
+        return bool(self.hosts[host].incarnation) and (self._has_ended(host) or lapsed)
 
     def _lapsed(self, host: str, now_ns: int) -> bool:
         state = self.hosts.get(host)
@@ -358,8 +366,7 @@ class Coordinator:
     def _fail(self, now_ns: int) -> None:
         """Let groups go on without the hosts whose lease is over, unless that would leave no copy: one may come back with it."""
         judges = now_ns >= self.judges_ns
-        gone = [host for host, state in self.hosts.items() if state.incarnation and (
-                self._has_ended(host) or (judges and self._lapsed(host, now_ns) and self._silent(host, now_ns)))]  # fmt: skip
+        gone = [host for host in self.hosts if self._has_ended(host) or (judges and self._is_gone(host, now_ns))]
         if not gone:
             return
         groups: dict[int, Group] = {}

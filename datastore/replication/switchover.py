@@ -17,6 +17,9 @@ state has gone waits at the source for the new map, and is then processed there 
 process any packet. That is why nobody waits for the two one after the other. An instance that is silent for a
 lease, or one of whose links the switch sees down for as long, is dead: its packets go to another one at once, and its host's
 partitions move after them.
+
+A failover takes the same way from `park` on where the instance that had the packets lives (its store process alone is gone):
+that instance drops what waits for commits of its store, and asks the new primary for the rest, in order.
 """
 
 from __future__ import annotations
@@ -59,6 +62,8 @@ class Switchover:
     instances: dict[str, Instance]
     confirmed: list[str] = field(default_factory=list)
     under_way: dict[int, str] = field(default_factory=dict)
+    following: dict[int, str] = field(default_factory=dict)
+    """Partitions that have failed over to another host while the instance that had their packets lives: where they are to go."""
     watched: dict[int, int] = field(default_factory=dict)
     """Partitions whose packets go to their new place: since when."""
     settled_ns: int = 0
@@ -76,6 +81,16 @@ class Switchover:
         """Let no move go on, from now on, before its packets can."""
         if self.aligned:
             coordinator.may_hand_over, coordinator.may_end = set(), set()
+
+    def resume(self, coordinator: Coordinator) -> None:
+        """Go on after an earlier coordinator: it steered packets to the primaries of its map, not to where they began.
+
+        Where a move was under way its packets may be at the target already: those are steered back, and may be overtaken.
+        """
+        self.confirmed = [""] * len(self.steering)  # until the switch has said what it does
+        for partition, group in enumerate(coordinator.map.groups):
+            if self.aligned and group.primary in self.instances:
+                self.steering[partition] = group.primary
 
     def hear(self, now_ns: int, report: dict[str, Any]) -> str:
         """Take what an instance says of itself (`nfs/dataplane/process.py`) and return its name.
@@ -124,17 +139,22 @@ class Switchover:
         coordinator.failovers.extend(Failover(now_ns, name, self._why_dead(name)) for name in sorted(dead - self._planned[1]))
         stores = frozenset(name for name in coordinator.alive(now_ns) if name not in dead or self._outlived(name, coordinator))
         planned = (coordinator.map.epoch, frozenset(dead), stores)
-        if planned == self._planned and not coordinator.moves and not self.under_way:
+        if planned == self._planned and not coordinator.moves and not self.under_way and not self.following:
             return
         everything, before = planned != self._planned, set(self.under_way)
         self._planned = planned
         if self.aligned:
-            self._begin_and_end(coordinator, dead)
+            self._end(coordinator, dead)
+            if everything:
+                self._find_followers(coordinator, dead)
+            self._begin(coordinator, dead)
         for partition in range(len(coordinator.map.groups)) if everything else sorted(before | self.under_way.keys()):
             group, here = coordinator.map.groups[partition], self.steering[partition]
             if partition in self.under_way:
                 target = self.under_way[partition]
                 wanted = target if partition in self.instances[target].parked else here
+            elif partition in self.following:
+                wanted = here  # until it is under way
             else:
                 wanted = group.primary if self.aligned and group.primary in self.instances else here
             if not self.aligned or any(member in stores for member in group.members):  # else nobody could serve them better
@@ -144,9 +164,13 @@ class Switchover:
             self._follow_packets(coordinator, dead)
             is_young = now_ns < self._began_ns + coordinator.timing.lease_ns + coordinator.timing.margin_ns
             unknown = {name for name, instance in self.instances.items() if is_young and not instance.heard_ns}
-            orphans = set() if is_young else self.instances.keys() - set(coordinator.alive(now_ns))
+            followed = [p for p in self.following if self._has_followed(p, self.following[p], coordinator, dead, unknown)]
+            for partition in followed:
+                for those in (self.following, self.under_way, self.watched):
+                    those.pop(partition, None)
             coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead, unknown)}
-            coordinator.may_end = {p for p in coordinator.moves if self._has_followed(p, coordinator, dead, unknown, orphans)}
+            coordinator.may_end = {p for p, target in coordinator.moves.items()
+                                   if self._has_followed(p, target, coordinator, dead, unknown)}  # fmt: skip
 
     def _outlived(self, name: str, coordinator: Coordinator) -> bool:
         """Tell whether the store of a dead instance's host is there without it.
@@ -169,14 +193,31 @@ class Switchover:
         """Tell whether there is an instance of this name that can be asked to park or drain."""
         return name in self.instances and name not in dead and self.instances[name].heard_ns > 0
 
-    def _begin_and_end(self, coordinator: Coordinator, dead: set[str]) -> None:
+    def _end(self, coordinator: Coordinator, dead: set[str]) -> None:
+        """Give up what cannot come to its end."""
         groups = coordinator.map.groups
+        for partition, target in list(self.following.items()):
+            if groups[partition].primary != target or target in dead:
+                del self.following[partition]
+        wanted = coordinator.moves | self.following
         for partition, target in list(self.under_way.items()):
-            if coordinator.moves.get(partition) != target or target in dead or target not in groups[partition].members:
+            if wanted.get(partition) != target or target in dead or target not in groups[partition].members:
                 del self.under_way[partition]
         for target in dead & set(coordinator.moves.values()):
             coordinator.give_up(target)
-        for partition, target in coordinator.moves.items():
+
+    def _find_followers(self, coordinator: Coordinator, dead: set[str]) -> None:
+        """Let packets follow a partition that has failed over as they follow a move, where the instance that has them lives: it
+        holds some, and packets that the switch sends elsewhere at once would overtake them."""
+        for partition, group in enumerate(coordinator.map.groups):
+            source, target = self.steering[partition], group.primary
+            is_elsewhere = target is not None and source != target and partition not in self.under_way
+            if target and is_elsewhere and self._speaks(source, dead) and self._speaks(target, dead):
+                self.following[partition] = target
+
+    def _begin(self, coordinator: Coordinator, dead: set[str]) -> None:
+        groups = coordinator.map.groups
+        for partition, target in (coordinator.moves | self.following).items():
             if len(self.under_way) >= BATCH:
                 return
             if self._speaks(target, dead) and target in groups[partition].members:
@@ -198,26 +239,23 @@ class Switchover:
         unknown: instances that were not heard yet and may be there, since this coordinator has only begun.
         """
         source, target = coordinator.map.groups[partition].primary, coordinator.moves[partition]
-        if unknown & {source, target}:
+        if unknown & {source, target} or partition in self.following:
             return False
         if not source or not self._speaks(source, dead) or not self._speaks(target, dead):
             return True
         return partition in self.watched
 
-    def _has_followed(
-        self, partition: int, coordinator: Coordinator, dead: set[str], unknown: set[str], orphans: set[str]
-    ) -> bool:
+    def _has_followed(self, partition: int, target: str, coordinator: Coordinator, dead: set[str], unknown: set[str]) -> bool:
         """Tell whether state and packets of a partition are where they were to go: nothing of it comes or waits elsewhere.
 
-        orphans: instances whose host's store is not there; what they hold is lost with it.
+        An instance whose host's store is gone is waited for, too: it drops what it holds and asks others for what it parked.
         """
-        target = coordinator.moves[partition]
         if coordinator.map.groups[partition].primary != target or target in unknown:
             return False
         if not self._speaks(target, dead):
             return True
         others = [name for name in self.instances
-                  if name != target and (name in unknown or self._speaks(name, dead | orphans))]  # fmt: skip
+                  if name != target and (name in unknown or self._speaks(name, dead))]  # fmt: skip
         is_drained = self._is_settled(partition) and all(partition in self.instances[name].quiet for name in others)
         return partition in self.under_way and (is_drained or not others)
 

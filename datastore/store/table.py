@@ -715,6 +715,13 @@ class Table:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def is_named(self) -> bool:
+        """Tell whether the table's name still stands for it: not after a store process that began anew made another one."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), _path(self.name).stat())
+        except OSError:
+            return False
+
     def unlink(self) -> None:
         """Remove the table's name; processes that have it go on until they end."""
         _path(self.name).unlink(missing_ok=True)

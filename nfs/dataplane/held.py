@@ -34,20 +34,23 @@ class Held(NamedTuple):
     """packets: int64[frames, 8]. queues: int64[partitions, 4]. active: int64[2 * partitions], those with a queue (in a pass, each
     can come up anew once).
 
-    parking: int64[partitions], 1 where packets are to be parked, by order.
+    parking: int64[partitions], 1 where packets are to be parked, by order. deposed: int64[partitions], the reign of another host
+    since which a map leaves this host out, 0: none.
     """
 
     packets: np.ndarray
     queues: np.ndarray
     active: np.ndarray
     parking: np.ndarray
+    deposed: np.ndarray
 
 
 def make_held(frames: int, partitions: int) -> Held:
     """Return empty queues for so many packets and partitions."""
     queues = np.zeros((partitions, 4), np.int64)
     queues[:, HEAD] = queues[:, TAIL] = -1
-    return Held(np.zeros((frames, 8), np.int64), queues, np.zeros(2 * partitions, np.int64), np.zeros(partitions, np.int64))
+    return Held(np.zeros((frames, 8), np.int64), queues, np.zeros(2 * partitions, np.int64),
+                np.zeros(partitions, np.int64), np.zeros(partitions, np.int64))  # fmt: skip
 
 
 @inline
@@ -115,12 +118,26 @@ def outcome(words: np.ndarray, partition: int, reign: int, need: int, has_lease:
 
 
 @inline
+def known_outcome(held: Held, words: np.ndarray, partition: int, reign: int, need: int, has_lease: bool) -> Any:
+    """`outcome`, or UNCOMMITTED where only a store process could say more that is gone: without a lease, deposed by a map.
+
+    A store process that lives follows that map, too, and its table says what became of the changes.
+    """
+    found = outcome(words, partition, reign, need, has_lease)
+    if found == STAY and not has_lease and held.deposed[partition] > reign:
+        return np.int64(UNCOMMITTED)
+    return np.int64(found)
+
+
+@inline
 def judge(held: Held, words: np.ndarray, index: int, partition: int, has_lease: bool) -> Any:
     """Return what to do with a held packet: GO, STAY or UNCOMMITTED."""
     packet = held.packets[index]
-    own = outcome(words, partition, packet[REIGN], packet[NEED], has_lease)
+    own = known_outcome(held, words, partition, packet[REIGN], packet[NEED], has_lease)
     also = packet[ALSO_PARTITION]
-    other = outcome(words, also, packet[ALSO_REIGN], packet[ALSO_NEED], has_lease) if also >= 0 else np.int64(GO)
+    other = np.int64(GO)
+    if also >= 0:
+        other = known_outcome(held, words, also, packet[ALSO_REIGN], packet[ALSO_NEED], has_lease)
     if own == UNCOMMITTED or other == UNCOMMITTED:
         return np.int64(UNCOMMITTED)
     return np.int64(GO) if own == GO and other == GO else np.int64(STAY)

@@ -210,6 +210,50 @@ def wait(engine: Engine, inside: Port, outside: Port, words: np.ndarray, client:
 
 
 @jit
+def turn(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState, now: int,
+         imagined: bool) -> int:  # fmt: skip
+    """One pass: frames and answers in, what may go on out; returns how much there was to do. now: the clock, in nanoseconds.
+
+    imagined: the clock is imagined and stands still in a pass (the simulator's); else it is read anew before packets are let go.
+    """
+    control = engine.control
+    control[NOW_NS] = now
+    if any_held(engine.room):
+        expire_fragments(engine, frames)
+    reclaim(inside, frames)
+    reclaim(outside, frames)
+    refill(inside, frames)
+    refill(outside, frames)
+    work = 0
+    for side in range(2):
+        work += receive(engine, inside, outside, frames, words, client, side)
+    if control[HOSTS] > 0:
+        work += take_answers(engine, inside, outside, frames, words, client)
+        if control[PUT_OFF] > 0:
+            ask_again(engine, inside, outside, frames, words, client)
+    if control[QUEUES] > 0:
+        clock_ns = now if imagined else now_ns(engine.scratch)
+        work += release_held(engine, inside, outside, frames, words, client, clock_ns)
+    if control[HOSTS] > 0:
+        flush_requests(engine, client)
+    if control[CHANGED]:
+        control[CHANGED] = 0
+        if words[DIRTY_OFFSET] != U0:
+            changed_in_place(words, engine.bells)
+    tx_flush(outside, frames)
+    tx_flush(inside, frames)
+    return work
+
+
+@jit
+def turn_at(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+            now: int) -> int:  # fmt: skip
+    """`turn` under an imagined clock, for callers that hold tuples."""
+    return turn(by_reference(engine), by_reference(inside), by_reference(outside), by_reference(frames), words,
+                by_reference(client), now, True)  # fmt: skip
+
+
+@jit
 def run(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
         duration_ns: int) -> None:  # fmt: skip
     """Process packets for `duration_ns`, or until a store host hangs up; then return to Python for a moment.
@@ -231,30 +275,7 @@ def loop(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.
         now = now_ns(engine.scratch)
         if now - started >= duration_ns:
             break
-        control[NOW_NS] = now
-        if any_held(engine.room):
-            expire_fragments(engine, frames)
-        reclaim(inside, frames)
-        reclaim(outside, frames)
-        refill(inside, frames)
-        refill(outside, frames)
-        work = 0
-        for side in range(2):
-            work += receive(engine, inside, outside, frames, words, client, side)
-        if control[HOSTS] > 0:
-            work += take_answers(engine, inside, outside, frames, words, client)
-            if control[PUT_OFF] > 0:
-                ask_again(engine, inside, outside, frames, words, client)
-        if control[QUEUES] > 0:
-            work += release_held(engine, inside, outside, frames, words, client)
-        if control[HOSTS] > 0:
-            flush_requests(engine, client)
-        if control[CHANGED]:
-            control[CHANGED] = 0
-            if words[DIRTY_OFFSET] != U0:
-                changed_in_place(words, engine.bells)
-        tx_flush(outside, frames)
-        tx_flush(inside, frames)
+        work = turn(engine, inside, outside, frames, words, client, now, False)
         if work > 0:
             last_work = now
             control[BURSTS] += 1

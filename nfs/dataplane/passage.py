@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from datastore.native import inline, jit
-from datastore.native.libc import now_ns
 from datastore.native.memory import load_acquire
 from datastore.replication.shipping import changes
 from datastore.replication.shipping import reign as reign_of
@@ -153,10 +152,16 @@ def claim_and_commit(engine: Engine, words: np.ndarray, client: ClientState, ind
 
 @inline
 def reachable(engine: Engine, words: np.ndarray, partition: int) -> Any:
-    """Tell whether somebody who can be asked has a partition, as far as is known here, and its packets are not to be parked."""
+    """Tell whether a store that can be asked has a partition, as far as is known here, and its packets are not to be parked.
+
+    A store process that is gone commits nothing any more: its table, which this process still maps, is then not worked on.
+    """
     if engine.held.parking[partition]:
         return False
     if engine.primary[partition] == HERE:
+        own = engine.remote[partition]
+        if own >= 0 and engine.control[DOWN] >> own & 1:
+            return False
         return is_primary(words, partition_at(words, partition), engine.control[EPOCH])
     return engine.control[DOWN] >> engine.primary[partition] & 1 == 0
 
@@ -228,14 +233,15 @@ def access(engine: Engine, words: np.ndarray, client: ClientState, index: int, s
 
 
 @jit
-def release_held(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState) -> int:
-    """Let go what waited here and need not any more; returns how many packets. The clock is read anew: what is let go was
-    looked up while this host had its lease."""
+def release_held(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
+                 clock_ns: int) -> int:  # fmt: skip
+    """Let go what waited here and need not any more; returns how many packets. clock_ns: read after the records were, so that
+    what is let go was looked up while this host had its lease."""
     control, held = engine.control, engine.held
     released = 0
     if words[DIRTY_OFFSET] != U0:
         control[SEEN_COMMITS] = np.int64(load_acquire(words, COMMITS))
-    has_lease = words[DIRTY_OFFSET] == U0 or lease_holds(words, now_ns(engine.scratch))
+    has_lease = words[DIRTY_OFFSET] == U0 or lease_holds(words, clock_ns)
     kept = 0
     queues = control[QUEUES]
     for n in range(queues):

@@ -5,28 +5,25 @@ from __future__ import annotations
 import resource
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
-from datastore.replication.maps import ClusterMap
 from datastore.security.secret import CLIENT, HOUSEKEEPING, Credential, forget_key
-from datastore.store.client import EPOCH as CLIENT_EPOCH
 from datastore.store.client import Client, give_up
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.statuses import NOT_PRIMARY
 from datastore.store.table import Table
-from nfs.dataplane.engine import CALLED, CONFLICTS, DOWN, EPOCH, FETCHES, HERE, WRITES, Engine, make_engine
+from nfs.dataplane.engine import CALLED, CONFLICTS, DOWN, FETCHES, HERE, WRITES, Engine, make_engine
 from nfs.dataplane.follower import Follower
 from nfs.dataplane.frames import Frames, free_frames, make_frames
 from nfs.dataplane.housekeeping import Housekeeper, Reader
 from nfs.dataplane.ledger import device_drops, to_counts
 from nfs.dataplane.loop import conserved, run, waiting
-from nfs.dataplane.passage import note_oldest
-from nfs.dataplane.port import TX_REFUSED, OpenPort, has_passed, mark, open_ports, refill
+from nfs.dataplane.orders import Orders
+from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports, refill
 from nfs.dataplane.steps import load_chain
 
 SLICE_NS = 50_000_000
@@ -36,19 +33,7 @@ DRAIN_SLICE_NS = 500_000
 RECONNECT_S = 0.05
 CONNECT_S = 0.5
 """Longest wait for a store to answer, in a thread: the packet loop goes on meanwhile."""
-ARRIVAL_NS = 1_000_000
-"""How long a frame may take from the switch into this process' ring: what it sent before it said that it sends no more."""
 READ_S = 1.0
-
-
-@dataclass
-class Drain:
-    """What is known of partitions, of one order, whose packets the switch sends elsewhere since `since_ns`: marks in the rings
-    behind the last of them, and when the loop was past these; 0: not yet."""
-
-    since_ns: int
-    marks: list[int] = field(default_factory=list)
-    passed_ns: int = 0
 
 
 class Process:
@@ -82,16 +67,14 @@ class Process:
                                           len(self.stores), spin_us=config.get("spin_us", 5.0),
                                           replicates=bool(self.coordinators),
                                           bells=self.bell.state if self.bell else None)  # fmt: skip
-        self.epoch, self.tried_at = epoch, 0.0
-        self._asked = {group[0] for group in PartitionMap.from_json(config["map"]).replicas} if config["map"] else set()
-        """The stores that the map names primaries."""
+        self.tried_at = 0.0
+        asked = {group[0] for group in PartitionMap.from_json(config["map"]).replicas} if config["map"] else set()
+        self.orders = Orders(self.engine, [opened.port for opened in self.opened], self.client.state,
+                             [store["host"] for store in self.stores], config["host"] if config["table"] else None, asked,
+                             epoch)  # fmt: skip
         self._dialling: dict[int, Future[Any]] = {}
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
-        self._drains: dict[int, Drain] = {}
-        self._oldest = np.zeros(PARTITIONS, np.int64)
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
-        self._quiet: list[int] = []
-        """The watched partitions of which no packet that came before their marks is here any more, as the loop saw last."""
         self.follower: Follower | None = None
         self._store_ended = 0
         """The incarnation of this host's store process, once it has ended."""
@@ -117,7 +100,7 @@ class Process:
         config = self.config
         credential = self.credential.for_housekeeping() if self.credential else None
         client = Client([(store["address"], store["port"]) for store in self.stores], HOUSEKEEPING | config["client_id"],
-                        config["value_bytes"], config["cluster"], self.epoch, timeout_s=READ_S,
+                        config["value_bytes"], config["cluster"], self.orders.epoch, timeout_s=READ_S,
                         credential=credential)  # fmt: skip
         return Reader(self.table, client, self.engine.primary, self.engine.control)
 
@@ -137,6 +120,8 @@ class Process:
                 del self._dialling[host]
                 if dialling.exception() is None:
                     self.client.take_connection(host, *dialling.result())
+                    if self.stores[host]["host"] == self.orders.here and not self.table.is_named():
+                        self.orders.forsake()
                     self.engine.control[DOWN] &= ~(1 << host)
         if down and time.monotonic() - self.tried_at > RECONNECT_S:
             self.tried_at = time.monotonic()
@@ -156,7 +141,7 @@ class Process:
         """Speak to the coordinator from now on: this process can carry out orders."""
         if self.coordinators:
             assert self.credential
-            note_oldest(self.engine, self._oldest)  # loads its code, which takes 10 ms, before there are packets
+            self.orders.warm()
             timing = Timing.of(self.config.get("lease_ms"))
             self.follower = Follower(self.coordinators, self.report, self.call, timing, self.credential)
             # A coordinator must know of this process before it works in the store's memory, or it may take the end of the
@@ -176,10 +161,9 @@ class Process:
     def report(self) -> dict[str, Any]:
         """Return what the coordinator is told of this instance; from another thread. What was quiet before orders that are not
         carried out yet does not count."""
-        quiet = [] if self.follower and self.follower.orders else self._quiet
-        return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.epoch,
-                "parked": np.flatnonzero(self.engine.held.parking).tolist(), "quiet": quiet,
-                "store_ended": self._store_ended}  # fmt: skip
+        quiet = [] if self.follower and self.follower.orders else self.orders.quiet
+        return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.orders.epoch,
+                "parked": self.orders.parked(), "quiet": quiet, "store_ended": self._store_ended}  # fmt: skip
 
     def end_lease(self) -> None:
         """The store process of this host has ended: end the host's lease, so that nobody waits until it runs out."""
@@ -189,56 +173,11 @@ class Process:
         """Carry out the coordinator's orders."""
         self.engine.control[CALLED] = 0
         while self.follower and self.follower.orders:
-            self._quiet = []
-            orders = self.follower.orders.popleft()
-            if orders["map"]:
-                self._adopt(ClusterMap.from_json(orders["map"]))
-            parking = np.zeros(PARTITIONS, np.int64)
-            parking[orders["park"]] = 1
-            self.engine.held.parking[:] = parking
-            new = Drain(time.monotonic_ns())
-            self._drains = {partition: self._drains.get(partition, new) for partition in orders["watch"]}
+            self.orders.quiet = []
+            self.orders.carry_out(self.follower.orders.popleft(), time.monotonic_ns(), self._leave)
             self.follower.tell()
-        self._drain()
-
-    def _drain(self) -> None:
-        """See of the partitions that are sent elsewhere now whether all their packets have been through the loop, and left it.
-
-        Between two bursts: while the loop runs, a packet may be on its way from one place to another.
-        """
-        ports = [opened.port for opened in self.opened]
-        for drain in self._unfinished():
-            if not drain.marks and time.monotonic_ns() - drain.since_ns >= ARRIVAL_NS:
-                drain.marks = [mark(port) for port in ports]
-            if drain.marks and all(map(has_passed, ports, drain.marks)):
-                drain.passed_ns = time.monotonic_ns()
-        if self._drains:
-            note_oldest(self.engine, self._oldest)
-        quiet = [partition for partition, drain in self._drains.items()
-                 if 0 < drain.passed_ns < self._oldest[partition]]  # fmt: skip
-        news = set(quiet) - set(self._quiet)
-        self._quiet = quiet
-        if news and self.follower:
+        if self.orders.look(time.monotonic_ns()) and self.follower:
             self.follower.tell()
-
-    def _unfinished(self) -> list[Drain]:
-        return [drain for drain in {id(drain): drain for drain in self._drains.values()}.values() if not drain.passed_ns]
-
-    def _adopt(self, new: ClusterMap) -> None:
-        """Ask whom a newer map names from now on. A partition that nobody serves stays where it was."""
-        if new.epoch <= self.epoch:
-            return
-        numbers = {store["host"]: number for number, store in enumerate(self.stores)}
-        engine = self.engine
-        for partition, group in enumerate(new.groups):
-            if group.primary in numbers:
-                engine.remote[partition] = numbers[group.primary]
-                engine.primary[partition] = HERE if self._is_here(group.primary) else numbers[group.primary]
-        self.epoch = engine.control[EPOCH] = new.epoch
-        self.client.state.identity[CLIENT_EPOCH] = new.epoch
-        for name in (self._asked - new.ruled.keys()) & numbers.keys():
-            self._leave(numbers[name])
-        self._asked = set(new.ruled)
 
     def _leave(self, host: int) -> None:
         """A store that is primary of nothing any more is asked for nothing more; what it did not answer is asked elsewhere."""
@@ -248,7 +187,7 @@ class Process:
 
     def process_packets(self, duration_ns: int = SLICE_NS) -> None:
         """Run the packet loop for a while."""
-        if len(self._quiet) < len(self._drains):
+        if self.orders.watches():
             duration_ns = min(duration_ns, DRAIN_SLICE_NS)
         inside, outside = (opened.port for opened in self.opened)
         run(self.engine, inside, outside, self.frames, self.table.words, self.client.state, duration_ns)

@@ -15,7 +15,7 @@ from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, ENDED_AT, L
 from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from nfs.dataplane import load
-from nfs.dataplane.engine import EPOCH, HERE, NEVER, QUEUES
+from nfs.dataplane.engine import DOWN, EPOCH, HERE, NEVER, QUEUES
 from nfs.dataplane.headers import OUTSIDE
 from nfs.dataplane.held import HEAD, PARKED_COUNT, SINCE_NS, put_back, take_first
 from nfs.dataplane.passage import note_oldest
@@ -92,6 +92,40 @@ def test_who_has_lost_its_store_holds_nothing_for_ever(rig):
     rig.table.words[LEASE_NS] = 1
     assert rig.send() == []
     assert rig.counts()["uncommitted"] == 1
+
+
+def test_a_store_process_that_is_gone_is_not_worked_for(rig):
+    """Its table still says PRIMARY, and nothing that is changed there will ever be committed."""
+    rig.engine.remote[PARTITION], rig.engine.control[DOWN] = 0, 1
+    assert rig.send(b"a", b"b") == []
+    assert rig.records() == {}
+    rig.engine.control[DOWN] = 0
+    assert rig.send(b"c") == [b"a", b"b", b"c"]
+
+
+def test_who_is_deposed_without_its_store_drops_what_it_holds(rig):
+    rig.commit(0)
+    assert rig.send(b"a") == []
+    rig.engine.held.deposed[PARTITION] = 2  # by a map, since the reign 2 of another host
+    assert rig.send() == []
+    assert rig.counts()["waiting"] == 1  # the store process has its lease, and may say that all was committed
+    rig.table.words[LEASE_NS] = 1
+    assert rig.send() == []
+    assert (rig.counts()["waiting"], rig.counts()["uncommitted"]) == (0, 1)
+
+
+def test_what_ran_in_a_later_reign_is_not_dropped_for_an_earlier_one(rig):
+    rig.engine.held.deposed[PARTITION] = 2
+    rig.table.set_role(PARTITION, PRIMARY, 3)
+    rig.engine.control[EPOCH] = 3
+    rig.commit(0)
+    assert rig.send(b"a") == []
+    rig.table.words[LEASE_NS] = 1
+    assert rig.send() == []
+    assert rig.counts()["waiting"] == 1
+    rig.table.words[LEASE_NS] = 0
+    rig.commit(1)
+    assert rig.send() == [b"a"]
 
 
 def test_nobody_overtakes_a_held_packet_by_asking_elsewhere(rig):

@@ -139,6 +139,14 @@ def test_a_coordinator_that_ends_within_a_move_is_followed_by_one_that_ends_it()
     assert cluster.coordinator.moves == {}
 
 
+def test_a_coordinator_that_begins_anew_steers_to_the_primaries_not_to_where_packets_began():
+    cluster = Cluster(handed_over=True, heard=False)
+    cluster.switchover.steering[0] = "nf1"  # as configured
+    cluster.switchover.resume(cluster.coordinator)
+    cluster.plan()  # nobody was heard yet
+    assert cluster.switchover.steering == ["nf2", "nf2", "nf1", "nf2"]
+
+
 def test_who_dies_within_a_move_is_not_waited_for():
     cluster = steered()
     for _ in range(SPAN_NS // 1_000_000 + 1):
@@ -150,33 +158,74 @@ def test_who_dies_within_a_move_is_not_waited_for():
     assert cluster.coordinator.moves == {}
 
 
-def test_an_instance_whose_store_is_gone_is_not_waited_for():
-    """What it holds of its store's reign it cannot let go any more."""
+def test_an_instance_whose_store_is_gone_is_waited_for():
+    """What it holds of its store's reign it drops, but what it parked it asks others for."""
     cluster = steered()
     cluster.hand_over(0)
     cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
+    live_without_a_store(cluster, "nf1", parked=(0,))
+    assert cluster.orders("nf2")["park"] == [0, 2]  # 2 has failed over with its store
+    cluster.report("nf1", quiet=(0,))
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [2]
+    assert cluster.coordinator.moves == {}
+
+
+def live_without_a_store(cluster: Cluster, host: str, parked: tuple[int, ...] = ()) -> None:
+    """Let a host's store be silent for two leases while its instance reports; the other one says that it parks `parked`."""
+    other = HOSTS[1 - HOSTS.index(host)]
     for _ in range(2 * SPAN_NS // 1_000_000):
         cluster.now_ns += 1_000_000
         epoch = cluster.coordinator.map.epoch
-        cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf2", 1, 2, epoch, cluster.now_ns))
-        cluster.report("nf1")
-        cluster.report("nf2", parked=(0,))
+        cluster.coordinator.hear(cluster.now_ns, Heartbeat(other, 1, 1 + HOSTS.index(other), epoch, cluster.now_ns))
+        cluster.report(host)
+        cluster.report(other, parked=parked)
         cluster.plan()
+
+
+def test_after_a_failover_packets_follow_as_they_follow_a_move():
+    """The NF process of the lost store lives: it has packets, and those that are sent elsewhere must not overtake them."""
+    cluster = Cluster()
+    switchover = cluster.switchover
+    live_without_a_store(cluster, "nf1")
+    assert cluster.coordinator.map.groups[0].members == ("nf2",)
+    assert cluster.orders("nf2")["park"] == [0, 2]
+    assert switchover.steering[0] == "nf1"  # not before nf2 keeps what comes
+    cluster.report("nf2", parked=(0, 2))
+    cluster.plan()
+    assert switchover.steering[0] == "nf2"
+    switchover.confirmed = list(switchover.steering)
+    cluster.plan()
+    assert switchover.unsettled()
+    assert cluster.orders("nf1")["watch"] == []  # the switch may still send it some
+    switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
+    cluster.plan()
+    assert cluster.orders("nf1")["watch"] == [0, 2]
+    assert cluster.orders("nf2")["park"] == [0, 2]
+    cluster.report("nf1", quiet=(0, 2))
+    cluster.plan()
     assert cluster.orders("nf2")["park"] == []
+    assert cluster.orders("nf1")["watch"] == []
     assert cluster.coordinator.moves == {}
+
+
+def test_a_move_of_what_has_failed_over_begins_when_its_packets_have_followed():
+    cluster = Cluster()
+    live_without_a_store(cluster, "nf1")
+    cluster.coordinator.move([0], "nf1")
+    cluster.plan()
+    assert cluster.successor(0) is None
+    assert 0 not in (cluster.coordinator.may_hand_over or ())
 
 
 def test_packets_go_where_they_can_be_served_when_the_targets_store_is_gone():
     cluster = steered()
-    for _ in range(2 * SPAN_NS // 1_000_000):
-        cluster.now_ns += 1_000_000
-        epoch = cluster.coordinator.map.epoch
-        cluster.coordinator.hear(cluster.now_ns, Heartbeat("nf1", 1, 1, epoch, cluster.now_ns))
-        cluster.report("nf1")
-        cluster.report("nf2", parked=(0,))
-        cluster.plan()
+    live_without_a_store(cluster, "nf2")
     assert cluster.coordinator.map.groups[0].members == ("nf1",)
     assert cluster.orders("nf2")["park"] == []
+    assert cluster.orders("nf1")["park"] == [0, 1, 3]
+    cluster.report("nf1", parked=(0, 1, 3))
+    cluster.plan()
     assert cluster.switchover.steering[0] == "nf1"
 
 

@@ -1,0 +1,347 @@
+"""Store processes and a coordinator, as far as their decisions go: the product's, with messages in place of sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from datastore.replication import holds as held
+from datastore.replication import shipping as ship
+from datastore.replication.coordinator import MILLISECOND_NS, Coordinator, HostState
+from datastore.replication.links import ACKS_DUE, DESCRIPTOR, ROUND_NS, acknowledged_frames, make_links, pause_ns
+from datastore.replication.maps import ClusterMap
+from datastore.replication.replica import Replica
+from datastore.store.layout import CHANGES_AT
+from datastore.store.operations import ADD, OPERATION_VALUE
+from datastore.store.partitions import PARTITION_BITS
+from datastore.store.protocol import FRAME_HEADER_WORDS, find_client, frame_words, highest_sequence
+from datastore.store.statuses import OK
+from datastore.store.table import STAMP, VALUE, Table, commit_record, open_record
+from datastore.verification.imagined import Actor, Stream
+from datastore.verification.model import UNANSWERED, Operation
+
+CLUSTER, VALUE_BYTES, PARTITIONS = 0xC1, 16, 4
+COORDINATOR = "control"
+CLIENT_SLOTS, WINDOW = 32, 64
+CONNECTIONS, ANSWER_WORDS = 256, FRAME_HEADER_WORDS + OPERATION_VALUE + VALUE_BYTES // 8
+
+
+class StoreHost(Actor):
+    """A store process, as far as its decisions go."""
+
+    def __init__(self, world: Any, name: str) -> None:
+        super().__init__(world, name)
+        self.start()
+
+    def start(self) -> None:
+        """Begin with an empty table."""
+        world = self.world
+        peers = [name for name in world.store_names if name != self.name]
+        name = f"nearstate-simulated-{world.serial()}"
+        self.table = Table.anonymous(
+            name,
+            PARTITIONS * 14,
+            VALUE_BYTES,
+            PARTITIONS,
+            epoch=0,
+            cluster=CLUSTER,
+            clients=CLIENT_SLOTS,
+            window=WINDOW,
+            replication_secret=7,
+        )
+        self.words, self.owner = self.table.words, self.table.register_owner()
+        self.connected = np.zeros(CLIENT_SLOTS, np.uint8)
+        self.shipping = ship.make_shipping(self.words, len(peers), self.connected)
+        self.holds = held.make_holds(CONNECTIONS, 1, 1)
+        self.answers = np.zeros((CONNECTIONS, ANSWER_WORDS), np.uint64)
+        self.waiting: dict[int, str] = {}
+        self.free = list(range(CONNECTIONS))
+        self.links = make_links(self.words, len(peers))
+        self.links.control[:, DESCRIPTOR] = 0  # connected
+        self.buffer = np.zeros(ship.image_words(self.words), np.uint64)
+        self.lines: list[StoreLine] = []
+        self.is_pumping = False
+        self.replica = Replica(self.name, peers, self.words, self.shipping, self.owner, CLUSTER, world.serial(), world.timing)
+        self.work_in_place()
+        self.beat()
+        self.retry()
+
+    def work_in_place(self) -> None:
+        """Begin what shares the table with this process."""
+        self.function: InPlaceWriter | None = InPlaceWriter(self, 1000 + self.world.serial())
+
+    def crash(self, says_so: bool = True) -> None:
+        """Die. says_so: the kernel lives on, and closes the connections."""
+        self.alive, self.life = False, self.life + 1
+        self.end()
+        for line in self.lines if says_so else ():
+            line.close()
+        self.close()
+
+    def changes_total(self) -> int:
+        """Return how often something was changed, of all partitions."""
+        at = int(self.words[CHANGES_AT])
+        return int(self.words[at : at + PARTITIONS].sum())
+
+    def end(self) -> None:
+        """Nothing more will come of what works in place."""
+        if self.function:
+            self.function.crash()
+
+    def close(self) -> None:
+        self.table.close()
+
+    def restart(self) -> None:
+        self.alive, self.paused_until = True, 0
+        self.start()
+
+    def beat(self) -> None:
+        self.tell_coordinator()
+        self.later(self.world.timing.heartbeat_ns, self.beat)
+
+    def tell_coordinator(self) -> None:
+        self.world.send(self.name, COORDINATOR, "beat", self.replica.beat(self.now()))
+        for host in self.replica.peers:
+            self.world.send(self.name, host, "ping", self.replica.ping(self.now()))
+
+    def retry(self) -> None:
+        for peer in range(len(self.replica.peers)):
+            before_ns = self.now() - self.world.timing.retry_ns
+            ship.lose(self.shipping, peer, before_ns, before_ns)
+        self.pump()
+        self.later(self.world.timing.retry_ns // 2, self.retry)
+
+    def deliver(self, source: str, kind: str, body: Any) -> None:
+        if kind == "grant":
+            if self.replica.hear(self.now(), body):
+                self.world.note(f"{self.name} follows map {self.replica.map.epoch}")
+                self.tell_coordinator()
+        elif kind == "request":
+            self.serve(source, body)
+        elif kind == "frames":
+            self.apply(source, body)
+        elif kind == "ping":
+            pong = self.replica.pinged(self.now(), body)
+            if pong:
+                self.world.send(self.name, source, "pong", pong)
+        elif kind == "pong":
+            self.replica.ponged(body)
+        elif kind == "ack":
+            peer = self.replica.peers.index(source)
+            ship.take_ack(self.shipping, self.words, peer, body, 0)
+            self.links.control[peer, ACKS_DUE] -= 1
+        self.pump()
+
+    def ship(self, peer: int, host: str) -> None:
+        """Send a peer what is due, in rounds, as `replication/links.py` does."""
+        control, now_ns = self.links.control, self.now()
+        pause = int(pause_ns(self.links, peer, now_ns))
+        if pause > 0:
+            self.pump_later(pause + 1)
+            return
+        end = int(ship.ship_all(self.shipping, self.words, self.owner, peer, now_ns, self.buffer, 0, self.buffer.size))
+        if end:
+            due = int(acknowledged_frames(self.buffer, 0, end))
+            control[peer, ACKS_DUE] += due
+            control[peer, ROUND_NS] = now_ns if due else control[peer, ROUND_NS]
+            self.world.send(self.name, host, "frames", self.buffer[:end].copy())
+
+    def pump_later(self, delay_ns: int) -> None:
+        """`pump` after a while; once."""
+        if not self.is_pumping:
+            self.is_pumping = True
+            self.later(delay_ns, self.pump)
+
+    def greet(self, client_id: int) -> int:
+        """Return the highest sequence number that was done for a client, as HELLO is answered."""
+        slot = int(find_client(self.words, np.uint64(client_id), self.now() // 10**9, self.connected))
+        return int(highest_sequence(self.words, slot)) if slot >= 0 else 0
+
+    def serve(self, client: str, request: np.ndarray) -> None:
+        if not self.free:
+            return
+        connection = self.free.pop()
+        slot = int(find_client(self.words, request[2], self.now() // 10**9, self.connected))
+        length = int(frame_words(request, 0, request.size, 0))
+        held.serve_frame(
+            self.shipping, self.holds, self.words, self.owner, slot, connection, self.now(), request, 0, length,
+            self.answers[connection], 0,
+        )  # fmt: skip
+        self.world.watch(self, int(request[FRAME_HEADER_WORDS + 2] & PARTITION_BITS))
+        self.waiting[connection] = client
+
+    def apply(self, source: str, frames: np.ndarray) -> None:
+        at = 0
+        while at < frames.size:
+            length = int(frames[at] >> np.uint64(32)) // 8
+            ack = np.zeros(3, np.uint64)
+            if ship.apply(
+                self.shipping, self.words, self.owner, self.now() // 10**9, frames, at + FRAME_HEADER_WORDS,
+                length - FRAME_HEADER_WORDS, ack, 0,
+            ):  # fmt: skip
+                self.world.send(self.name, source, "ack", ack)
+            at += length
+
+    def pump(self) -> None:
+        """Ship what is due, and answer what may be answered."""
+        self.is_pumping = False
+        self.replica.advance(self.now())
+        for peer, host in enumerate(self.replica.peers):
+            self.ship(peer, host)
+        if self.function:
+            self.function.release()
+        for line in self.lines:
+            line.release()
+        for connection, client in list(self.waiting.items()):
+            if held.let_go(self.holds, self.words, connection, self.answers[connection]) > 0:
+                self.world.send(self.name, client, "answer", self.answers[connection].copy())
+                del self.waiting[connection]
+                held.forget(self.holds, connection)
+                self.free.append(connection)
+
+
+class StoreLine:
+    """A connection of an NF process at a store: frames of operations in, answers out, in order (`store/server.py`)."""
+
+    def __init__(self, host: StoreHost, answers: Stream, close: Callable[[], None]) -> None:
+        """answers: where they go. close: tells the other end that the connection is gone."""
+        self.host, self.stream, self.close = host, answers, close
+        self.holds = held.make_holds(1, 4 * WINDOW, 2 * WINDOW)
+        self.answers, self.written, self.sent = np.zeros(1 << 16, np.uint64), 0, 0
+        self.unread = b""
+
+    def receive(self, data: bytes) -> None:
+        """Do all operations of all whole frames that have arrived."""
+        self.unread += data
+        while len(self.unread) >= 8 * FRAME_HEADER_WORDS:
+            words = np.frombuffer(self.unread[: len(self.unread) // 8 * 8], np.uint64)
+            length = int(frame_words(words, 0, words.size, 0))
+            if length <= 0:
+                break
+            self.serve(words[:length].copy())
+            self.unread = self.unread[length * 8 :]
+        self.host.pump()
+
+    def serve(self, request: np.ndarray) -> None:
+        host = self.host
+        slot = int(find_client(host.words, request[2], host.now() // 10**9, host.connected))
+        if self.sent == self.written > self.answers.size // 2:
+            self.sent = self.written = 0
+        self.written += int(held.serve_frame(
+            host.shipping, self.holds, host.words, host.owner, slot, 0, host.now(), request, 0, request.size, self.answers,
+            self.written,
+        ))  # fmt: skip
+
+    def release(self) -> None:
+        """Send the answers that need not wait any more."""
+        end = int(held.let_go(self.holds, self.host.words, 0, self.answers))
+        if end > self.sent:
+            self.stream.send(self.answers[self.sent : end].tobytes())
+            self.sent = end
+
+
+class InPlaceWriter:
+    """A process beside a store that works on records in place, and is answered when the changes are committed.
+
+    What it does is an ADD in the history. When its host is no longer primary there is no answer. (The packet loop itself is in
+    `nfs/verification/instance.py`.)
+    """
+
+    def __init__(self, host: StoreHost, number: int) -> None:
+        self.host, self.number, self.sequence = host, number, 0
+        self.waiting: list[tuple[Operation, int, int]] = []
+        self.owner = host.table.register_owner()
+        self.tick()
+
+    def tick(self) -> None:
+        if not self.host.world.ending:
+            self.work()
+            self.host.later(self.host.world.random.randrange(2, 20) * MILLISECOND_NS, self.tick)
+
+    def work(self) -> None:
+        """Add to a record of a partition this host is primary of."""
+        host, world = self.host, self.host.world
+        low, high = world.some_key()
+        partition = low & int(PARTITION_BITS)
+        if not host.replica.has_lease(host.now()):
+            return
+        slot = int(open_record(host.words, self.owner, np.uint64(low), np.uint64(high), host.replica.map.epoch, 1))
+        if slot < 0:
+            return
+        world.watch(host, partition)
+        self.sequence += 1
+        host.words[slot + VALUE] += np.uint64(self.number)
+        version, value = (int(host.words[slot + STAMP]) >> 20) + 1, host.words[slot + VALUE : slot + VALUE + 2].tobytes()
+        operation = Operation(self.number, self.sequence, low, high, ADD, self.number.to_bytes(8, "little"), status=OK,
+                              version=version, answer=value, invoked_ns=world.now)  # fmt: skip
+        commit_record(host.words, self.owner, slot, 0)
+        self.waiting.append((operation, int(ship.changes(host.words, partition)), int(ship.reign(host.words, partition))))
+
+    def release(self) -> None:
+        """Let the packets leave whose changes are committed; drop those whose changes may be lost."""
+        words, still = self.host.words, []
+        for operation, changes, reign in self.waiting:
+            partition = operation.low & int(PARTITION_BITS)
+            if ship.reign(words, partition) != reign or not ship.rules(ship.role(words, partition)):
+                self.give_up(operation)
+            elif ship.committed(words, partition) >= changes:
+                self.host.world.record(operation._replace(answered_ns=self.host.world.now))
+            else:
+                still.append((operation, changes, reign))
+        self.waiting = still
+
+    def give_up(self, operation: Operation) -> None:
+        self.host.world.record(operation._replace(status=UNANSWERED, version=0, answer=None))
+
+    def crash(self) -> None:
+        for operation, _, _ in self.waiting:
+            self.give_up(operation)
+        self.waiting = []
+
+
+class CoordinatorHost(Actor):
+    """A coordinator, as far as its decisions go; `saved` is its disk."""
+
+    def __init__(self, world: Any, first: ClusterMap) -> None:
+        super().__init__(world, COORDINATOR)
+        hosts = {name: HostState(0) for name in world.store_names}
+        self.coordinator = Coordinator(first, CLUSTER, world.replicas, hosts, world.timing)
+        self.saved = self.coordinator.save()
+        self.tick()
+
+    def crash(self) -> None:
+        self.alive, self.life = False, self.life + 1
+
+    def restart(self) -> None:
+        self.alive, self.paused_until = True, 0
+        self.coordinator = Coordinator.start(self.saved, self.now(), self.world.timing)
+        self.tick()
+
+    def tick(self) -> None:
+        self.coordinator.advance(self.now())
+        self.publish()
+        self.later(self.world.timing.heartbeat_ns // 3, self.tick)
+
+    def publish(self) -> None:
+        """Save what was decided, then tell everybody."""
+        if self.coordinator.dirty:
+            self.saved, self.coordinator.dirty = self.coordinator.save(), False
+            self.world.note(f"coordinator: map {self.coordinator.map.epoch} "
+                            + " ".join(short(group) for group in self.coordinator.map.groups))  # fmt: skip
+            for host in self.world.store_names:
+                self.world.send(self.name, host, "grant", self.coordinator.news(host))
+
+    def deliver(self, source: str, kind: str, body: Any) -> None:
+        if kind == "beat":
+            grant = self.coordinator.hear(self.now(), body)
+            self.publish()
+            self.world.send(self.name, source, "grant", grant)
+        elif kind == "map?":
+            self.world.send(self.name, source, "map", self.coordinator.map)
+
+
+def short(group: Any) -> str:
+    text = ",".join(group.members) + ("+" + ",".join(group.learners) if group.learners else "")
+    return text + ("-" + ",".join(group.leaving) if group.leaving else "") + (f">{group.successor}" if group.successor else "")

@@ -1,0 +1,128 @@
+"""What does an NF process do when the coordinator tells it to, between two bursts?
+
+Pure, like the coordinator: the caller tells the time, owns sockets and threads (`process.py`), and sends the reports. So the
+simulator (`nfs/verification/`) runs the same code under an imagined clock.
+
+    map     follow a newer cluster map: whose stores are asked from now on, and whose are left
+    park    keep the packets of these partitions until further orders
+    watch   find out when every packet of these partitions that came before is gone: a mark in the rings behind the last of them
+            (`Drain`), then no packet older than that waits in the loop
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from datastore.replication.maps import ClusterMap
+from datastore.store.client import EPOCH as CLIENT_EPOCH
+from datastore.store.client import ClientState
+from nfs.dataplane.engine import EPOCH, HERE, NEVER, Engine
+from nfs.dataplane.passage import note_oldest
+from nfs.dataplane.port import Port, has_passed, mark
+
+ARRIVAL_NS = 1_000_000
+"""How long a frame may take from the switch into this process' ring: what it sent before it said that it sends no more."""
+
+
+@dataclass
+class Drain:
+    """What is known of partitions, of one order, whose packets the switch sends elsewhere since `since_ns`: marks in the rings
+    behind the last of them, and when the loop was past these; 0: not yet."""
+
+    since_ns: int
+    marks: list[int] = field(default_factory=list)
+    passed_ns: int = 0
+
+
+class Orders:
+    """The orders that one packet loop follows."""
+
+    def __init__(
+        self, engine: Engine, ports: Sequence[Port], client: ClientState, stores: Sequence[str], here: str | None,
+        asked: set[str], epoch: int,
+    ) -> None:  # fmt: skip
+        """stores: hosts by their number in `engine.primary`. here: the host whose table this process shares, None: no host.
+        asked: the stores that the map of `epoch` names primaries."""
+        self.engine, self.ports, self.client, self.here, self.epoch = engine, list(ports), client, here, epoch
+        self.stores, self.numbers = list(stores), {host: number for number, host in enumerate(stores)}
+        self.quiet: list[int] = []
+        """The watched partitions of which no packet that came before their marks is here any more, as the loop saw last."""
+        self._asked = asked
+        if here in self.numbers:  # in place of HERE, for what must be asked by a message
+            engine.remote[engine.primary == HERE] = self.numbers[here]
+        self._drains: dict[int, Drain] = {}
+        self._oldest = np.zeros(engine.primary.size, np.int64)
+
+    def warm(self) -> None:
+        """Load the code that `look` needs, which takes 10 ms, before there are packets."""
+        note_oldest(self.engine, self._oldest)
+
+    def parked(self) -> list[int]:
+        """Return the partitions whose packets are kept."""
+        return [int(partition) for partition in np.flatnonzero(self.engine.held.parking)]
+
+    def carry_out(self, orders: dict[str, Any], now_ns: int, leave: Callable[[int], None]) -> None:
+        """Do what the coordinator says. leave: closes the connection to a store, by number, that serves no partition any more."""
+        self.quiet = []
+        if orders["map"]:
+            self._adopt(ClusterMap.from_json(orders["map"]), leave)
+        parking = np.zeros(self.engine.primary.size, np.int64)
+        parking[orders["park"]] = 1
+        self.engine.held.parking[:] = parking
+        new = Drain(now_ns)
+        self._drains = {partition: self._drains.get(partition, new) for partition in orders["watch"]}
+
+    def look(self, now_ns: int) -> bool:
+        """See of the partitions that are sent elsewhere now whether all their packets have been through the loop, and left it;
+        tell whether that is news.
+
+        Requires that the loop does not run: while it does, a packet may be on its way from one place to another.
+        """
+        for drain in self._unfinished():
+            if not drain.marks and now_ns - drain.since_ns >= ARRIVAL_NS:
+                drain.marks = [mark(port) for port in self.ports]
+            if drain.marks and all(map(has_passed, self.ports, drain.marks)):
+                drain.passed_ns = now_ns
+        if self._drains:
+            note_oldest(self.engine, self._oldest)
+        before = set(self.quiet)
+        self.quiet = [partition for partition, drain in self._drains.items()
+                      if 0 < drain.passed_ns < self._oldest[partition]]  # fmt: skip
+        return bool(set(self.quiet) - before)
+
+    def watches(self) -> bool:
+        """Tell whether a watched partition is not quiet yet."""
+        return len(self.quiet) < len(self._drains)
+
+    def _unfinished(self) -> list[Drain]:
+        return [drain for drain in {id(drain): drain for drain in self._drains.values()}.values() if not drain.passed_ns]
+
+    def forsake(self) -> None:
+        """The store process whose table this process shares is gone, and another one is in its place: its table is that of no
+        store any more. From now on the store on this host is asked by messages, like all others."""
+        engine = self.engine
+        engine.held.deposed[:] = NEVER
+        if self.here in self.numbers:
+            engine.primary[engine.primary == HERE] = self.numbers[self.here]
+        self.here = None
+
+    def _adopt(self, new: ClusterMap, leave: Callable[[int], None]) -> None:
+        """Ask whom a newer map names from now on. A partition that nobody serves stays where it was."""
+        if new.epoch <= self.epoch:
+            return
+        engine = self.engine
+        for partition, group in enumerate(new.groups):
+            if group.primary in self.numbers:
+                engine.remote[partition] = self.numbers[group.primary]
+                engine.primary[partition] = HERE if group.primary == self.here else self.numbers[group.primary]
+            if group.primary and self.here not in group.members:
+                engine.held.deposed[partition] = group.reign
+        self.epoch = engine.control[EPOCH] = new.epoch
+        self.client.identity[CLIENT_EPOCH] = new.epoch
+        for name in sorted((self._asked - new.ruled.keys()) & self.numbers.keys()):
+            leave(self.numbers[name])
+        self._asked = set(new.ruled)

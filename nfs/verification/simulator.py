@@ -1,0 +1,237 @@
+"""Replication, failover and moves with packets under way, on an imagined network, with everything that can go wrong.
+
+    world = Rack(seed=7)
+    world.play(1.0)          seconds of imagined time, then all heals; raises Violation
+
+The product's code runs: stores, coordinator and clients as in `datastore/verification/simulator.py`, and an NF process beside
+each store (`instance.py`). An imagined switch steers packets to it as the coordinator's `Switchover` wishes. An NF process and
+its store die together or apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datastore.replication.coordinator import MILLISECOND_NS
+from datastore.replication.maps import ClusterMap
+from datastore.verification.hosts import COORDINATOR, PARTITIONS, InPlaceWriter, StoreHost
+from datastore.verification.imagined import CALM, Violation
+from datastore.verification.simulator import SETTLED_S, World
+from nfs.verification.instance import InstanceHost
+from nfs.verification.packets import Packets
+from nfs.verification.steering import ImaginedSwitch, SteeringCoordinator
+
+LINK_NS = 100_000
+"""From the switch into an instance's ring."""
+LOOK_NS = 10 * MILLISECOND_NS
+PATIENCE_NS = 300 * MILLISECOND_NS
+"""No packet waits longer while a copy of its partition lives and can be reached, and nothing else goes wrong meanwhile."""
+
+
+class RackStore(StoreHost):
+    """A store process whose table an NF process maps, too: it outlives the store."""
+
+    def work_in_place(self) -> None:
+        self.function: InPlaceWriter | None = None
+
+    def close(self) -> None:
+        self.world.tables.append(self.table)
+
+
+@dataclass
+class Rack(World):
+    """Stores, NF processes, a coordinator that steers, a switch, packets, clients; and what befalls them."""
+
+    clients: int = 2
+    flows: int = 6
+
+    def build(self, first: ClusterMap) -> None:
+        self.tables: list[Any] = []
+        self.switch = ImaginedSwitch(self, [str(group.primary) for group in first.groups], self.flows)
+        self.packets = Packets(self, PARTITIONS, self.flows)
+        SteeringCoordinator(self, first)
+        for name in self.store_names:
+            RackStore(self, name)
+        for name in self.store_names:
+            InstanceHost(self, self.actors[name])
+        for number in range(self.flows):
+            self.emit(number)
+        self.at(LOOK_NS, self.look)
+
+    def partition_of(self, flow: int) -> int:
+        return flow % PARTITIONS
+
+    def instance(self, host: str) -> Any:
+        return self.actors[f"{host}/nf"]
+
+    def instances(self) -> list[Any]:
+        return [self.instance(name) for name in self.store_names]
+
+    def newest_map(self) -> ClusterMap:
+        found: ClusterMap = self.actors[COORDINATOR].coordinator.map
+        return found
+
+    def emit(self, number: int) -> None:
+        """Send a packet of a flow, and the next one after a while."""
+        if self.ending:
+            return
+        frame, way = self.packets.flows[number].frame(), self.switch.ways[number]
+        self.at(self.now + LINK_NS, lambda: self.instance(way).receive(frame))
+        self.at(self.now + self.random.randrange(1, 6) * MILLISECOND_NS, lambda: self.emit(number))
+
+    # ---- what goes wrong ----------------------------------------------------------------------------------------------
+
+    def strikes(self) -> tuple[tuple[float, Callable[[], None]], ...]:
+        rest = tuple(pair for pair in super().strikes() if pair[1] != self.strike_crash)
+        return ((self.faults.crash_s, self.strike_part), *rest)
+
+    def strike_part(self) -> None:
+        """Let a host, or one of its two processes, die."""
+        name, what = self.random.choice(self.store_names), self.random.choice(("host", "store", "nf"))
+        self.lose(name, what)
+
+    def lose(self, name: str, what: str) -> None:
+        """Let `what` of a host die (host, store, nf), unless too few stores would be left; it comes back after a while."""
+        store, instance = self.actors[name], self.instance(name)
+        dead = sum(not self.actors[other].alive for other in self.store_names)
+        if what != "nf" and (dead >= 2 or not store.alive):
+            return
+        if what == "nf" and not instance.alive:
+            return
+        self.count(f"{what} crash", f"{what} of {name} dies" if what != "host" else f"{name} dies")
+        self.trouble()
+        if what != "nf":
+            store.crash(says_so=what == "store")
+            self.at(self.now + self._away_ns(), lambda: self.revive(store))
+        if what != "store" and instance.alive:
+            instance.crash()
+            self.at(self.now + self._away_ns(), lambda: self.revive(instance))
+
+    def _away_ns(self) -> int:
+        return int(1e9 * self.random.choice((self.random.uniform(0.002, 0.06), self.random.uniform(0.05, 0.8))))
+
+    def strike_pause(self) -> None:
+        names = [*self.store_names, *(f"{name}/nf" for name in self.store_names), COORDINATOR]
+        actor = self.actors[self.random.choice(names)]
+        if actor.alive and self.now >= actor.paused_until:
+            span_ms = self.random.choice((20, 60, 100, 150, 300, 700))
+            self.count("pause", f"{actor.name} is stopped for {span_ms} ms")
+            actor.paused_until = self.now + span_ms * MILLISECOND_NS
+            self.trouble(self.host_of(actor.name) if isinstance(actor, InstanceHost) else "", actor.paused_until)
+
+    def strike_cut(self) -> None:
+        before = set(self.cuts)
+        super().strike_cut()
+        for one, other in self.cuts - before:
+            for host in {one, other} - {COORDINATOR}:
+                self.trouble(host, self.now + int(0.6e9))
+
+    def strike_move(self) -> None:
+        """Move a partition that is not on its way elsewhere: of others a command is refused (`coordination.py`)."""
+        host = self.actors[COORDINATOR]
+        partition, target = self.random.randrange(PARTITIONS), self.random.choice(self.store_names)
+        is_there = self.newest_map().groups[partition].primary == target or partition in host.coordinator.moves
+        if host.alive and self.now >= host.paused_until and not is_there:
+            self.count("move", f"partition {partition} is to move to {target}")
+            host.coordinator.move([partition], target)
+
+    def strike_coordinator(self) -> None:
+        host = self.actors[COORDINATOR]
+        for name in self.store_names if host.alive and (host.coordinator.moves or host.switchover.under_way) else ():
+            self.trouble(name, self.now + int(0.6e9))  # the next one does not know how far a move had come
+        super().strike_coordinator()
+        self.trouble()
+
+    def trouble(self, host: str = "", until_ns: int = 0) -> None:
+        """Something goes wrong: patience begins anew; an instance that is stopped or cut off may be overtaken."""
+        for instance in self.instances():
+            instance.bad_ns = [instance.now()] * PARTITIONS
+        if host:
+            self.instance(host).troubled_ns = max(self.instance(host).troubled_ns, until_ns)
+
+    # ---- what must hold -----------------------------------------------------------------------------------------------
+
+    def violated(self, what: str) -> None:
+        """Raise Violation."""
+        self.note(f"!!! {what}")
+        raise Violation(f"seed {self.seed}: at {self.now / 1e6:.3f} ms {what}")
+
+    def look(self) -> None:
+        """See whether a packet waits for too long."""
+        self.at(self.now + LOOK_NS, self.look)
+        is_whole = not self.cuts and all(actor.alive and self.now >= actor.paused_until for actor in (self.actors[COORDINATOR],))
+        for instance in self.instances():
+            if not instance.alive:
+                continue
+            instance.note_oldest()
+            for partition, group in enumerate(self.newest_map().groups):
+                stores = [self.actors[name] for name in group.members]
+                reached = is_whole and any(store.alive and self.now >= store.paused_until for store in stores)
+                if not reached or self.now < instance.paused_until:
+                    instance.bad_ns[partition] = instance.now()
+                elif instance.longest_wait_ns(partition) > self.longest_ns():
+                    self.violated(f"a packet of partition {partition} waits in {instance.name} for "
+                                  f"{instance.longest_wait_ns(partition) / 1e6:.0f} ms")  # fmt: skip
+
+    def longest_ns(self) -> int:
+        """Return how long a packet may wait: messages that come late hold up leases and frames."""
+        faults = self.faults
+        return PATIENCE_NS + (0 if self.calm or not faults.late else int(2e6 * faults.late_ms))
+
+    def unsettled(self) -> str:
+        waits = [instance.name for instance in self.instances()
+                 if instance.alive and max(map(instance.longest_wait_ns, range(PARTITIONS))) > PATIENCE_NS // 3]  # fmt: skip
+        return super().unsettled() or (f"packets wait in {', '.join(waits)}" if waits else "")
+
+    def check(self) -> None:
+        super().check()
+        groups = self.newest_map().groups
+        for flow in self.packets.flows:
+            group = groups[flow.partition]
+            self.packets.check(flow, self.counted(flow.port, flow.partition, str(group.primary)) if group.members else None)
+        for instance in self.instances():
+            instance.check()
+            if instance.counts()["waiting"]:
+                lost = [p for p, group in enumerate(groups) if not group.members]
+                if not lost:
+                    self.violated(f"packets wait in {instance.name} at the end")
+
+    def counted(self, port: int, partition: int, primary: str) -> int:
+        """Return what the record of a flow has counted, at its primary."""
+        found = [record for record in self.actors[primary].table.records(partition) if record.low >> 48 == port]
+        return int.from_bytes(found[0].value[:8], "little") if found else 0
+
+    def close(self) -> None:
+        for instance in self.instances():
+            instance.end()
+        super().close()
+        for table in self.tables:
+            table.close()
+
+
+def simulate(seed: int, seconds: float = 0.8, **options: Any) -> Rack:
+    """Run one seed to its end; raises Violation. Returns the world, for its trace and history."""
+    world = Rack(seed, **options)
+    world.play(seconds)
+    return world
+
+
+def lose_one(seed: int, what: str) -> Rack:
+    """Run a calm rack in which `what` (store, nf, host) of nf1 dies, or all partitions move (move); raises Violation."""
+    world = Rack(seed, CALM, keep_trace=False, replicas=2)
+    try:
+        world.run(0.15)
+        if what == "move":
+            for partition in range(PARTITIONS):
+                world.actors[COORDINATOR].coordinator.move([partition], world.random.choice(world.store_names))
+        else:
+            world.lose("nf1", what)
+        world.run(0.45)
+        world.heal()
+        world.settle(SETTLED_S)
+        world.check()
+    finally:
+        world.close()
+    return world
