@@ -31,7 +31,7 @@ def compiled_modules() -> Iterator[Any]:
     """Yield every module that has compiled functions and says how to compile them."""
     for pattern in PATTERNS:
         for path in sorted(ROOT.glob(pattern)):
-            if not path.stem.startswith("_") and "def warm(" in path.read_text():
+            if not path.stem.startswith("_") and "\ndef warm(" in path.read_text():
                 yield importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
