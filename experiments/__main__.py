@@ -47,7 +47,6 @@ def list_experiments(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run experiments, draw figures and report, print the comparison; exit status 1 where an experiment has no valid trial."""
-    from analysis.outcome import outcome
     from experiments.harness import runner
 
     try:
@@ -57,6 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
             "interrupted; what has ended is safe: go on with `python -m experiments run --resume latest`"
         ) from None
     report(record.folder, arguments.baseline, arguments.other)
+    from analysis.outcome import outcome
+
     found = outcome(record.folder)
     for line in found.lines:
         print(line)
