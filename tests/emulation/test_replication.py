@@ -19,8 +19,6 @@ from topologies.emulation.processes import Launcher
 
 FLOWS, RATE_KPPS = 500, 5.0
 EVEN = list(range(0, PARTITIONS, 2))
-LEASE_MS = 400.0
-"""Five times the default: the tests' box is busy, and who is not heard in time is taken for dead."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journa
 
 
 def rack(emulation: tuple[Journal, Launcher], nf: str, placement: str, replicas: int) -> Any:
-    trial = Trial("test", "rack", nf, placement, replicas, {}, {"coordinated": True, "lease_ms": LEASE_MS}, 0, 1)
+    trial = Trial("test", "rack", nf, placement, replicas, {}, {"coordinated": True}, 0, 1)
     experiment = Experiment("?", "throughput", ({},), traffic={"flows": FLOWS}, network={"nf_hosts": 2})
     return working_rack(emulation, trial, experiment)
 

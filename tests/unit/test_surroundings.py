@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True, check=False)
 
 
-def experiments(*arguments: str, by: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    return run(*by, sys.executable, "-m", "experiments", *arguments, **environment)
+def experiments(
+    *arguments: str, by: tuple[str, ...] = (), environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return run(*by, sys.executable, "-m", "experiments", *arguments, **(environment or {}))
 
 
 @as_root
@@ -64,7 +67,7 @@ def test_the_callers_settings_do_not_reach_what_is_said() -> None:
         },
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONOPTIMIZE": "2", "COLUMNS": "1", "TZ": "nowhere", "PAGER": "false"},
     ):
-        said = experiments("list", **environment)
+        said = experiments("list", environment=environment)
         assert (said.returncode, said.stderr, said.stdout) == (0, "", plain.stdout)
 
 
