@@ -189,7 +189,7 @@ def _check_fields(name: str, experiment: Experiment) -> None:
         "repeats": int, "seed": int}  # fmt: skip
     for field_name, kind in kinds.items():
         value: Any = getattr(experiment, field_name)
-        right = isinstance(value, kind) and (kind is not int or (value >= 0 and not isinstance(value, bool)))
+        right = isinstance(value, kind) and (not isinstance(value, int) or (value >= 0 and not isinstance(value, bool)))
         if not right:
             wanted = {str: "text", int: "whole number from 0"}.get(kind, "mapping")  # type: ignore[arg-type]
             raise NearstateError(f"experiment {name!r}: {field_name}={value!r} is no {wanted}")
