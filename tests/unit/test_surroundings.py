@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from datastore import surroundings
 from datastore.native import ROOT
 from datastore.native.cache import ImportsLocator
+from experiments.workloads import real_clients
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
@@ -94,6 +97,19 @@ def test_a_copied_checkout_finds_what_was_compiled(tmp_path: Path) -> None:
     elsewhere = (tmp_path / "one/x.py", tmp_path / "two/x.py")
     apart = {ImportsLocator.get_suitable_cache_subpath(str(path)) for path in (*sources, *elsewhere)}
     assert len(apart) == 5
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed: apt-get install curl")
+def test_real_clients_ask_the_server_and_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of the caller's is not to be reached from an emulated host."""
+    (tmp_path / ".curlrc").write_text('proxy = "http://127.0.0.1:9"\n')
+    for name, value in {"HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        answer = real_clients.connect(f"127.0.0.1:{server.server_port}", "README.md", 2)
+        server.shutdown()
+    assert answer["connections"] == 2
 
 
 def test_a_cache_that_is_another_users_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
