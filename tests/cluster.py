@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
 import socket
 import tempfile
 import time
@@ -43,7 +44,9 @@ def free_port() -> int:
 def launcher() -> Launcher:
     """Return the launcher of this test run: as in the product, every process is a fork of one that never had threads."""
     journal = Journal(f"cluster-{os.getpid()}")
-    made = Launcher(journal, Path(tempfile.mkdtemp(prefix="nearstate-cluster-")), ("tests.loaded",))
+    logs = Path(tempfile.mkdtemp(prefix="nearstate-cluster-"))
+    atexit.register(shutil.rmtree, logs, ignore_errors=True)
+    made = Launcher(journal, logs, ("tests.loaded",))
     atexit.register(journal.close)
     atexit.register(made.close)
     made.wait_ready(READY_S)
