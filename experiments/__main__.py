@@ -48,7 +48,6 @@ def list_experiments(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run experiments, draw figures and report, print the comparison; exit status 1 where an experiment has no valid trial."""
-    from analysis.outcome import outcome
     from experiments.harness import runner
 
     try:
@@ -58,6 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
             "interrupted; what has ended is safe: go on with `python -m experiments run --resume latest`"
         ) from None
     report(record.folder, arguments.baseline, arguments.other)
+    from analysis.outcome import outcome
+
     found = outcome(record.folder)
     for line in found.lines:
         print(line)

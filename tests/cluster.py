@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import ctypes
+import itertools
 import os
 import random
-import signal
+import shutil
 import socket
+import tempfile
 import time
-import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datastore.replication import coordination
+from datastore.replication.coordinator import Timing
 from datastore.replication.routed import RoutedClient, ask
-from datastore.store import server
-from tests.secrets_of_tests import SECRET, client, secret_file
-from topologies.emulation.processes import Control
+from tests.secrets_of_tests import SECRET, client, key_of
+from topologies.emulation.journal import Journal
+from topologies.emulation.processes import Launcher, RunningProcess
 
 CLUSTER, VALUE_BYTES, PARTITIONS = 0xC7, 16, 256
 HOSTS = ("nf1", "nf2", "nf3")
-LEASE_MS = 400
-"""Five times the default: the tests' box is busy, and who is not heard in time is taken for dead."""
+LEASE_MS = Timing.lease_ns / 1e6
+"""The product's default: what holds for users holds here."""
+STORE, COORDINATOR = "datastore.store.server:main", "datastore.replication.coordination:main"
+READY_S = 170.0
+"""Longest wait for a process, which compiles what it runs when its sources have changed."""
 
 
 def free_port() -> int:
@@ -36,34 +41,37 @@ def free_port() -> int:
             return port
 
 
-class Process:
-    """A forked process with a control socket that ends with this one."""
+@cache
+def launcher() -> Launcher:
+    """Return the launcher of this test run: as in the product, every process is a fork of one that never had threads."""
+    journal = Journal(f"cluster-{os.getpid()}")
+    logs = Path(tempfile.mkdtemp(prefix="nearstate-cluster-"))
+    atexit.register(shutil.rmtree, logs, ignore_errors=True)
+    made = Launcher(journal, logs, ("tests.loaded",))
+    atexit.register(journal.close)
+    atexit.register(made.close)
+    made.wait_ready(READY_S)
+    return made
 
-    def __init__(self, target: Any, config: dict[str, Any]) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pid = os.fork()
-        if self.pid == 0:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-            ours.close()
-            try:
-                target(config, Control(theirs))
-            except BaseException:
-                traceback.print_exc()
-            os._exit(0)
-        theirs.close()
-        self.control = Control(ours)
-        self.ready = self.control.receive(120)
+
+class Process:
+    """A process that the launcher started, with its control socket; it ends with this one."""
+
+    started = itertools.count(1)
+
+    def __init__(self, target: str, config: dict[str, Any]) -> None:
+        """target: a store's or a coordinator's main, as module:function."""
+        name = f"{target.split(':')[0]}-{next(self.started)}"
+        self.control: RunningProcess = launcher().spawn(name, None, target, config, key=key_of(target, config))
+        self.ready = self.control.receive(READY_S)
         assert self.ready is not None
         assert "port" in self.ready, self.ready
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        self.control.signal(number)
 
     def kill(self) -> None:
-        if self.pid:
-            self.signal(signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.pid = 0
+        self.control.kill()
 
 
 class Cluster:
@@ -73,25 +81,23 @@ class Cluster:
         """state: of the coordinator; "": a file in `folder`."""
         self.folder, self.ports = folder, {host: free_port() for host in (*HOSTS, "control", "standby")}
         self.tables: list[str] = []
-        self.secret = secret_file()
         placement = [[HOSTS[(p + r) % len(HOSTS)] for r in range(replicas)] for p in range(PARTITIONS)]
         self.coordinator_config = {
             "address": "127.0.0.1", "port": self.ports["control"], "cluster": CLUSTER, "replicas": replicas, "hosts": HOSTS,
-            "placement": placement, "state": state or str(folder / "coordinator.json"), "lease_ms": LEASE_MS,
-            "secret": self.secret,
+            "placement": placement, "state": state or str(folder / "coordinator.json"),
         }  # fmt: skip
-        self.coordinator = Process(coordination.main, self.coordinator_config)
+        self.coordinator = Process(COORDINATOR, self.coordinator_config)
         self.stores = {host: self.start(host) for host in HOSTS}
 
     def start(self, host: str, port: int = 0) -> Process:
         """Start a store process; port: 0 is the host's own."""
         self.tables.append(f"nearstate-test-{os.getpid()}-{host}-{len(self.tables)}")
         peers = [{"host": name, "address": "127.0.0.1", "port": self.ports[name]} for name in HOSTS if name != host]
-        return Process(server.main, {
+        return Process(STORE, {
             "host": host, "table": self.tables[-1], "capacity": 4096, "value_bytes": VALUE_BYTES, "address": "127.0.0.1",
-            "port": port or self.ports[host], "cluster": CLUSTER, "create": True, "secret": self.secret,
+            "port": port or self.ports[host], "cluster": CLUSTER, "create": True,
             "replication": {"coordinators": [["127.0.0.1", self.ports[name]] for name in ("control", "standby")],
-                            "peers": peers, "asynchronous": False, "lease_ms": LEASE_MS},
+                            "peers": peers, "asynchronous": False},
         })  # fmt: skip
 
     def client(self, number: int) -> RoutedClient:
@@ -130,4 +136,3 @@ class Cluster:
             process.kill()
         for name in self.tables:
             Path("/dev/shm", name).unlink(missing_ok=True)
-        os.close(self.secret)

@@ -185,12 +185,9 @@ def summarise(line: dict[str, Any]) -> None:
     """Put the points' worst fidelity and their summed ledger on the trial's line, and decide whether it is valid."""
     points = line["points"]
     for key in ("generator_lateness_p99_us", "cpu_saturation", "false_failovers"):
-        values = [point["fidelity"][key] for point in points if point.get("fidelity", {}).get(key) is not None]
-        if values:
+        found = [each["fidelity"].get(key) for each in (line, *points) if "fidelity" in each]  # counted from the trial's start on
+        if values := [value for value in found if value is not None]:
             line["fidelity"][key] = max(values)
-    replaced = [point["fidelity"]["false_failovers"] for point in points if "false_failovers" in point.get("fidelity", {})]
-    if replaced:
-        line["fidelity"]["false_failovers"] = sum(replaced)
     totals: dict[str, Any] = {}
     for point in points:
         _add(totals, point.get("ledger", {}))

@@ -188,8 +188,9 @@ def _check_fields(name: str, experiment: Experiment) -> None:
         "question": str, "procedure": str, "settings": Mapping, "traffic": Mapping, "network": Mapping, "profiles": Mapping,
         "repeats": int, "seed": int}  # fmt: skip
     for field_name, kind in kinds.items():
-        value = getattr(experiment, field_name)
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+        value: Any = getattr(experiment, field_name)
+        right = isinstance(value, kind) and (not isinstance(value, int) or (value >= 0 and not isinstance(value, bool)))
+        if not right:
             wanted = {str: "text", int: "whole number from 0"}.get(kind, "mapping")  # type: ignore[arg-type]
             raise NearstateError(f"experiment {name!r}: {field_name}={value!r} is no {wanted}")
 

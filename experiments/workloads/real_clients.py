@@ -38,6 +38,8 @@ from topologies.emulation import system
 MARGIN_S = 15.0
 """How much longer than asked for a program may take, on a busy machine."""
 UDP_PAYLOAD_BYTES = 1400
+CURL = ("curl", "--disable", "--silent", "--show-error", "--fail")
+"""--disable: no .curlrc is read."""
 WRK_QUANTILES = np.concatenate([np.arange(0.25, 99, 0.5), np.arange(99.025, 100, 0.05)])
 """In percent: the middles of the shares that a value of wrk's stands for. wrk takes long to tell every value."""
 WRK_REPORT = """
@@ -81,11 +83,17 @@ def prepare(address: str, config: dict[str, Any]) -> None:
     (FOLDER / "report.lua").write_text(WRK_REPORT % (FOLDER / "quantiles"))
 
 
+def environment() -> dict[str, str]:
+    """Return what programs are started with: no proxy, which is not to be reached from a host, and nobody's configuration."""
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return {**kept, "HOME": str(FOLDER)}
+
+
 def run(command: Sequence[str], timeout_s: float) -> str:
     """Return a program's output. Raises Failed with its exit code and its last words."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False,
-                              stdin=subprocess.DEVNULL, preexec_fn=system.dying_with_us())  # fmt: skip
+                              stdin=subprocess.DEVNULL, env=environment(), preexec_fn=system.dying_with_us())  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Failed(f"{command[0]}: no end in {timeout_s:g} s") from None
     if done.returncode != 0:
@@ -123,7 +131,7 @@ def download(address: str, file: str, count: int = 1, timeout_s: float = 20.0) -
     sums, size, seconds = [], 0, 0.0
     for _ in range(count):
         target = FOLDER / "download"
-        told = run(["curl", "--silent", "--show-error", "--fail", "--max-time", str(timeout_s), "--output", str(target),
+        told = run([*CURL, "--max-time", str(timeout_s), "--output", str(target),
                     "--write-out", "%{time_total}", f"http://{address}/{file}"], timeout_s + MARGIN_S)  # fmt: skip
         content = target.read_bytes()
         sums.append(hashlib.sha256(content).hexdigest())
@@ -137,7 +145,7 @@ def connect(address: str, file: str, count: int) -> dict[str, Any]:
 
     Returns {connections, seconds, latency: {p50_us ...}, histogram of ns}: from before the handshake to the last byte.
     """
-    output = run(["curl", "--silent", "--show-error", "--fail", "--max-time", "10", "--header", "Connection: close",
+    output = run([*CURL, "--max-time", "10", "--header", "Connection: close",
                   "--output", "/dev/null", "--write-out", "%{num_connects} %{time_total}\n",
                   f"http://{address}/{file}?[1-{count}]"], 10.0 + MARGIN_S)  # fmt: skip
     rows = [line.split() for line in output.splitlines()]

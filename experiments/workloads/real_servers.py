@@ -78,6 +78,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     """
     require(SERVERS)
     raise_open_files()
+    os.umask(0o022)  # what is written here is read by servers' processes of other users
     system.private_folder(str(FOLDER), FOLDER_MBYTES)
     served = write_files(config["files"], int(config["seed"]))
     write_configurations(config["address"], int(config.get("rate_bytes", 0)))

@@ -23,7 +23,7 @@ from datastore.store.operations import ADD, GET
 from datastore.store.statuses import OK
 from datastore.verification.history import read_history
 from datastore.verification.linearizability import LINEARIZABLE, check_history
-from tests.cluster import HOSTS, LEASE_MS, PARTITIONS, VALUE_BYTES, Cluster, Process, free_port
+from tests.cluster import COORDINATOR, HOSTS, LEASE_MS, PARTITIONS, VALUE_BYTES, Cluster, Process, free_port
 from tests.recorded import work
 from tests.secrets_of_tests import SECRET, secret_file
 
@@ -82,7 +82,7 @@ def test_while_the_coordinator_is_down_nothing_stops(cluster):
         client.map = ClusterMap.from_json(saved["map"])
         for key in range(64):
             assert client.do(ADD, key << 32 | key, 9, (1).to_bytes(8, "little"), timeout_s=1).status == OK
-    cluster.coordinator = Process(coordination.main, cluster.coordinator_config)
+    cluster.coordinator = Process(COORDINATOR, cluster.coordinator_config)
     cluster.wait_until_full()
 
 
@@ -207,7 +207,7 @@ def test_histories_under_kills_and_stops_are_linearizable(cluster, tmp_path):
             case 2:
                 cluster.coordinator.kill()
                 time.sleep(chance.uniform(0.0, 0.2))
-                cluster.coordinator = Process(coordination.main, cluster.coordinator_config)
+                cluster.coordinator = Process(COORDINATOR, cluster.coordinator_config)
         faults += 1
     stop.set()
     for client in clients:

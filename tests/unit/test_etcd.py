@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from datastore.native.errors import NearstateError
-from datastore.replication import coordination
 from datastore.replication.etcd import MARGIN_S, TTL_S, EtcdState, now_s
 from datastore.replication.routed import RoutedClient
 from datastore.store.operations import ADD
 from datastore.store.statuses import OK
-from tests.cluster import PARTITIONS, Cluster, Process, free_port
+from tests.cluster import COORDINATOR, PARTITIONS, Cluster, Process, free_port
 
 pytestmark = pytest.mark.skipif(not shutil.which("etcd"), reason="etcd is not installed: apt-get install etcd-server")
 READY_S = 20.0
@@ -133,7 +132,7 @@ def pair(etcd: Etcd, tmp_path: Path) -> Iterator[tuple[Cluster, Process]]:
     processes: list[Process] = []
     try:
         cluster.wait_until_full()
-        standby = Process(coordination.main, {**cluster.coordinator_config, "port": cluster.ports["standby"]})
+        standby = Process(COORDINATOR, {**cluster.coordinator_config, "port": cluster.ports["standby"]})
         processes.append(standby)
         assert standby.ready is not None
         assert standby.ready.get("leads") is False

@@ -18,18 +18,25 @@ from analysis.report import write_report
 from analysis.summary import write_summary
 from datastore.native import ROOT
 from datastore.native.errors import NearstateError
-from experiments.harness import record as records
+from experiments.__main__ import main
 from experiments.harness import runner
 from experiments.harness.record import Record
 
 SPEC = {"profile": "smoke", "experiments": {"packet_latency": {"question": "Why?"}}, "run_id": "one"}
-WHOLE = {"trial": "packet_latency/rack/local/nat/r1/0", "experiment": "packet_latency", "topology": "rack", "placement": "local",
-         "nf": "nat", "valid": True, "points": [{"sweep": {}, "metrics": {"p50_us": 1.5}, "valid": True}]}  # fmt: skip
+WHOLE: dict[str, Any] = {
+    "trial": "packet_latency/rack/local/nat/r1/0",
+    "experiment": "packet_latency",
+    "topology": "rack",
+    "placement": "local",
+    "nf": "nat",
+    "valid": True,
+    "points": [{"sweep": {}, "metrics": {"p50_us": 1.5}, "valid": True}],
+}
 NO_TRIALS: list[bytes] = [
     b"null", b"5", b'"text"', b"[]", b"{}", b"{", b"\xff\xfe{}", b"[" * 100_000, b"\x00" * 10, b'{"trial": 5}',
-    *(json.dumps({**WHOLE, **wrong}).encode() for wrong in (
-        {"points": None}, {"points": [None]}, {"points": [{"metrics": None}]}, {"points": [{"sweep": [1]}]}, {"placement": None},
-        {"nf": 5}, {"sweep": "x"}, {"fidelity": []}, {"invalid_reasons": None}, {"calibration": None}, {"replicas": "2"})),
+    *(json.dumps({**WHOLE, name: value}).encode() for name, value in (
+        ("points", None), ("points", [None]), ("points", [{"metrics": None}]), ("points", [{"sweep": [1]}]), ("placement", None),
+        ("nf", 5), ("sweep", "x"), ("fidelity", []), ("invalid_reasons", None), ("calibration", None), ("replicas", "2"))),
 ]  # fmt: skip
 
 
@@ -105,7 +112,7 @@ def test_without_trials_both_readers_name_the_file(tmp_path: Path) -> None:
 )
 def test_resume_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: bytes, said: str) -> None:
     folder(tmp_path, line(), spec)
-    monkeypatch.setattr(records.Record.open.__func__, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(runner.Record, "open", lambda run: Record(tmp_path / run))
     with pytest.raises(NearstateError, match=said):
         runner.run([], resume="one")
 
@@ -126,7 +133,7 @@ def test_a_run_tells_what_it_lacks(tmp_path: Path) -> None:
     run = folder(tmp_path, b"".join([
         line(), line(trial="b", placement="centralized", **late), line(trial="b/again1", placement="centralized", **late),
         line(trial="c", experiment="failover", **late, fidelity={"false_failovers": 0}),
-        line(trial="d", placement="integrated", replicas=2, points=[{**WHOLE["points"][0], **counted}], **counted),  # type: ignore[index]
+        line(trial="d", placement="integrated", replicas=2, points=[{**WHOLE["points"][0], **counted}], **counted),
     ]), json.dumps(spec).encode())  # fmt: skip
     found = outcome(run)
     assert found.unanswered == ("failover", "scaling")
@@ -138,7 +145,8 @@ def test_a_run_tells_what_it_lacks(tmp_path: Path) -> None:
     page = write_report(run).read_text()
     assert "hosts replaced while alive" in page
     assert "2 in 1 trial" in page
-    valid = folder(tmp_path / "other" if (tmp_path / "other").mkdir() is None else tmp_path, line())
+    (tmp_path / "other").mkdir()
+    valid = folder(tmp_path / "other", line())
     assert outcome(valid).lines == outcome(valid).unanswered == ()
     assert "replaced while alive" not in write_report(valid).read_text()
 
@@ -151,6 +159,21 @@ from experiments.harness import record
 record.Record.open.__func__.__defaults__ = (Path(sys.argv[1]),)
 sys.exit(main(["figures", "one"]))
 """
+
+
+@pytest.mark.parametrize(("valid", "status"), [(True, 0), (False, 1)])
+def test_a_run_without_a_valid_trial_ends_with_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], valid: bool, status: int
+) -> None:
+    run = folder(tmp_path, line(valid=valid))
+    monkeypatch.setattr(runner, "run", lambda *_: Record(run))
+    assert main(["run", "packet_latency"]) == status
+    output, complaints = capsys.readouterr()
+    said = "error: no trial was valid of packet_latency: nothing is known of it; the report says why\n"
+    assert complaints == ("" if valid else said)
+    assert ("no valid trial of packet_latency, local, nat, rack: 1 invalid" in output) == (not valid)
+
+
 MEASURED = {"state_ns": 5.0, "packet_ns": 9.0, "passthrough_ns": 4.0, "dependent_access_ns": 3.0, "independent_access_ns": 1.0,
             "first_packet_ns": 20.0}  # fmt: skip
 RC = "text.usetex: True\npdf.use14corefonts: True\npdf.fonttype: 3\nbackend: qtagg\nsavefig.dpi: 7\nfont.size: 30\n"
