@@ -49,7 +49,7 @@ def recorded_trial(emulation: Emulation, folder: Path, experiment: Experiment) -
     line = run_trial(trial, experiment, *emulation, folder)
     json.dumps(line)  # it must fit into trials.jsonl
     files = {path.stem: path for path in folder.glob("*/*.pcap")}
-    assert line["points"], line["invalid_reasons"]
+    assert line["points"], "\n".join(line["invalid_reasons"])
     assert set(line["recorded"]["interfaces"]) == set(files)
     frames = {name: [frame for frame, _ in RawPcapReader(str(path))] for name, path in files.items()}
     for name, counts in line["recorded"]["interfaces"].items():
