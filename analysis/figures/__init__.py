@@ -73,12 +73,21 @@ def _load(name: str, module: ModuleType) -> Definition:
 
 
 def highest_carried_kpps(frame: pd.DataFrame, placements: list[str]) -> int | float | None:
-    """Return the highest offered load at which every one of the placements delivers `CARRIED_RATIO` of it, by median."""
+    """Return the highest offered load at which every one of the placements delivers `CARRIED_RATIO` of it, by median.
+
+    Of random arrivals a step's sample may be less than the load that it is named by: then it is compared with what was sent.
+    """
     if "offered_kpps" not in frame or not placements:
         return None
-    delivered = frame[(frame["metric"] == "delivered_kpps") & frame["valid"] & frame["placement"].isin(placements)]
-    medians = delivered.groupby(["offered_kpps", "placement"])["value"].median().unstack().dropna()
+    rows = frame[frame["valid"] & frame["placement"].isin(placements)]
+
+    def medians_of(metric: str) -> pd.DataFrame:
+        return rows[rows["metric"] == metric].groupby(["offered_kpps", "placement"])["value"].median().unstack().dropna()
+
+    medians = medians_of("delivered_kpps")
     if set(medians) != set(placements):
         return None
-    carried = medians.index[medians.ge(CARRIED_RATIO * medians.index.to_numpy(dtype=float), axis=0).all(axis=1)]
+    loads = medians.index.to_series().astype(float)
+    sent = medians_of("sent_kpps").reindex_like(medians).apply(lambda column: column.fillna(loads).clip(upper=loads))
+    carried = medians.index[medians.ge(CARRIED_RATIO * sent).all(axis=1)]
     return max(carried) if len(carried) else None

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from analysis.figures import highest_carried_kpps
 from experiments.harness import accounting
 from experiments.workloads.generator import CURSOR, generate, make_source
 from experiments.workloads.traffic import CHOICES, Traffic, make_tables, packets_in, scheduled_s
@@ -70,3 +72,17 @@ def test_an_even_schedule_is_as_long_as_its_rate_says() -> None:
         planned = packets_in(offered_kpps, seconds)
         assert scheduled_s(tables, 11, planned, offered_kpps) == pytest.approx(planned / offered_kpps / 1e3)
     assert np.all(tables.gaps == 1.0)
+
+
+def test_a_load_of_random_arrivals_is_carried_when_what_was_sent_arrived() -> None:
+    """A sample 4 % below the load that it is named by, of which all arrived; and a path that lost a fifth."""
+
+    def rows(received_kpps: float, sent_kpps: float) -> pd.DataFrame:
+        values = {"delivered_kpps": received_kpps, "sent_kpps": sent_kpps}
+        return pd.DataFrame([{"placement": placement, "offered_kpps": 10, "metric": metric, "value": value, "valid": True}
+                             for placement in ("local", "integrated") for metric, value in values.items()])  # fmt: skip
+
+    assert highest_carried_kpps(rows(9.6, 9.61), ["local", "integrated"]) == 10
+    assert highest_carried_kpps(rows(7.7, 9.61), ["local", "integrated"]) is None
+    assert highest_carried_kpps(rows(9.89, 10.4), ["local", "integrated"]) is None, "below the load itself"
+    assert highest_carried_kpps(rows(9.99, 10.4), ["local", "integrated"]) == 10
