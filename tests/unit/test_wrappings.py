@@ -19,9 +19,9 @@ from nfs.dataplane.link import LINK_PROTOCOLS
 from tests.packets import CLIENT, SERVER, Instance, checksums_hold, ethernet, parsed, udp
 
 pytestmark = [pytest.mark.python_mode, pytest.mark.bounds]
-ENDS = {"src": "02:00:00:00:00:02", "dst": "02:00:00:00:00:01"}
-SYN = IP(src=SERVER, dst=CLIENT) / TCP(sport=4444, dport=22, flags="S")
-SYN_6 = IPv6(src="2001:db8::1", dst="2001:db8::2") / TCP(sport=4444, dport=22, flags="S")
+ENDS: dict[str, Any] = {"src": "02:00:00:00:00:02", "dst": "02:00:00:00:00:01"}
+SYN: Any = IP(src=SERVER, dst=CLIENT) / TCP(sport=4444, dport=22, flags="S")
+SYN_6: Any = IPv6(src="2001:db8::1", dst="2001:db8::2") / TCP(sport=4444, dport=22, flags="S")
 
 
 def typed(kind: int, body: bytes) -> bytes:
