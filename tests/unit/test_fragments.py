@@ -167,7 +167,8 @@ def test_a_fragment_that_overlaps_its_first_is_refused(late: bool) -> None:
 def test_a_fragment_within_the_tcp_header_is_refused_with_or_without_its_first() -> None:
     rig = rig_of("firewall")
     assert rig(tcp("S")) and rig.outside(tcp("SA", inside=False)) and rig(tcp("A"))  # noqa: PT018
-    answer = IP(src=SERVER, dst=CLIENT, id=9, flags="MF") / TCP(sport=80, dport=CLIENT_PORT, flags="A") / bytes(4)
+    header: Any = IP(src=SERVER, dst=CLIENT, id=9, flags="MF")
+    answer = header / TCP(sport=80, dport=CLIENT_PORT, flags="A") / bytes(4)
     over = bytes(ethernet() / IP(src=SERVER, dst=CLIENT, id=9, frag=1, proto=6) / bytes.fromhex("000000005002ffff00000000"))
     assert rig.outside(over) == []
     assert rig.outside(bytes(ethernet() / answer)) != []
