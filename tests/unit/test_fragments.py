@@ -30,9 +30,8 @@ NFS: dict[str, dict[str, Any]] = {
 
 def parts_of(identification: int, pieces: int = 3, source: str = CLIENT, upper: Any = None) -> list[bytes]:
     """Return the fragments of a datagram from the client to the server, in order."""
-    whole = (
-        IP(src=source, dst=SERVER, id=identification) / (upper or UDP(sport=CLIENT_PORT, dport=4789)) / bytes(800 * pieces - 8)
-    )
+    header: Any = IP(src=source, dst=SERVER, id=identification)
+    whole = header / (upper or UDP(sport=CLIENT_PORT, dport=4789)) / bytes(800 * pieces - 8)
     found = [bytes(ethernet() / part) for part in fragment(whole, 800)]
     assert len(found) == pieces
     return found
