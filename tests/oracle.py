@@ -382,8 +382,8 @@ KNOWN_DIFFERENCES = (
     Known("reset by number", "RFC 5961, section 3.2", "the kernel ends a connection only by a RST with exactly the number due; "
           "without window tracking we keep no numbers, and any segment takes a RST back", _reset_by_number, _reset_by_number),
     Known("after a reset", "RFC 6146, section 3.5.2.2", "after a RST we treat a connection as one that may live; the kernel "
-          "closes it by the exact one, and forgets its FINs and SYNs; an attempt that was refused is over for us, while the kernel "
-          "lets all segments through for 10 s", lambda seen: bool(seen.flags) and _after_reset(seen), _opened_after_reset),
+          "closes it by the exact one, and forgets its FINs and SYNs; an attempt that was refused is over for us, while the "
+          "kernel lets all segments through for 10 s", lambda seen: bool(seen.flags) and _after_reset(seen), _opened_after_reset),
     Known("urgent", "RFC 9293, section 3.8.5", "URG has no part in opening and closing; the kernel refuses it beside RST or "
           "SYN ACK", _urgent),
     Known("data before the handshake", "RFC 9293, section 3.5.1", "the answer that leads to a RST is a bare acknowledgment; the "
