@@ -91,7 +91,7 @@ def test_fragments_that_come_one_by_one_follow_their_first(where: dict[str, Any]
 def test_only_the_fragments_of_the_datagram_go_on() -> None:
     rig = rig_of("firewall")
     assert rig.burst([parts_of(7)[1], parts_of(8)[1]], turns=2) == []
-    assert rig.outside(parts_of(7)[0]) == [], "that is another datagram, from the other side"
+    assert rig.burst([parts_of(7)[0]], OUTSIDE, turns=2) == [], "that is another datagram, from the other side"
     assert offsets(rig.burst([parts_of(8)[0]], turns=2)) == [0, 100]
     assert rig.burst([], turns=100) == []
     assert rig.counts()["fragment"] == 1
