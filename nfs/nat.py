@@ -10,8 +10,8 @@ Ports, claims and time-outs are told in `_translation.py`. What is required, and
     RFC 4787  1 endpoint-independent mapping; 2 paired pooling (the next address when a client's own is full); 3, 3a no port
               overloading, well-known and other ports apart as long as there are any; 4 parity; 5 UDP 300 s; 6 refreshed from
               inside, 6a (`inbound_refresh`) the port from outside; 8 endpoint-independent filtering; 9, 9a hairpinning with
-              external source; 10 no ALGs; 11 deterministic; 12 ICMP ends nothing; 14 fragments that follow their first. Not: 7;
-              13 (nothing is fragmented, no ICMP is sent); 14 for fragments that overtake their first, which are dropped
+              external source; 10 no ALGs; 11 deterministic; 12 ICMP ends nothing; 14 fragments in any order (those that
+              overtake their first one wait for it). Not: 7; 13 (nothing is fragmented, no ICMP is sent)
     RFC 5382  1, 3 as above; 2 SYN both ways, simultaneous open; 4 an unwanted SYN is dropped silently; 5 time-outs 2 h 4 min and
               4 min; 7 no overloading; 8 hairpinning; 9, 10 ICMP errors are translated and end nothing
     RFC 5508  1, 1a queries of all kinds; 2 60 s; 3b, 3c options in a quotation, its checksums not validated; 4, 5 errors
@@ -19,7 +19,8 @@ Ports, claims and time-outs are told in `_translation.py`. What is required, and
               Basic NAT only); 11 other ICMP is dropped, and so are redirects: they name a router of the sender's network
               (RFC 1122, section 3.2.2.2). Not: 3, 3a (no checksum is validated: they are updated, so a wrong one stays
               wrong); 8, 10 (no ICMP is sent: the ledger counts)
-    RFC 7857  section 2: RST leaves the mapping its transitory time-out; a RST from outside alone shortens nothing
+    RFC 7857  section 2: RST leaves the mapping its transitory time-out, until inside goes on (RFC 6146, section 3.5.2.2); a RST
+              from outside alone shortens nothing
 
 For filtering by address and port as well, put the firewall before it: chain=("firewall", "nat"). For a port for every connection
 see `nat_symmetric`. The defaults give 16 addresses to all clients; a client's is the one with its low four bits, so that echo

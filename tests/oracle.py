@@ -310,8 +310,18 @@ def _urgent(seen: Seen) -> bool:
     return bool(seen.flags & URG) and (bool(seen.flags & RST) or seen.control == SYN | ACK)
 
 
+def _after_reset(seen: Seen) -> bool:
+    """A RST has passed, and no answer to a SYN since."""
+    for earlier in reversed(seen.flow):
+        if earlier.flags and earlier.control == SYN | ACK and earlier.forwarded:
+            return False
+        if earlier.control & RST and earlier.ours is not None and earlier.flags:
+            return True
+    return False
+
+
 def _opened_after_reset(seen: Seen) -> bool:
-    return seen.state == RESET and seen.control == SYN
+    return seen.control == SYN and _after_reset(seen)
 
 
 def _other_kind(seen: Seen) -> bool:
@@ -357,7 +367,7 @@ def _unreadable(seen: Seen) -> bool:
 HANDSHAKE = [(INSIDE, SYN, True), (OUTSIDE, SYN | ACK, True), (INSIDE, ACK, True)]
 TRACKED = (SYN_SENT, SYN_RECEIVED, ESTABLISHED, CLOSING, TIME_WAIT, RESET)
 KNOWN_DIFFERENCES = (
-    Known("not IPv4", "IEEE 802.1Q; RFC 1812, section 3.1", "we pass what is not IP and look behind VLAN tags, as a "
+    Known("not IPv4", "IEEE 802.1Q; RFC 1812, section 3.1", "we pass link protocols and look behind VLAN tags, as a "
           "bridge does; a router's interface takes IPv4 without a tag", lambda seen: not seen.is_ip),
     Known("time to live", "RFC 1812, section 5.3.1", "we are no hop: a packet's time does not run out with us",
           lambda seen: seen.is_ip and seen.frame[22] <= 1),
@@ -370,10 +380,10 @@ KNOWN_DIFFERENCES = (
     Known("fragments", "RFC 791, section 3.2; RFC 4787, section 11", "the kernel reassembles before it decides; a first fragment "
           "has all we need and goes on at once, later ones carry no ports", _fragment, _fragment),
     Known("reset by number", "RFC 5961, section 3.2", "the kernel ends a connection only by a RST with exactly the number due; "
-          "without window tracking we keep no numbers, and every RST ends it", _reset_by_number, _reset_by_number),
-    Known("after a reset", "RFC 9293, section 3.10.7.1", "a connection that was reset is closed: we let nothing but a new SYN "
-          "through, the kernel all segments for 10 s and, after the other side's RST, also behind that SYN",
-          lambda seen: seen.state == RESET and bool(seen.flags), _opened_after_reset),
+          "without window tracking we keep no numbers, and any segment takes a RST back", _reset_by_number, _reset_by_number),
+    Known("after a reset", "RFC 6146, section 3.5.2.2", "after a RST we treat a connection as one that may live; the kernel "
+          "closes it by the exact one, and forgets its FINs and SYNs; an attempt that was refused is over for us, while the "
+          "kernel lets all segments through for 10 s", lambda seen: bool(seen.flags) and _after_reset(seen), _opened_after_reset),
     Known("urgent", "RFC 9293, section 3.8.5", "URG has no part in opening and closing; the kernel refuses it beside RST or "
           "SYN ACK", _urgent),
     Known("data before the handshake", "RFC 9293, section 3.5.1", "the answer that leads to a RST is a bare acknowledgment; the "

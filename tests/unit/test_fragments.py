@@ -30,9 +30,8 @@ NFS: dict[str, dict[str, Any]] = {
 
 def parts_of(identification: int, pieces: int = 3, source: str = CLIENT, upper: Any = None) -> list[bytes]:
     """Return the fragments of a datagram from the client to the server, in order."""
-    whole = (
-        IP(src=source, dst=SERVER, id=identification) / (upper or UDP(sport=CLIENT_PORT, dport=4789)) / bytes(800 * pieces - 8)
-    )
+    header: Any = IP(src=source, dst=SERVER, id=identification)
+    whole = header / (upper or UDP(sport=CLIENT_PORT, dport=4789)) / bytes(800 * pieces - 8)
     found = [bytes(ethernet() / part) for part in fragment(whole, 800)]
     assert len(found) == pieces
     return found
@@ -92,7 +91,7 @@ def test_fragments_that_come_one_by_one_follow_their_first(where: dict[str, Any]
 def test_only_the_fragments_of_the_datagram_go_on() -> None:
     rig = rig_of("firewall")
     assert rig.burst([parts_of(7)[1], parts_of(8)[1]], turns=2) == []
-    assert rig.outside(parts_of(7)[0]) == [], "that is another datagram, from the other side"
+    assert rig.burst([parts_of(7)[0]], OUTSIDE, turns=2) == [], "that is another datagram, from the other side"
     assert offsets(rig.burst([parts_of(8)[0]], turns=2)) == [0, 100]
     assert rig.burst([], turns=100) == []
     assert rig.counts()["fragment"] == 1
@@ -167,7 +166,8 @@ def test_a_fragment_that_overlaps_its_first_is_refused(late: bool) -> None:
 def test_a_fragment_within_the_tcp_header_is_refused_with_or_without_its_first() -> None:
     rig = rig_of("firewall")
     assert rig(tcp("S")) and rig.outside(tcp("SA", inside=False)) and rig(tcp("A"))  # noqa: PT018
-    answer = IP(src=SERVER, dst=CLIENT, id=9, flags="MF") / TCP(sport=80, dport=CLIENT_PORT, flags="A") / bytes(4)
+    header: Any = IP(src=SERVER, dst=CLIENT, id=9, flags="MF")
+    answer = header / TCP(sport=80, dport=CLIENT_PORT, flags="A") / bytes(4)
     over = bytes(ethernet() / IP(src=SERVER, dst=CLIENT, id=9, frag=1, proto=6) / bytes.fromhex("000000005002ffff00000000"))
     assert rig.outside(over) == []
     assert rig.outside(bytes(ethernet() / answer)) != []

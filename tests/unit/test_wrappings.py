@@ -19,9 +19,9 @@ from nfs.dataplane.link import LINK_PROTOCOLS
 from tests.packets import CLIENT, SERVER, Instance, checksums_hold, ethernet, parsed, udp
 
 pytestmark = [pytest.mark.python_mode, pytest.mark.bounds]
-ENDS = {"src": "02:00:00:00:00:02", "dst": "02:00:00:00:00:01"}
-SYN = IP(src=SERVER, dst=CLIENT) / TCP(sport=4444, dport=22, flags="S")
-SYN_6 = IPv6(src="2001:db8::1", dst="2001:db8::2") / TCP(sport=4444, dport=22, flags="S")
+ENDS: dict[str, Any] = {"src": "02:00:00:00:00:02", "dst": "02:00:00:00:00:01"}
+SYN: Any = IP(src=SERVER, dst=CLIENT) / TCP(sport=4444, dport=22, flags="S")
+SYN_6: Any = IPv6(src="2001:db8::1", dst="2001:db8::2") / TCP(sport=4444, dport=22, flags="S")
 
 
 def typed(kind: int, body: bytes) -> bytes:
@@ -128,7 +128,8 @@ def test_a_wrapping_that_is_cut_is_truncated_wherever_it_is(what: str) -> None:
 
 def test_what_is_found_is_translated_where_it_is() -> None:
     """The wrapping stays as it was, and the checksums hold."""
-    inside = bytes(IP(src=CLIENT, dst=SERVER) / UDP(sport=40002, dport=53) / b"question")
+    header: Any = IP(src=CLIENT, dst=SERVER)
+    inside = bytes(header / UDP(sport=40002, dport=53) / b"question")
     for frame in (tags(0x8100, 0x8100, 0x8100, inner=b"\x08\x00" + inside), pppoe(inside), labels(3, inside)):
         nat = Instance.of("nat", external_addresses=["192.0.2.1"])
         assert nat(frame) == FORWARD
