@@ -10,7 +10,6 @@ of its own, a client with reports of its own instance, an administrator with mov
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import signal
 import socket
@@ -26,6 +25,7 @@ from datastore.replication import etcd
 from datastore.replication.coordinator import Coordinator, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
 from datastore.replication.messages import MOST_PARTITIONS, LineSocket, grant_message, read_beat
+from datastore.replication.speaker import take_precedence
 from datastore.replication.state_file import FileState
 from datastore.replication.switch import Switch
 from datastore.replication.switchover import Switchover, check_steering
@@ -72,7 +72,7 @@ def open_state(config: dict[str, Any]) -> StateStore:
 
 
 @dataclass
-class Speaker:
+class Connection:
     """A connection, who has proven to be at its other end, and when that was heard last."""
 
     line: LineSocket
@@ -112,11 +112,16 @@ class Coordination:
         self._ordered: dict[str, dict[str, Any]] = {}
         self._switch_descriptors: set[int] = set()
         self._instances: dict[str, LineSocket] = {}
+        self._incarnations: dict[str, int] = {}
+        """Of the store processes on `_hosts`' lines."""
+        self._closed: dict[str, int] = {}
+        """Store processes whose line was closed by their end, and on whose table an NF process may still work."""
+        self._parted: set[LineSocket] = set()
         self._answered_ns: dict[str, int] = {}
         self._looked_ns = now_ns
         self._saved = self.coordinator.save()
         self._published = self.coordinator.map.epoch
-        self._lines: dict[int, Speaker] = {}
+        self._lines: dict[int, Connection] = {}
         self._hosts: dict[str, LineSocket] = {}
         listener = socket.create_server((config["address"], config["port"]), backlog=BACKLOG)
         listener.setblocking(False)
@@ -154,13 +159,11 @@ class Coordination:
         for connection, identity in self.door.admit():
             self._admit(connection, identity, looked_ns)
         for key, _ in self.selector.select(0):
-            if isinstance(key.data, Speaker):
+            if isinstance(key.data, Connection):
                 self._converse(key.data, looked_ns)
-        for line in [speaker.line for speaker in self._lines.values() if speaker.line.has_output]:
-            try:
+        for line in [known.line for known in self._lines.values() if known.line.has_output]:
+            with contextlib.suppress(OSError):  # what is lost is found when it is read from
                 line.flush()
-            except OSError:
-                self._drop(line)
         self._drop_idle(looked_ns)
         self._advance(looked_ns)
         self.publish()
@@ -199,10 +202,7 @@ class Coordination:
             known = {"epoch": self.coordinator.map.epoch, "park": orders["park"], "watch": orders["watch"]}
             if orders["map"] or known != self._ordered.get(name):
                 self._ordered[name] = known
-                try:
-                    line.send({"orders": orders})
-                except OSError:
-                    self._drop(line)
+                self._tell(line, {"orders": orders})
 
     def _hear_instance(self, line: LineSocket, report: dict[str, Any]) -> None:
         """Take an instance's report. Raises NearstateError when it is of another cluster."""
@@ -210,73 +210,104 @@ class Coordination:
             raise NearstateError(f"instance {report['host']} of cluster {report['cluster']:x}: this coordinator steers others")
         now_ns = time.monotonic_ns()
         name = self.switchover.hear(now_ns, report)
+        if report.get("store_ended"):
+            self.coordinator.end(now_ns, name, strict.whole(report["store_ended"], strict.LARGEST_TIME))
         if self._instances.get(name) is not line:
             self._instances[name] = line
             self._ordered.pop(name, None)
             self._answered_ns.pop(name, None)
         if now_ns - self._answered_ns.get(name, 0) >= self.coordinator.timing.lease_ns:
             self._answered_ns[name] = now_ns
-            line.send({"heard": True})
+            self._tell(line, {"heard": True})
 
     def _admit(self, connection: socket.socket, identity: Identity, now_ns: int) -> None:
         """Take a connection whose speaker is known; one too many ends another."""
-        alike = [speaker for speaker in self._lines.values() if speaker.identity == identity]
-        of_role = [speaker for speaker in self._lines.values() if speaker.identity.role == identity.role]
+        alike = [known for known in self._lines.values() if known.identity == identity]
+        of_role = [known for known in self._lines.values() if known.identity.role == identity.role]
         if identity.role != ADMINISTRATOR and len(alike) >= LINES_OF_A_SPEAKER:
-            self._drop(min(alike, key=lambda speaker: speaker.heard_ns).line)
+            self._drop(min(alike, key=lambda known: known.heard_ns).line)
         elif len(of_role) >= MOST_LINES[identity.role]:
-            self._drop(min(of_role, key=lambda speaker: speaker.heard_ns).line)
-        speaker = Speaker(LineSocket(connection), identity, now_ns)
-        self._lines[speaker.line.fileno()] = speaker
-        self.selector.register(connection, selectors.EVENT_READ, speaker)
+            self._drop(min(of_role, key=lambda known: known.heard_ns).line)
+        known = Connection(LineSocket(connection), identity, now_ns)
+        self._lines[known.line.fileno()] = known
+        self.selector.register(connection, selectors.EVENT_READ, known)
 
-    def _converse(self, speaker: Speaker, now_ns: int) -> None:
-        line, speaker.heard_ns = speaker.line, now_ns
+    def _converse(self, known: Connection, now_ns: int) -> None:
+        line, known.heard_ns = known.line, now_ns
         try:
             for message in line.receive():
+                if "parting" in message:
+                    self._parted.add(line)
+                    continue
                 if "instance" in message:
-                    speaker.may(CLIENT, strict.name(message["instance"]["host"]))
+                    known.may(CLIENT, strict.name(message["instance"]["host"]))
                     self._hear_instance(line, message["instance"])
                     continue
-                line.send(self._answer(speaker, message))
+                self._tell(line, self._answer(known, message))
         except NearstateError as error:
-            with contextlib.suppress(OSError):
-                line.send({"error": str(error)})
+            self._tell(line, {"error": str(error)})
+            self._drop(line)
+        except ConnectionResetError:
+            self._take_end(line)
             self._drop(line)
         except (OSError, KeyError, TypeError, ValueError):
             self._drop(line)
 
     def _drop_idle(self, now_ns: int) -> None:
         idle_ns = max(IDLE_LEASES * self.coordinator.timing.lease_ns, IDLE_NS)
-        for speaker in [speaker for speaker in self._lines.values() if now_ns - speaker.heard_ns > idle_ns]:
-            self._drop(speaker.line)
+        for known in [known for known in self._lines.values() if now_ns - known.heard_ns > idle_ns]:
+            self._drop(known.line)
+
+    def _tell(self, line: LineSocket, message: dict[str, Any]) -> None:
+        """Send a message. A lost connection is found when it is read from: there may be something left to hear."""
+        with contextlib.suppress(OSError):
+            line.send(message)
+
+    def _take_end(self, line: LineSocket) -> None:
+        """A process' connection was closed, and not by the process itself, which says so before: the kernel did, at its end.
+
+        The end of a store process is not the end of its host's lease where an NF process works on the same table. That one says
+        when it does so no longer (`store_ended`), or has ended too.
+        """
+        if line in self._parted:
+            return
+        now_ns, instances = time.monotonic_ns(), self.switchover.instances if self.switchover else {}
+        for name in [name for name, other in self._instances.items() if other is line]:
+            instances[name].has_ended = True
+            if name in self._closed:
+                self.coordinator.end(now_ns, name, self._closed[name])
+        for host in [host for host, other in self._hosts.items() if other is line]:
+            self._closed[host] = self._incarnations[host]
+            if host not in instances or instances[host].has_ended:
+                self.coordinator.end(now_ns, host, self._incarnations[host])
 
     def _drop(self, line: LineSocket) -> None:
         if self._lines.pop(line.fileno(), None) is None:
             return
         self.selector.unregister(line.connection)
+        self._parted.discard(line)
         for host in [host for host, other in self._hosts.items() if other is line]:
             del self._hosts[host]
         for name in [name for name, other in self._instances.items() if other is line]:
             del self._instances[name]
         line.close()
 
-    def _answer(self, speaker: Speaker, message: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, known: Connection, message: dict[str, Any]) -> dict[str, Any]:
         coordinator = self.coordinator
         try:
             if "beat" in message:
                 beat = read_beat(message["beat"])
-                speaker.may(STORE, beat.host)
+                known.may(STORE, beat.host)
                 if not self.state.leads():
                     return grant_message(Grant(beat.incarnation, beat.sent_ns, 0, 0, None, "this coordinator leads no longer"))
                 grant = coordinator.hear(time.monotonic_ns(), beat)
                 if not grant.refusal:
-                    self._hosts[beat.host] = speaker.line
+                    self._hosts[beat.host], self._incarnations[beat.host] = known.line, beat.incarnation
                 if not self.publish():
                     grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
                 return grant_message(grant)
             if "map" not in message:
-                speaker.may(ADMINISTRATOR)
+                known.may(ADMINISTRATOR)
             return self.saved_command(message)
         except (NearstateError, KeyError, TypeError, ValueError) as error:
             return {"error": str(error)}
@@ -342,10 +373,7 @@ class Coordination:
         if coordinator.map.epoch != self._published:
             self._published = coordinator.map.epoch
             for host, line in list(self._hosts.items()):
-                try:
-                    line.send(grant_message(coordinator.news(host)))
-                except OSError:
-                    self._drop(line)
+                self._tell(line, grant_message(coordinator.news(host)))
         if self.switchover:
             self._give_orders()
         if len(coordinator.moves) != len(self._saved["moves"]):  # some have ended: nobody waits until that is saved
@@ -367,12 +395,13 @@ class Coordination:
                 "instances": {name: {"heard_ms_ago": (now_ns - instance.heard_ns) / 1e6 if instance.heard_ns else None,
                                      "link": not instance.cut_ns}
                               for name, instance in instances.items()},
-                "replicas": self.coordinator.replicas, "log": self.coordinator.log[-20:]}  # fmt: skip
+                "replicas": self.coordinator.replicas, "log": self.coordinator.log[-20:],
+                "failovers": [vars(failover) for failover in self.coordinator.failovers]}  # fmt: skip
 
     def close(self) -> None:
         """Close every connection."""
-        for speaker in list(self._lines.values()):
-            self._drop(speaker.line)
+        for known in list(self._lines.values()):
+            self._drop(known.line)
         self.selector.close()
         self.door.close()
         if self.switch:
@@ -389,8 +418,7 @@ def main(config: dict[str, Any], control: Any) -> None:
     the deployment's secret. Sends {"ready": true, "port": n}, with "leads": false
     while it stands by, or {"error": line}; answers commands; ends at {"stop": true}, SIGTERM, or when the other side is gone.
     """
-    with contextlib.suppress(OSError):  # on a machine of its own it would not wait behind packets; here it shares a few cores
-        os.nice(-10)
+    take_precedence()  # on a machine of its own it would not wait behind packets; here it shares a few cores
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
     told: list[str] = []

@@ -24,6 +24,7 @@ Whatever takes a right away from a host happens in two steps:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -106,6 +107,17 @@ class Grant:
     refusal: str = ""
 
 
+@dataclass(frozen=True)
+class Failover:
+    """That a host was given up, and why: "silent" or "ended" (its store process), "unreachable" for the primary `by`; "instance
+    silent", "instance ended" or "link down" (its NF process, `switchover.py`)."""
+
+    at_ns: int
+    host: str
+    why: str
+    by: str = ""
+
+
 @dataclass
 class Coordinator:
     """The decisions. hosts: who may have a store. replicas: how many members each group should have."""
@@ -119,6 +131,7 @@ class Coordinator:
     suspects: dict[tuple[str, str], int] = field(default_factory=dict)
     dirty: bool = False
     log: list[str] = field(default_factory=list)
+    failovers: deque[Failover] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
     judges_ns: int = 0
     """Before that nobody is taken for dead, see `was_stopped`."""
     may_hand_over: set[int] | None = None
@@ -178,6 +191,8 @@ class Coordinator:
             return f"{beat.host} belongs to cluster {beat.cluster:x}, this is the coordinator of {self.cluster:x}"
         if beat.host not in self.hosts:
             return f"{beat.host} is no host of this cluster: {', '.join(self.hosts)} are"
+        if beat.incarnation == self.map.ended.get(beat.host):
+            return f"this process of {beat.host} is known to have ended: start the store process anew"
         if beat.epoch > self.map.epoch:
             return f"{beat.host} follows map {beat.epoch}, the coordinator's is {self.map.epoch}: it has lost its state"
         return ""
@@ -237,6 +252,8 @@ class Coordinator:
                 group = groups.get(partition) or self.map.groups[partition]
                 if group.primary == beat.host and host in group.members + group.learners and host != beat.host:
                     groups[partition] = self._leave(group, host)
+                    if now_ns >= self.suspects.get((beat.host, host), 0):
+                        self.failovers.append(Failover(now_ns, host, "unreachable", beat.host))
                     self.suspects[beat.host, host] = now_ns + self.timing.suspect_ns
         self._new_map(groups)
 
@@ -315,18 +332,34 @@ class Coordinator:
         """Return the hosts that are there: with a lease, or heard of within one."""
         span = self.timing.lease_ns + self.timing.margin_ns
         return [name for name, state in self.hosts.items()
-                if state.incarnation and state.heard_ns and now_ns - state.heard_ns < span]  # fmt: skip
+                if state.incarnation and state.heard_ns and now_ns - state.heard_ns < span
+                and not self._has_ended(name)]  # fmt: skip
 
     def _lapsed(self, host: str, now_ns: int) -> bool:
         state = self.hosts.get(host)
         return state is None or now_ns >= state.granted_until_ns
 
+    def end(self, now_ns: int, host: str, incarnation: int) -> None:
+        """Take that a host's store process has ended, and that nothing on the host acts by its lease any more.
+
+        Requires proof: the kernel closed its connection, and an NF process that works on the same table says so too, or is gone.
+        """
+        state = self.hosts.get(host)
+        if state is None or state.incarnation != incarnation or self._has_ended(host):
+            return
+        self.map = replace(self.map, ended={**self.map.ended, host: incarnation})
+        state.granted_until_ns = now_ns
+        self._note(f"the store process of {host} has ended")
+
+    def _has_ended(self, host: str) -> bool:
+        state = self.hosts[host]
+        return bool(state.incarnation) and self.map.ended.get(host) == state.incarnation
+
     def _fail(self, now_ns: int) -> None:
         """Let groups go on without the hosts whose lease is over, unless that would leave no copy: one may come back with it."""
-        if now_ns < self.judges_ns:
-            return
-        gone = [host for host, state in self.hosts.items()
-                if state.incarnation and self._lapsed(host, now_ns) and self._silent(host, now_ns)]  # fmt: skip
+        judges = now_ns >= self.judges_ns
+        gone = [host for host, state in self.hosts.items() if state.incarnation and (
+                self._has_ended(host) or (judges and self._lapsed(host, now_ns) and self._silent(host, now_ns)))]  # fmt: skip
         if not gone:
             return
         groups: dict[int, Group] = {}
@@ -336,6 +369,8 @@ class Coordinator:
             for host in gone:
                 if host in group.members + group.learners:
                     groups[partition] = self._without(groups.get(partition, group), host)
+        left = [host for host in gone if any(host in self.map.groups[p].replicas() for p in groups)]
+        self.failovers.extend(Failover(now_ns, host, "ended" if self._has_ended(host) else "silent") for host in left)
         if groups:
             self._note(f"without {', '.join(gone)}, whose leases are over: {len(groups)} partitions")
         self._new_map(groups)
@@ -436,7 +471,7 @@ class Coordinator:
         changed = {partition: group for partition, group in groups.items() if group != self.map.groups[partition]}
         if changed:
             every = tuple(changed.get(partition, group) for partition, group in enumerate(self.map.groups))
-            self.map = ClusterMap(self.map.epoch + 1, every)
+            self.map = ClusterMap(self.map.epoch + 1, every, self.map.ended)
             self.dirty = True
 
     def _note(self, line: str) -> None:

@@ -8,13 +8,13 @@ asks the new primary, under the same sequence number.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.native import jit
 from datastore.replication.shipping import Shipping, changes, committed, note_answers, reign, role, rules
-from datastore.store.layout import DIRTY_OFFSET, LEASE_NS, PARTITION_COUNT, U0, VALUE_WORDS, word
+from datastore.store.layout import DIRTY_OFFSET, PARTITION_COUNT, U0, VALUE_WORDS, lease_holds, word
 from datastore.store.operations import KEY_LOW, OPERATION_VALUE
 from datastore.store.partitions import PARTITION_BITS
 from datastore.store.protocol import FRAME_HEADER_WORDS, answer_frame, frame_operations, refuse_operations
@@ -127,7 +127,7 @@ def serve_frame(
     """
     operation_words = OPERATION_VALUE + word(words, VALUE_WORDS)
     count = frame_operations(request, at)
-    if lease_lapsed(words, now_ns):
+    if not lease_holds(words, now_ns):
         written = refuse_operations(words, request, at, length, LEASE_LAPSED, answer, answer_at)
     else:
         written = answer_frame(words, owner, client, now_ns // 1_000_000_000, request, at, length, answer, answer_at)
@@ -135,9 +135,3 @@ def serve_frame(
     if words[DIRTY_OFFSET] != U0:
         hold(holds, words, connection, answer, answer_at, count, operation_words)
     return written
-
-
-@inline
-def lease_lapsed(words: np.ndarray, now_ns: int) -> Any:
-    """Tell whether this host may not answer any more, or not yet."""
-    return words[LEASE_NS] != U0 and now_ns >= word(words, LEASE_NS)

@@ -8,19 +8,21 @@ A map is data with an epoch; the coordinator alone makes new ones. Each partitio
     successor  the member that the primary is to hand over to, or nobody
     reign      the epoch since which the primary is primary
     joined     for each of these hosts the epoch at which it became a replica
+
+`ended` tells of hosts which store process (by its incarnation) is known to have ended: its lease, and promises to it, are over.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from datastore.native.errors import NearstateError
 from datastore.security import strict
-from datastore.security.strict import LARGEST_EPOCH, whole
+from datastore.security.strict import LARGEST_EPOCH, LARGEST_TIME, whole
 from datastore.store.partitions import PartitionMap
 
 
@@ -55,6 +57,7 @@ class ClusterMap:
 
     epoch: int
     groups: tuple[Group, ...]
+    ended: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def first(cls, placement: Sequence[Sequence[str]], epoch: int = 1) -> ClusterMap:
@@ -120,7 +123,8 @@ class ClusterMap:
                 if number == len(kinds):
                     kinds.append(described)
                 numbers[id(group)] = number
-        return {"epoch": self.epoch, "kinds": kinds, "groups": [numbers[id(group)] for group in self.groups]}
+        return {"epoch": self.epoch, "kinds": kinds, "groups": [numbers[id(group)] for group in self.groups],
+                "ended": dict(self.ended)}  # fmt: skip
 
     @classmethod
     def from_json(cls, document: dict[str, Any] | str) -> ClusterMap:
@@ -132,8 +136,10 @@ class ClusterMap:
                       None if g["successor"] is None else strict.name(g["successor"]),
                       {strict.name(host): whole(epoch, LARGEST_EPOCH) for host, epoch in g["joined"].items()})
                 for g in fields["kinds"]]  # fmt: skip
+            ended = {strict.name(host): whole(incarnation, LARGEST_TIME)
+                     for host, incarnation in fields.get("ended", {}).items()}  # fmt: skip
             return cls(whole(fields["epoch"], LARGEST_EPOCH),
-                       tuple(kinds[whole(kind, len(kinds))] for kind in fields["groups"]))  # fmt: skip
+                       tuple(kinds[whole(kind, len(kinds))] for kind in fields["groups"]), ended)  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise NearstateError(f"not a cluster map: {error!r}") from error
 

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from datastore.native.errors import NearstateError
-from datastore.replication.coordinator import Timing
-from datastore.replication.dialer import Dialer
+from datastore.replication.coordinator import Grant, Heartbeat, Timing
 from datastore.replication.links import Links, Peers
-from datastore.replication.messages import LONGEST_TOLD, LineSocket, beat_message, gossip, read_gossip, read_grant
+from datastore.replication.messages import beat_message, gossip, read_gossip, read_grant
 from datastore.replication.replica import Pong, Replica
 from datastore.replication.shipping import Shipping
+from datastore.replication.speaker import Speaker
 from datastore.security.datagrams import LONGEST_BYTES, Seals
-from datastore.security.secret import COORDINATOR, STORE, Secret
-from datastore.store.layout import EPOCH, LEASE_NS
+from datastore.security.secret import STORE, Secret
+from datastore.store.layout import EPOCH, LEASE_NS, PROMISE_NS
 from datastore.store.table import Table
 
 CHALLENGE_NS = 1_000_000
 """How soon an answer to a challenge is looked for."""
-SILENCE_LEASES = 5
-"""A coordinator that is silent for so many leases is left for the next one: it is stopped, or its machine is gone."""
+STUCK_NS = 1_000_000_000
+"""A process whose main thread does not come by for so long asks for no lease any more: it serves nobody."""
 
 
 class Member:
-    """What `store/server.py` calls between turns of its compiled loop. It never waits."""
+    """What `store/server.py` calls between turns of its compiled loop. It never waits.
+
+    Heartbeats and leases are the speaker's, a thread of its own; maps are followed here, between two turns.
+    """
 
     def __init__(
         self, host: str, table: Table, owner: int, cluster: int, peers: Sequence[dict[str, Any]],
@@ -49,22 +54,38 @@ class Member:
         self._addresses = [(peer["address"], peer["port"]) for peer in peers]
         self.gossip = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self.gossip.bind(address)
-        self._line: LineSocket | None = None
-        self._dialer = Dialer(*coordinators, credential=credential, wanted=COORDINATOR)
-        self._worked_ns = self._looked_ns = self._beat_ns = self._heard_ns = 0
-        self._told: tuple[Any, ...] = ()
+        self._worked_ns = self._looked_ns = time.monotonic_ns()
         self._ping_ns = [0] * len(peers)
+        self._said = self.replica.beat(self._worked_ns)
+        self._grants: deque[Grant] = deque()
+        self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.speaker = Speaker("speaker", coordinators, credential, self._report, self._hear, self.timing)
 
     def fileno(self) -> int:
-        """Return the descriptor whose input is a reason to call `work`, or -1."""
-        return self._line.fileno() if self._line else -1
+        """Return the descriptor whose input is a reason to call `work`."""
+        return self._called
+
+    # ---- the speaker's thread -----------------------------------------------------------------------------------------
+
+    def _report(self) -> dict[str, Any] | None:
+        """Return the heartbeat to send now: what the main thread said last, under the clock of now."""
+        now_ns = time.monotonic_ns()
+        return None if now_ns - self._worked_ns > STUCK_NS else beat_message(replace(self._said, sent_ns=now_ns))
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        """Take a grant: the lease at once, the rest for the main thread."""
+        grant = read_grant(message["grant"])
+        self.replica.take_lease(grant)
+        if grant.refusal != self.replica.refusal or (grant.map and grant.map.epoch > self.replica.map.epoch):
+            self._grants.append(grant)
+            os.eventfd_write(self._called, 1)
+
+    # ---- the main thread ----------------------------------------------------------------------------------------------
 
     def due_ns(self) -> int:
         """Return when `work` is due at the latest."""
-        if self._dialer.is_challenged or self.peers.are_challenged:
+        if self.peers.are_challenged:
             return time.monotonic_ns() + CHALLENGE_NS
-        if self._line is None:
-            return time.monotonic_ns() + self.timing.heartbeat_ns // 3
         return min([self._looked_ns + self._pause_ns(), *(at_ns + self.timing.heartbeat_ns for at_ns in self._ping_ns)])
 
     def _pause_ns(self) -> int:
@@ -76,7 +97,7 @@ class Member:
         return self._pause_ns() // 4
 
     def work(self) -> None:
-        """Hear the coordinator, tell it what is due, mend connections."""
+        """Follow the coordinator's maps, have it told what is news, mend connections."""
         now_ns = time.monotonic_ns()
         if now_ns - self._worked_ns > 2 * self.timing.heartbeat_ns:
             self.replica.was_stopped(now_ns)
@@ -85,39 +106,24 @@ class Member:
         self._listen()
         self.replica.advance(now_ns)
         self._ping(now_ns, self.timing.heartbeat_ns - self._slack_ns())
-        if self._line is None:
-            connection = self._dialer.dial()
-            self._line, self._heard_ns = LineSocket(connection, LONGEST_TOLD) if connection else None, now_ns
-            self._told = ()
-        if self._line is None:
-            return
-        try:
-            changed = False
-            for message in self._line.receive():
-                self._heard_ns = now_ns
-                changed |= self.replica.hear(now_ns, read_grant(message["grant"]))
-            if changed:
-                self.table.words[EPOCH] = self.replica.map.epoch
-                self._ping(time.monotonic_ns(), 0)
-            if changed or now_ns - self._looked_ns >= self._pause_ns() - self._slack_ns():
-                self._beat(changed)
-            self._line.flush()
-            if now_ns - self._heard_ns > SILENCE_LEASES * self.timing.lease_ns:
-                raise TimeoutError
-        except (OSError, KeyError, NearstateError):
-            self._line.close()
-            self._line = None
-            self._dialer.turn_away()
+        changed = False
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._called)
+        while self._grants:
+            changed |= self.replica.hear(now_ns, self._grants.popleft())
+        if changed:
+            self.table.words[EPOCH] = self.replica.map.epoch
+            self._ping(time.monotonic_ns(), 0)
+        if changed or now_ns - self._looked_ns >= self._pause_ns() - self._slack_ns():
+            self._look()
 
-    def _beat(self, changed: bool) -> None:
-        """Send a heartbeat if it is time for one, the map changed, or there is something to tell. Raises OSError."""
-        self._looked_ns = now_ns = time.monotonic_ns()
-        beat = self.replica.beat(now_ns)
-        news = (beat.synchronised, beat.released, beat.unreachable)
-        if changed or news != self._told or now_ns - self._beat_ns >= self.timing.heartbeat_ns - self._slack_ns():
-            assert self._line
-            self._beat_ns, self._told = now_ns, news
-            self._line.send(beat_message(beat))
+    def _look(self) -> None:
+        """See what there is to tell the coordinator, and have it told at once if it is news."""
+        self._looked_ns = time.monotonic_ns()
+        beat, before = self.replica.beat(self._looked_ns), self._said
+        self._said = beat
+        if _news(beat) != _news(before):
+            self.speaker.tell()
 
     def _ping(self, now_ns: int, after_ns: int) -> None:
         """Ping the peers whose last ping is at least `after_ns` ago."""
@@ -155,13 +161,18 @@ class Member:
     def status(self) -> dict[str, Any]:
         """Return what this host knows of itself, for people and tests."""
         now_ns = time.monotonic_ns()
-        return {"epoch": self.replica.map.epoch, "lease_ms": (int(self.table.words[LEASE_NS]) - now_ns) / 1e6,
-                "refusal": self.replica.refusal, "coordinator": self._line is not None}  # fmt: skip
+        until_ns = max(int(self.table.words[LEASE_NS]), int(self.table.words[PROMISE_NS]))
+        return {"epoch": self.replica.map.epoch, "lease_ms": (until_ns - now_ns) / 1e6, "refusal": self.replica.refusal,
+                "coordinator": self.speaker.connected}  # fmt: skip
 
     def close(self) -> None:
         """Close every connection."""
+        self.speaker.close()
         self.peers.close()
         self.gossip.close()
-        self._dialer.close()
-        if self._line:
-            self._line.close()
+        os.close(self._called)
+
+
+def _news(beat: Heartbeat) -> tuple[Any, ...]:
+    """Return of a heartbeat what the coordinator waits for."""
+    return beat.epoch, beat.synchronised, beat.released, beat.unreachable

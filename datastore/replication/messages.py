@@ -5,6 +5,7 @@ What is read is checked here, whoever sent it: nothing deep, long, or not finite
 
 store  -> coordinator   {"beat": {...}}      coordinator -> store    {"grant": {...}}     also unasked, with a new map
 anyone -> coordinator   {"map": epoch}       coordinator -> anyone   {"map": {...}}       null: that epoch is the newest
+either   -> coordinator {"parting": true}    before it closes the connection itself; else its kernel does, at its end
 instance -> coordinator {"instance": {...}}  coordinator -> instance {"heard": true}, once a lease; unasked {"orders": {...}}
 store <-> store         {"pong": {...}, "ping": {...}}, either or both, in a datagram
 people -> coordinator   {"status": true}, {"move": {"partitions": [...], "target": host}} ...
@@ -124,15 +125,21 @@ class LineSocket:
             self._out = self._out[sent:]
 
     def receive(self) -> Iterator[dict[str, Any]]:
-        """Yield the messages that have arrived. Raises OSError when the connection is closed or lost, or carries no messages."""
-        closed = False
-        while True:
+        """Yield the messages that have arrived, then raise OSError when the connection is closed or lost.
+
+        ConnectionResetError: the other side has closed it. Raises OSError also for what is no message.
+        """
+        lost: OSError | None = None
+        while lost is None:
             try:
                 data = self.connection.recv(1 << 16)
             except BlockingIOError:
                 break
-            closed = not data
-            if closed:
+            except OSError as error:
+                lost = error
+                break
+            if not data:
+                lost = ConnectionResetError("closed")
                 break
             self._in += data
             if len(self._in) - self._in.rfind(b"\n") - 1 > self._longest:
@@ -147,8 +154,8 @@ class LineSocket:
                 yield strict.message(line)
             except ValueError as error:
                 raise ConnectionAbortedError(f"no message: {error}") from None
-        if closed:
-            raise ConnectionResetError("closed")
+        if lost:
+            raise lost
 
     def close(self) -> None:
         self.connection.close()

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datastore.native.errors import NearstateError, unknown
-from datastore.replication.coordinator import Coordinator, Timing
+from datastore.replication.coordinator import Coordinator, Failover, Timing
 from datastore.security.strict import LARGEST_EPOCH, members, whole
 
 BATCH = 128
@@ -43,6 +43,8 @@ class Instance:
     heard_ns: int = 0
     cut_ns: int = 0
     """Since when one of its links is down; 0: none is."""
+    has_ended: bool = False
+    """Its process is gone for certain."""
     epoch: int = 0
     parked: frozenset[int] = frozenset()
     quiet: frozenset[int] = frozenset()
@@ -87,7 +89,7 @@ class Switchover:
         epoch, most = whole(report["epoch"], LARGEST_EPOCH), len(self.steering)
         parked, quiet = (frozenset(whole(partition, most - 1) for partition in members(report[kind], most))
                          for kind in ("parked", "quiet"))  # fmt: skip
-        instance.heard_ns, instance.epoch = now_ns, epoch
+        instance.heard_ns, instance.epoch, instance.has_ended = now_ns, epoch, False
         instance.parked, instance.quiet = parked, quiet & self.watched.keys()
         return name
 
@@ -98,10 +100,14 @@ class Switchover:
             instance.cut_ns = (instance.cut_ns or now_ns) if name in down else 0
 
     def dead(self, now_ns: int, span_ns: int) -> set[str]:
-        """Return the instances that were heard once and then not for `span_ns`, or had a link down for as long."""
+        """Return the instances that ended, were heard once and then not for `span_ns`, or had a link down for as long."""
         since = now_ns - span_ns
         return {name for name, instance in self.instances.items()
-                if 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since}  # fmt: skip
+                if instance.has_ended or 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since}  # fmt: skip
+
+    def _why_dead(self, name: str) -> str:
+        instance = self.instances[name]
+        return "instance ended" if instance.has_ended else "link down" if instance.cut_ns else "instance silent"
 
     def next_lapse_ns(self, now_ns: int, timing: Timing) -> int:
         """Return when the next instance will be dead, if nothing is heard of it; a heartbeat from now if that is earlier."""
@@ -114,7 +120,8 @@ class Switchover:
         self._began_ns = self._began_ns or now_ns
         dead = self.dead(now_ns, coordinator.timing.lease_ns + coordinator.timing.margin_ns)
         if now_ns < coordinator.judges_ns:
-            dead &= self._planned[1]
+            dead &= self._planned[1] | {name for name in dead if self.instances[name].has_ended}
+        coordinator.failovers.extend(Failover(now_ns, name, self._why_dead(name)) for name in sorted(dead - self._planned[1]))
         stores = frozenset(name for name in coordinator.alive(now_ns) if name not in dead or self._outlived(name, coordinator))
         planned = (coordinator.map.epoch, frozenset(dead), stores)
         if planned == self._planned and not coordinator.moves and not self.under_way:
@@ -148,7 +155,7 @@ class Switchover:
         packets stay with the only copy.
         """
         instance, span_ns = self.instances[name], 2 * coordinator.timing.heartbeat_ns
-        return instance.cut_ns > 0 or coordinator.hosts[name].heard_ns - instance.heard_ns > span_ns
+        return instance.has_ended or instance.cut_ns > 0 or coordinator.hosts[name].heard_ns - instance.heard_ns > span_ns
 
     def _living(self, partition: int, wanted: str, members: tuple[str, ...], dead: set[str]) -> str:
         """Return `wanted`, or in place of a dead instance another one, if possible where a copy of the state is."""

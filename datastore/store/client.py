@@ -60,7 +60,7 @@ from datastore.store.protocol import (
     frame_words,
     write_frame_header,
 )
-from datastore.store.statuses import OK, status_message
+from datastore.store.statuses import NOT_PRIMARY, OK, status_message
 
 EPROTO = 71
 DEFAULT_WINDOW = 1024
@@ -622,3 +622,13 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
             raise ConnectionResetError("it closed the connection")
         received += part
     return received
+
+
+def warm() -> None:
+    """Load what Python calls of connections that are made, lost and given up."""
+    state = Client([("127.0.0.1", 1)], 1, 8).state
+    client, cluster, epoch = state.identity
+    write_frame_header_now(np.zeros(FRAME_HEADER_WORDS, np.uint64), 0, 1, OPERATION_VALUE, 0, int(epoch), client, cluster)
+    send_again(state, 0)
+    skip_to(state, 0, 1 + unanswered(state, 0))
+    give_up(state, 0, NOT_PRIMARY)

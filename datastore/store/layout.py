@@ -31,7 +31,7 @@ from datastore.native import inline, jit
 from datastore.native.memory import prefetch, trailing_zeros
 
 MAGIC_NUMBER = 0x656C_6261_7472_6165  # "eartable"
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 HEADER_WORDS = 512
 """One page."""
 
@@ -43,8 +43,8 @@ SLOT_WORDS, BUCKET_WORDS, DIRTY_OFFSET = 13, 14, 15
 # Header: what the store process and the tools read.
 EPOCH, CLUSTER, CLIENTS, WINDOW, CLIENTS_AT, CLIENT_STRIDE, TOTAL_WORDS, CAPACITY, ADDRESS, PORT = range(16, 26)
 CHANGES_AT, COMMITTED_AT, LEASE_NS, STORE_ASLEEP, IN_PLACE, COMMITS = range(26, 32)
-"""Where the progress words of partition 0 are; until when (CLOCK_MONOTONIC) this host may answer, 0: for ever; whether the
-store process sleeps; how often others said that they changed records, and how often it said that more is committed."""
+"""Where the progress words of partition 0 are; until when (CLOCK_MONOTONIC) the coordinator lets this host answer, 0: for ever;
+whether the store process sleeps; how often others said that they changed records; how often it said that more is committed."""
 # Header: counters.
 STATUS_COUNTS = 32
 TAKEOVERS, ROLLBACKS, EXPIRED, FRAMES, OPERATIONS, CONNECTIONS, REPEATED = range(56, 63)
@@ -63,6 +63,9 @@ OWNERS = 63
 OWNER_SCRATCH = 128
 # Header: whether each owner sleeps until something is committed (see `bells.py`).
 OWNER_ASLEEP = 384
+
+# Header: until when the peers' promises let this host answer; which process of the host serves the table (see `Heartbeat`).
+PROMISE_NS, INCARNATION = 448, 449
 
 # A partition's header.
 LOCK, ROLE, COUNT, UNDO, COMPLETION, FLOOR, CURSOR, FULL_SWEEP, UNDO_COPY = range(9)
@@ -109,6 +112,15 @@ OVERFLOW_SHIFT = np.uint64(56)
 def word(words: np.ndarray, at: int) -> Any:
     """Return a word as int64: mixing uint64 with Numba's int64 indices would make floats."""
     return np.int64(words[at])
+
+
+@inline
+def lease_holds(words: np.ndarray, now_ns: int) -> Any:
+    """Tell whether this host may answer at `now_ns`, a clock that was read after the state was.
+
+    The coordinator's lease and the peers' promises are two words, since two threads of the store process write them.
+    """
+    return words[LEASE_NS] == U0 or now_ns < word(words, LEASE_NS) or now_ns < word(words, PROMISE_NS)
 
 
 @inline

@@ -66,9 +66,11 @@ from datastore.store.layout import (
     FULL_SWEEP,
     HASH_SECRETS,
     HEADER_WORDS,
+    INCARNATION,
     INSERT,
     LAYOUT,
     LAYOUT_VERSION,
+    LEASE_NS,
     LOCK,
     LONGEST_LIFE_S,
     MAGIC,
@@ -80,6 +82,7 @@ from datastore.store.layout import (
     PARTITION_COUNT,
     PORT,
     PRIMARY,
+    PROMISE_NS,
     REMOVE,
     RENEW,
     ROLE,
@@ -588,6 +591,28 @@ class Table:
             )
         self._owners.append(descriptor << 16)
         self.words[OWNER_PIDS] = os.getpid()
+
+    def server(self) -> int | None:
+        """Return a descriptor that is readable once the table's store process has ended (pidfd_open(2)), None if it has by now.
+
+        By then the kernel has taken its memory and its connections: it changes nothing any more, and renews no lease.
+        """
+        try:
+            descriptor = os.pidfd_open(int(self.words[OWNER_PIDS]))
+        except OSError:
+            return None
+        if locking.is_alive(self.words, self._owner(), 0):  # so the number was that process' when the descriptor was made
+            return descriptor
+        os.close(descriptor)
+        return None
+
+    def end_lease(self) -> int:
+        """Have nobody on this host answer any more, and return which store process (its incarnation) has ended.
+
+        Requires that it has ended (`server`): no other process renews the lease then.
+        """
+        self.words[LEASE_NS] = self.words[PROMISE_NS] = 1
+        return int(self.words[INCARNATION])
 
     def set_role(self, partition: int, role: int, epoch: int) -> None:
         """Say what this host is to the partition (NO_ROLE, PRIMARY, BACKUP), and since which epoch its primary is that.

@@ -54,6 +54,8 @@ class Bench:
         self.generator: RunningProcess | None = None
         self.sink: RunningProcess | None = None
         self.peer: Any = None
+        self.disturbed: dict[str, int] = {}
+        """Hosts that a procedure gave a reason to be taken for dead, and since when (CLOCK_MONOTONIC, ns)."""
         self.extra: list[RunningProcess] = []
         self.steps = 0
         self.lost: set[str] = set()
@@ -412,10 +414,15 @@ class Bench:
         after = self.counters()
         growth = accounting.since(after, before)
         reasons = accounting.doubts(offered_kpps, self.settings["lateness_limit_us"], sent, after)
+        fidelity = accounting.fidelity(sent, growth) | self._steadiness()
         return {"sweep": {"offered_kpps": offered_kpps} if offered_kpps else {"load": "saturated"},
                 "metrics": accounting.metrics(sent, arrived, growth), "histograms": {"latency_ns": arrived["histogram"]},
-                "valid": not reasons, "invalid_reasons": reasons, "fidelity": accounting.fidelity(sent, growth),
+                "valid": not reasons, "invalid_reasons": reasons, "fidelity": fidelity,
                 "ledger": accounting.path_ledger(sent, arrived, growth)}  # fmt: skip
+
+    def _steadiness(self) -> dict[str, int]:
+        """Return how many false failovers there were since the trial's start, where a coordinator could make any."""
+        return {"false_failovers": len(self.false_failovers())} if self.coordinator else {}
 
     def _drain(self, sent: int) -> dict[str, Any]:
         """Wait until nothing more arrives (at most half a second) and return the sink's counts."""
@@ -436,6 +443,24 @@ class Bench:
         self.sink.send({"tell": self.steps})
         return timeline.Told.of(self.sink.receive(READY_S) or {})
 
+    # ---- failovers that nothing called for ----------------------------------------------------------------------------
+
+    def disturb(self, host: str) -> None:
+        """Remember that a host is given a reason, from now on, to be taken for dead."""
+        self.disturbed.setdefault(host, time.monotonic_ns())
+
+    def cut(self, host: str, interface: str | None = None) -> None:
+        """Cut a host off (`Network.cut`). Raises NearstateError for a host or an interface that does not exist."""
+        self.disturb(host)
+        self.network.cut(host, interface)
+
+    def false_failovers(self) -> list[dict[str, Any]]:
+        """Return the failovers since the trial's start of hosts, or processes on them, that had no trouble of ours before."""
+        there = self.coordinator is not None and self.coordinator.poll() is None
+        return [failover for failover in (self.status()["failovers"] if there else [])
+                if not any(self.disturbed.get(host, failover["at_ns"]) < failover["at_ns"]
+                           for host in (failover["host"], failover["by"]))]  # fmt: skip
+
     def lose(self, what: str, host: str) -> int:
         """Lose a host, or one thing of it (LOSSES), at once; returns when, in ns of CLOCK_MONOTONIC. Raises NearstateError."""
         if what == "host":
@@ -443,6 +468,7 @@ class Bench:
         processes = {"function": self.functions, "store": self.stores}
         if what in processes and host not in processes[what]:
             raise NearstateError(f"{host} has no {what} that could be lost")
+        self.disturb(host)
         lost_ns = time.monotonic_ns()
         if what == "link":
             self.network.cut(host, "inside")
@@ -463,6 +489,7 @@ class Bench:
         if name not in there:
             raise NearstateError(f"host {name!r} cannot be lost: {', '.join(there)} are there")
         running = self.launcher.on_host(name)
+        self.disturb(name)
         self.lost.add(name)
         lost_ns = time.monotonic_ns()
         for process in running:

@@ -148,6 +148,7 @@ def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: 
         line["invalid_reasons"].append(f"internal error: {type(error).__name__}: {error}; see logs/errors.log")
     finally:
         down = time.monotonic()
+        line["fidelity"] |= steadiness(bench)
         if recorded:
             line["recorded"] = recording.stop()
         bench.stop()
@@ -156,6 +157,14 @@ def run_trial(trial: Trial, experiment: Experiment, journal: Journal, launcher: 
     line["seconds"] = time.monotonic() - clock
     summarise(line)
     return line
+
+
+def steadiness(bench: Bench) -> dict[str, Any]:
+    """Return the trial's false failovers: the system's fault, not the machine's. Counted also where the procedure gave up."""
+    try:
+        return {"false_failovers": len(bench.false_failovers())} if bench.coordinator else {}
+    except NearstateError:  # the coordinator itself is lost
+        return {}
 
 
 def network_parameters(trial: Trial, experiment: Experiment) -> dict[str, Any]:
@@ -171,7 +180,7 @@ def network_parameters(trial: Trial, experiment: Experiment) -> dict[str, Any]:
 def summarise(line: dict[str, Any]) -> None:
     """Put the points' worst fidelity and their summed ledger on the trial's line, and decide whether it is valid."""
     points = line["points"]
-    for key in ("generator_lateness_p99_us", "cpu_saturation"):
+    for key in ("generator_lateness_p99_us", "cpu_saturation", "false_failovers"):
         values = [point["fidelity"][key] for point in points if point.get("fidelity", {}).get(key) is not None]
         if values:
             line["fidelity"][key] = max(values)

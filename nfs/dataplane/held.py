@@ -19,7 +19,7 @@ import numpy as np
 from datastore.native import inline
 from datastore.native.memory import load_acquire
 from datastore.replication.shipping import rules
-from datastore.store.layout import COMMITTED_AT, ENDED_AT, LEASE_NS, ROLE, ROLE_BITS, ROLE_MASK, U0, partition_at, word
+from datastore.store.layout import COMMITTED_AT, ENDED_AT, ROLE, ROLE_BITS, ROLE_MASK, partition_at, word
 
 # words of a waiting packet
 KIND, NEED, REIGN, ALSO_PARTITION, ALSO_NEED, SINCE_NS, STEP, ALSO_REIGN = range(8)
@@ -124,9 +124,3 @@ def judge(held: Held, words: np.ndarray, index: int, partition: int, has_lease: 
     if own == UNCOMMITTED or other == UNCOMMITTED:
         return np.int64(UNCOMMITTED)
     return np.int64(GO) if own == GO and other == GO else np.int64(STAY)
-
-
-@inline
-def lease_holds(words: np.ndarray, now_ns: int) -> Any:
-    """Tell whether this host may answer at `now_ns`, a clock that was read after the state was."""
-    return words[LEASE_NS] == U0 or now_ns < word(words, LEASE_NS)

@@ -13,7 +13,7 @@ from datastore.replication.shipping import changes
 from datastore.replication.shipping import reign as reign_of
 from datastore.store import statuses
 from datastore.store.client import ClientState
-from datastore.store.layout import COMMITS, DIRTY_OFFSET, U0, partition_at
+from datastore.store.layout import COMMITS, DIRTY_OFFSET, U0, lease_holds, partition_at
 from datastore.store.locking import is_primary
 from datastore.store.table import VALUE, commit_record, open_record, prefetch_record
 from nfs.dataplane import ledger as causes
@@ -75,7 +75,6 @@ from nfs.dataplane.held import (
     TAIL,
     is_committed,
     judge,
-    lease_holds,
     put_back,
     put_last,
     take_first,

@@ -21,7 +21,7 @@ from datastore.native import inline, jit
 from datastore.native.errors import NearstateError
 from datastore.native.libc import EAGAIN, EBUSY, EINTR, ENOBUFS, MSG_DONTWAIT, address, errno, sendto
 from datastore.native.memory import copy, load_acquire, put_network16, store_release
-from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame, take_frame
+from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame, make_frames, take_frame
 
 AFXDP, AFPACKET = 0, 1
 KINDS = {"afxdp": AFXDP, "afpacket": AFPACKET}
@@ -288,3 +288,12 @@ def send_messages(port: Port, frames: Frames) -> None:
         first += sent
         port.control[PENDING] -= sent
         port.control[IN_FLIGHT] -= sent
+
+
+def warm() -> None:
+    """Load what Python calls of a port."""
+    port, frames = closed_port(), make_frames(1)
+    refill(port, frames)
+    reclaim(port, frames)
+    unsent(port)
+    free_frames(frames)

@@ -93,6 +93,8 @@ class Process:
         self._quiet: list[int] = []
         """The watched partitions of which no packet that came before their marks is here any more, as the loop saw last."""
         self.follower: Follower | None = None
+        self._store_ended = 0
+        """The incarnation of this host's store process, once it has ended."""
 
     def _find_state(self) -> tuple[Table, list[dict[str, Any]], np.ndarray, int]:
         """Return the table on this host, the remote stores, the primaries by partition, and the map's epoch."""
@@ -155,16 +157,33 @@ class Process:
         if self.coordinators:
             assert self.credential
             note_oldest(self.engine, self._oldest)  # loads its code, which takes 10 ms, before there are packets
-            self.follower = Follower(
-                self.coordinators, self.report, self.call, Timing.of(self.config.get("lease_ms")), self.credential
-            )
+            timing = Timing.of(self.config.get("lease_ms"))
+            self.follower = Follower(self.coordinators, self.report, self.call, timing, self.credential)
+            # A coordinator must know of this process before it works in the store's memory, or it may take the end of the
+            # store process for the end of the host's lease. One that is not there takes nothing for that.
+            self.follower.wait_until_met(2 * timing.lease_ns / 1e9)
+            if self.config["table"]:
+                self._watch_store(self.follower)
+
+    def _watch_store(self, follower: Follower) -> None:
+        store = self.table.server()
+        if store is None:
+            self.end_lease()
+            follower.tell()
+        else:
+            follower.watch(store, self.end_lease)
 
     def report(self) -> dict[str, Any]:
         """Return what the coordinator is told of this instance; from another thread. What was quiet before orders that are not
         carried out yet does not count."""
         quiet = [] if self.follower and self.follower.orders else self._quiet
         return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.epoch,
-                "parked": np.flatnonzero(self.engine.held.parking).tolist(), "quiet": quiet}  # fmt: skip
+                "parked": np.flatnonzero(self.engine.held.parking).tolist(), "quiet": quiet,
+                "store_ended": self._store_ended}  # fmt: skip
+
+    def end_lease(self) -> None:
+        """The store process of this host has ended: end the host's lease, so that nobody waits until it runs out."""
+        self._store_ended = self.table.end_lease()
 
     def follow(self) -> None:
         """Carry out the coordinator's orders."""

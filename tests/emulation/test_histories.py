@@ -40,7 +40,6 @@ FAULTS = 1000 if LONG else 25
 CLIENTS = 8
 OPERATIONS = (1_000_000 if LONG else 25_000) // CLIENTS
 """Of each client, for each number of replicas: two runs make 50,000 operations and 50 faults."""
-LEASE_MS = 250.0
 LONG_S = 60.0
 """Far above what stores and coordinator take to agree."""
 VALUE_BYTES = 16
@@ -182,7 +181,7 @@ def copies(bench: Bench) -> dict[tuple[int, int], set[tuple[int, bytes]]]:
 def test_histories_under_faults_are_linearizable(emulation, tmp_path, replicas):
     if LONG:
         faulthandler.cancel_dump_traceback_later()  # pytest's limit is for tests of CI's length
-    settings = {"coordinated": True, "lease_ms": LEASE_MS, "value_bytes": VALUE_BYTES, "capacity": 8192}
+    settings = {"coordinated": True, "value_bytes": VALUE_BYTES, "capacity": 8192}
     trial = Trial("test", "rack", "", "integrated", replicas, {}, settings, 0, 1)
     experiment = Experiment("?", "throughput", ({},), network={"nf_hosts": 3})
     with working_rack(emulation, trial, experiment) as (bench, _):
@@ -212,7 +211,7 @@ def test_histories_under_faults_are_linearizable(emulation, tmp_path, replicas):
 
 def test_a_planted_wrong_answer_is_noticed(emulation, tmp_path):
     """The same clients; the backups' copies of records are changed behind the protocol's back."""
-    settings = {"coordinated": True, "lease_ms": LEASE_MS, "value_bytes": VALUE_BYTES, "capacity": 8192}
+    settings = {"coordinated": True, "value_bytes": VALUE_BYTES, "capacity": 8192}
     trial = Trial("test", "rack", "", "integrated", 2, {}, settings, 0, 1)
     experiment = Experiment("?", "throughput", ({},), network={"nf_hosts": 3})
     with working_rack(emulation, trial, experiment) as (bench, _):

@@ -19,8 +19,6 @@ from topologies.emulation.processes import Launcher
 
 FLOWS, RATE_KPPS = 500, 5.0
 EVEN = list(range(0, PARTITIONS, 2))
-LEASE_MS = 400.0
-"""Five times the default: the tests' box is busy, and who is not heard in time is taken for dead."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journa
 
 
 def rack(emulation: tuple[Journal, Launcher], nf: str, placement: str, replicas: int) -> Any:
-    trial = Trial("test", "rack", nf, placement, replicas, {}, {"coordinated": True, "lease_ms": LEASE_MS}, 0, 1)
+    trial = Trial("test", "rack", nf, placement, replicas, {}, {"coordinated": True}, 0, 1)
     experiment = Experiment("?", "throughput", ({},), traffic={"flows": FLOWS}, network={"nf_hosts": 2})
     return working_rack(emulation, trial, experiment)
 
@@ -60,7 +58,7 @@ def test_a_lost_host_takes_nothing_that_left(emulation, placement):
         lost = bench.nf_hosts[0].name if placement == "integrated" else first
         bench.lose_host(lost)
         point = bench.finish()
-        assert point["ledger"]["received"] > 0.6 * point["ledger"]["sent"]
+        assert point["ledger"]["received"] > 0.9 * point["ledger"]["sent"]
         groups = bench.status()["map"]["groups"]
         assert all(group["members"] == [survivor] for group in groups)
         if placement == "integrated":
@@ -115,7 +113,7 @@ def test_a_dead_function_hands_its_host_over(emulation):
         bench.offer(RATE_KPPS, 3.0)
         bench.functions.pop("nf1").kill()
         point = bench.finish()
-        assert point["ledger"]["received"] > 0.6 * point["ledger"]["sent"]
+        assert point["ledger"]["received"] > 0.9 * point["ledger"]["sent"]
         assert set(bench.network.steering()) == {"nf2"}
         assert {group["members"][0] for group in bench.status()["map"]["groups"]} == {"nf2"}
         assert bench.status()["hosts"]["nf1"]["lease_ms"] > 0  # the store lives, as backup

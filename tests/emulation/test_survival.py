@@ -20,8 +20,7 @@ from topologies.emulation.processes import Launcher
 DOWNLOADS, FILE_BYTES, RATE_BYTES = 50, 2_500_000, 500_000
 """The server keeps each download to a rate, a second: curl's own limit lets one through now and then."""
 LOST_AFTER_S = 1.2
-LEASE_MS = 250.0
-SETTINGS = {"functions": {"nat": {"external_addresses": "10.64.0.0/31"}}, "lease_ms": LEASE_MS}
+SETTINGS = {"functions": {"nat": {"external_addresses": "10.64.0.0/31"}}}
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,15 @@ def test_changes_wait_for_a_former_backup_as_long_as_it_may_answer(primary: Repl
     assert not counts(primary)
 
 
+@pytest.mark.parametrize(("incarnation", "waits"), [(1, False), (2, True)])
+def test_promises_to_a_process_that_has_ended_bind_no_longer(primary: Replica, incarnation: int, waits: bool) -> None:
+    new = ClusterMap(4, (WITHOUT["gone"],), {"nf2": incarnation})
+    assert primary.hear(PROMISED_NS + 10, Grant(77, 0, 0, 4, new, ""))
+    assert counts(primary) == waits
+    pong = primary.pinged(PROMISED_NS + 20, Ping("nf2", CLUSTER, 1, 4, 0))
+    assert (pong is not None) == waits, "a ping that was on its way when its process ended"
+
+
 @pytest.mark.parametrize("new", WITHOUT.values(), ids=WITHOUT)
 def test_who_knows_the_map_is_not_waited_for(primary: Replica, new: Group) -> None:
     follow(primary, 4, new, PROMISED_NS + 10)

@@ -161,7 +161,7 @@ MUTANTS: dict[str, Patch] = {
     "acknowledges before it replicates": without("waits_for", -1, holds),
     "applies frames of deposed primaries": trusts_every_frame,
     "reads dirty backups": reads_anywhere,
-    "ignores that its lease ran out": without("lease_lapsed", False, holds),
+    "ignores that its lease ran out": without("lease_holds", True, holds),
     "forgets completion records at failover": without("read_completions", OK, shipping),
     "trusts its own old completion records": trusts_old_completions,
     "answers after it was deposed": answers_when_deposed,

@@ -11,7 +11,8 @@ only its NF process, its store process, or the link by which packets reach it.
 Who notices. A coordinator does so by its leases, gives the host's partitions to a survivor and has the switch follow; here one
 only watches. Where none runs (state local, on a store host without replicas, in a peer) the procedure stands in for the
 detector, with the same timing: a lease and the coordinator's margin after the last heartbeat before the loss, whose age is
-drawn from the seed; then the peer's `take_over`, then the switch is told. So no placement is faster for a better detector.
+drawn from the seed, or at once where the kernel tells of a process' end; then the peer's `take_over`, then the switch is told.
+So no placement is faster for a better detector.
 
 Synthetic flows are UDP, which every NAT takes up again: one that lost its state breaks those that it gives another port than
 they had. Ports are kept where they are free, so the workload's clients share few of them (`client_ports`).
@@ -138,8 +139,14 @@ def ends(bench: Bench) -> tuple[str, str]:
     return victim, hosts[(hosts.index(victim) + 1) % len(hosts)]
 
 
-def detection_ns(seed: int, timing: Timing | None = None) -> int:
-    """Return how long after a loss a coordinator's lease is over: it began with the last heartbeat, up to one interval ago."""
+def detection_ns(seed: int, lost: str = "host", timing: Timing | None = None) -> int:
+    """Return how long after a loss a coordinator knows of it.
+
+    Of a host or a link when its lease is over, which began with the last heartbeat, up to one interval ago; of a process at once,
+    since the kernel tells of its end.
+    """
+    if lost in ("function", "store"):
+        return 0
     timing = timing or Timing()
     age_ns = random.Random(seed).uniform(0, timing.heartbeat_ns)
     return timing.lease_ns + timing.margin_ns - int(age_ns)
@@ -147,7 +154,7 @@ def detection_ns(seed: int, timing: Timing | None = None) -> int:
 
 def _stand_in(bench: Bench, victim: str, survivor: str, carried: list[int], lost_ns: int) -> tuple[int, int]:
     """Notice the loss as a coordinator would, and act; returns when it was noticed, and when the switch had confirmed."""
-    sleep_until(lost_ns + detection_ns(bench.trial.seed))
+    sleep_until(lost_ns + detection_ns(bench.trial.seed, bench.settings["lost"]))
     noticed_ns = time.monotonic_ns()
     if take_over := getattr(bench.peer, "take_over", None):
         take_over(victim, survivor)

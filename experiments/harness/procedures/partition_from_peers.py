@@ -41,7 +41,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     until_ns = began_ns + int(settings["seconds"] * 1e9)
     sleep_until(began_ns + int(settings["cut_at_s"] * 1e9))
     cut_ns = time.monotonic_ns()
-    bench.network.cut(victim, "storage")
+    bench.cut(victim, "storage")
     sleep_until(began_ns + int(settings["mended_at_s"] * 1e9))
     bench.network.mend(victim, "storage")
     point = bench.finish()

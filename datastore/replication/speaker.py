@@ -1,0 +1,132 @@
+"""How does a process speak to the coordinator while its main thread is busy? From a thread of its own that takes a core at once.
+
+What a coordinator hears of a host decides whether that is taken for dead. So nothing that the process works on may keep its
+messages waiting: neither the packets of a loop, nor a map that is being followed, nor other processes that want the core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datastore.native.errors import NearstateError
+from datastore.replication.coordinator import Timing
+from datastore.replication.dialer import Dialer
+from datastore.replication.messages import LONGEST_TOLD, LineSocket
+from datastore.security.secret import COORDINATOR, Credential
+
+SILENCE_LEASES = 5
+"""A coordinator that is silent for so many leases is left for the next one: it is stopped, or its machine is gone."""
+CHALLENGE_S = 0.001
+"""How soon an answer to a challenge is looked for."""
+PRIORITY = 10
+"""Above all ordinary processes, below the kernel's own threads of real time (50)."""
+
+
+def take_precedence() -> None:
+    """Have the calling thread run whenever it can (SCHED_RR, sched(7)), and what it starts not.
+
+    For threads that work for a fraction of a millisecond at a time. Where the box does not allow it (no CAP_SYS_NICE, a control
+    group without real time) the thread gets a better nice value, and where not even that, it stays as it is.
+    """
+    thread = threading.get_native_id()
+    try:
+        os.sched_setscheduler(thread, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(PRIORITY))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, -10)
+            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+class Speaker:
+    """Tells a coordinator what there is to tell, every heartbeat and when asked to, and passes on what it says, until closed.
+
+    connected: whether there is a connection. met: set once a coordinator has said something.
+    """
+
+    def __init__(
+        self, name: str, coordinators: Sequence[Sequence[Any]], credential: Credential,
+        report: Callable[[], dict[str, Any] | None], hear: Callable[[dict[str, Any]], None], timing: Timing,
+    ) -> None:  # fmt: skip
+        """coordinators: (host, port) of each; one leads and listens. credential: proven to it. report: returns the message to
+        send now, None for none. hear: takes each message. Both are called from the speaker's thread; a KeyError or NearstateError
+        of `hear` ends the connection.
+        """
+        self.connected, self.met = False, threading.Event()
+        self._report, self._hear = report, hear
+        self._pause_s, self._silence_s = timing.heartbeat_ns / 1e9, SILENCE_LEASES * timing.lease_ns / 1e9
+        self._dialer = Dialer(*coordinators, credential=credential, wanted=COORDINATOR)
+        self._told = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closed = threading.Event()
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def tell(self) -> None:
+        """Have the coordinator told at once; from another thread."""
+        os.eventfd_write(self._told, 1)
+
+    def watch(self, descriptor: int, act: Callable[[], None]) -> None:
+        """Have the speaker's thread call `act` once a descriptor is readable, and then close that; from another thread."""
+        self._watched[descriptor] = act
+        self.tell()
+
+    def _run(self) -> None:
+        take_precedence()
+        while not self._closed.is_set():
+            connection = self._dialer.dial()
+            if connection is None:
+                self._closed.wait(CHALLENGE_S if self._dialer.is_challenged else self._pause_s / 3)
+                continue
+            line = LineSocket(connection, LONGEST_TOLD)
+            self.connected = True
+            with contextlib.suppress(OSError, KeyError, NearstateError):
+                self._converse(line)
+            self.connected = False
+            with contextlib.suppress(OSError):  # else a coordinator takes the closed connection for the process' end
+                line.send({"parting": True})
+            line.close()
+            self._dialer.turn_away()
+
+    def _converse(self, line: LineSocket) -> None:
+        """Speak on a connection until it is lost, which is an OSError, or the speaker is closed."""
+        due_s, heard_s = 0.0, time.monotonic()
+        while not self._closed.is_set():
+            now_s = time.monotonic()
+            if now_s - heard_s > self._silence_s:
+                raise TimeoutError
+            if now_s >= due_s:
+                message = self._report()
+                if message is not None:
+                    line.send(message)
+                due_s = now_s + self._pause_s
+            waited: list[Any] = [line, self._told, *self._watched]
+            ready = select.select(waited, [line] if line.has_output else [], [], max(0.0, due_s - now_s))[0]
+            if self._told in ready:
+                os.eventfd_read(self._told)
+                due_s = 0.0
+            for descriptor in self._watched.keys() & set(ready):
+                self._watched.pop(descriptor)()
+                os.close(descriptor)
+                due_s = 0.0
+            if line.has_output:
+                line.flush()
+            if line not in ready:
+                continue
+            heard_s = time.monotonic()
+            for message in line.receive():
+                self.met.set()
+                self._hear(message)
+
+    def close(self) -> None:
+        """Stop telling. The connection is closed as by a process that goes on without it."""
+        self._closed.set()
+        self.tell()
+        self._thread.join(timeout=1.0)
+        self._dialer.close()
+        os.close(self._told)

@@ -1,0 +1,176 @@
+"""Is the end of a process known at once, and is nothing else taken for one?
+
+The kernel closes a process' connections at its end. A process that closes its connection itself says so before.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datastore.replication import coordination
+from datastore.replication.coordinator import Heartbeat
+from datastore.replication.messages import LineSocket, beat_message
+from datastore.security.challenge import Speaker
+from datastore.security.secret import COORDINATOR, STORE, Credential
+from tests.secrets_of_tests import SECRET, client, secret_file
+
+HOSTS = ("nf1", "nf2")
+PARTITIONS = 4
+STEERING = {"instances": HOSTS, "steering": ["nf1", "nf2"] * 2, "aligned": True, "controller": ""}
+
+
+class Hosts:
+    """A coordinator, and what the processes of two hosts would say to it."""
+
+    def __init__(self, folder: Path, steering: dict[str, Any] | None) -> None:
+        self.process = coordination.Coordination({
+            "address": "127.0.0.1", "port": 0, "cluster": 1, "replicas": 2, "hosts": HOSTS, "steering": steering,
+            "placement": [list(HOSTS), list(HOSTS[::-1])] * 2, "state": str(folder / "state.json"),
+            "secret": secret_file(),
+        })  # fmt: skip
+        self.stores = {host: self.connect(SECRET.credential(STORE, host)) for host in HOSTS}
+        self.instances = {host: self.connect(client(1, host)) for host in HOSTS} if steering else {}
+        self.told: dict[str, Any] = {}
+        self.speak(*self.stores, *(f"{host} instance" for host in self.instances))
+
+    def connect(self, credential: Credential) -> LineSocket:
+        """Return a connection on which the coordinator knows who speaks."""
+        line = LineSocket(socket.create_connection(("127.0.0.1", self.process.port)))
+        challenge = Speaker(credential, COORDINATOR)
+        while not challenge.step(line.connection):
+            self.process.turn(0.01)
+        self.turn()
+        return line
+
+    def speak(self, *speakers: str, **report: Any) -> None:
+        """Have stores ("nf1") send heartbeats and NF processes ("nf1 instance") reports, and the coordinator hear them."""
+        for speaker in speakers:
+            host, _, is_instance = speaker.partition(" ")
+            epoch = self.process.coordinator.map.epoch
+            if is_instance:
+                told = {"host": host, "cluster": 1, "epoch": epoch, "parked": [], "quiet": [], **report}
+                self.instances[host].send({"instance": told})
+            else:
+                beat = Heartbeat(host, 1, HOSTS.index(host) + 1, epoch, time.monotonic_ns())
+                self.stores[host].send(beat_message(beat))
+        self.turn()
+
+    def turn(self) -> None:
+        """Have the coordinator take all that was sent."""
+        deadline = time.monotonic() + 5
+        while select.select([self.process.selector], [], [], 0.05)[0]:
+            self.process.turn(0)
+            assert time.monotonic() < deadline
+
+    def gone(self) -> list[tuple[str, str]]:
+        """Return which hosts the coordinator gave up, and why."""
+        return [(failover["host"], failover["why"]) for failover in self.process.status()["failovers"]]
+
+    def close(self) -> None:
+        for line in (*self.stores.values(), *self.instances.values()):
+            line.close()
+        self.process.close()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    made = Hosts(tmp_path, getattr(request, "param", STEERING))
+    yield made
+    made.close()
+
+
+def lease_ms(hosts: Hosts, host: str) -> float:
+    return float(hosts.process.status()["hosts"][host]["lease_ms"])
+
+
+@pytest.mark.parametrize("hosts", [None], indirect=True)
+def test_a_store_process_that_ends_is_replaced_before_its_lease_is_over(hosts: Hosts) -> None:
+    before_ns = time.monotonic_ns()
+    hosts.speak("nf1")
+    hosts.stores["nf1"].close()
+    hosts.turn()
+    assert hosts.gone() == [("nf1", "ended")]
+    assert hosts.process.coordinator.map.ended == {"nf1": 1}
+    assert {group.members for group in hosts.process.coordinator.map.groups} == {("nf2",)}
+    assert hosts.process.coordinator.failovers[0].at_ns >= before_ns
+
+
+def test_the_lease_goes_on_while_an_nf_process_works_on_the_table(hosts: Hosts) -> None:
+    hosts.speak("nf1")
+    hosts.stores["nf1"].close()
+    hosts.turn()
+    if lease_ms(hosts, "nf1") > 0:  # else this box stopped for a lease, and the lease has run out
+        assert hosts.gone() == []
+    hosts.speak("nf1 instance", "nf2", store_ended=1)
+    assert hosts.gone()[0][0] == "nf1"
+    assert hosts.process.coordinator.map.ended == {"nf1": 1}
+
+
+def test_an_earlier_process_of_the_host_has_ended_before_and_says_nothing_of_this_one(hosts: Hosts) -> None:
+    hosts.speak("nf1 instance", store_ended=77)
+    assert hosts.process.coordinator.map.ended == {}
+
+
+def test_a_host_whose_processes_have_both_ended_has_no_lease(hosts: Hosts) -> None:
+    for lines in [hosts.instances, hosts.stores]:
+        lines["nf1"].close()
+        hosts.turn()
+    assert hosts.process.coordinator.map.ended == {"nf1": 1}
+    assert ("nf1", "ended") in hosts.gone()
+
+
+def test_an_nf_process_that_was_never_heard_may_work_on_the_table(tmp_path: Path) -> None:
+    hosts = Hosts(tmp_path, STEERING)
+    try:
+        hosts.process.switchover.instances["nf1"].heard_ns = 0  # type: ignore[union-attr]
+        hosts.process._instances.pop("nf1")
+        hosts.stores["nf1"].close()
+        hosts.turn()
+        assert hosts.process.coordinator.map.ended == {}
+    finally:
+        hosts.close()
+
+
+def test_an_nf_process_that_ends_loses_its_packets_at_once(hosts: Hosts) -> None:
+    hosts.instances["nf1"].close()
+    hosts.turn()
+    assert hosts.gone()[0] == ("nf1", "instance ended")
+    assert hosts.process.switchover is not None
+    assert set(hosts.process.switchover.steering) == {"nf2"}
+    assert hosts.process.coordinator.map.ended == {}
+
+
+@pytest.mark.parametrize("who", ["stores", "instances"])
+def test_a_process_that_says_that_it_parts_has_not_ended(hosts: Hosts, who: str) -> None:
+    line = getattr(hosts, who)["nf1"]
+    line.send({"parting": True})
+    line.close()
+    hosts.turn()
+    assert hosts.process.coordinator.map.ended == {}
+    assert [why for _, why in hosts.gone() if "ended" in why] == []
+
+
+def test_a_connection_that_is_reset_with_words_in_it_is_heard_to_its_end(hosts: Hosts) -> None:
+    """A socket closed with unread bytes sends a reset behind what was sent."""
+    hosts.speak("nf1")
+    time.sleep(0.01)
+    hosts.stores["nf1"].send({"parting": True})  # its grants are unread
+    hosts.stores["nf1"].close()
+    hosts.turn()
+    assert hosts.process.coordinator.map.ended == {}
+
+
+def test_a_process_that_is_known_to_have_ended_is_refused(hosts: Hosts) -> None:
+    hosts.speak("nf1 instance", store_ended=1)
+    grant = hosts.process.coordinator.hear(time.monotonic_ns(), Heartbeat("nf1", 1, 1, 1, 0))
+    assert grant.lease_ns == 0
+    assert "known to have ended" in grant.refusal
+    grant = hosts.process.coordinator.hear(time.monotonic_ns(), Heartbeat("nf1", 1, 9, 0, 0))
+    assert grant.refusal == ""
