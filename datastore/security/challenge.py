@@ -9,7 +9,7 @@ The key is the speaker's (`secret.py`); the listener derives it. Each end proves
 now, over both ends' roles and names, and neither proof can be sent back as the other (ISO/IEC 9798-4, three-pass mutual
 authentication). A listener that is not convinced closes the connection and says nothing.
 
-Nothing is read beyond the exchange, so that what follows it is there for whoever takes the connection over.
+No byte is read beyond the exchange: frames or lines that follow it are left in the socket.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How do strangers become known without keeping anybody waiting?
+"""How does a process learn who connects, while its other work goes on?
 
     listener --accept--> at the door, unproven (a second at most) --challenge--> known: (connection, identity) --> the owner
                          MOST_UNPROVEN in all, MOST_OF_A_SOURCE of one address; one more ends the oldest of the busiest source

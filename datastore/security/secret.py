@@ -1,4 +1,4 @@
-"""What does a process hold to prove who it is?
+"""What does a process hold to prove its role and name?
 
 A deployment has one secret of 256 bits. Every key is derived from it by HMAC-SHA256 over a label and names (RFC 2104; the
 expansion of RFC 5869 with one block), so that no key serves two purposes:
@@ -101,7 +101,7 @@ class Secret:
         return hmac.digest(self._key, b"".join(len(part).to_bytes(2, "big") + part for part in parts), "sha256")
 
     def credential(self, role: int, name: str, number: int = 0) -> Credential:
-        """Return what proves that a speaker has this role, name and number. Raises NearstateError for a name that is too long."""
+        """Return the proof of a speaker's role, name and number. Raises NearstateError for a name that is too long."""
         if len(name.encode()) > NAME_BYTES:
             raise NearstateError(f"name {name!r} has {len(name.encode())} bytes: at most {NAME_BYTES} are possible")
         key = self.derive("credential", ROLES[role], name, str(number & ~HOUSEKEEPING))
