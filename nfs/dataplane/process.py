@@ -133,7 +133,7 @@ class Process:
     def join(self) -> None:
         """Speak to the coordinator from now on: this process can carry out orders."""
         if self.coordinators:
-            self.orders.warm()
+            self.orders.load_code()
             self.follower = Follower(self.coordinators, self.report, self.call, Timing.of(self.config.get("lease_ms")))
 
     def report(self) -> dict[str, Any]:
