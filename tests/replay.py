@@ -29,7 +29,7 @@ from nfs.dataplane.ledger import FORWARDED, RECEIVED, to_counts
 from nfs.dataplane.loop import receive_now
 from nfs.dataplane.port import IN_FLIGHT, PENDING, TX_PRODUCER, Port
 from nfs.dataplane.steps import make_chain
-from tests.rig import SLOTS, memory_port
+from nfs.verification.rings import SLOTS, memory_port
 from tests.traces import Trace
 from tests.translated import Box
 

@@ -12,25 +12,14 @@ from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from nfs.dataplane import NetworkFunction
 from nfs.dataplane.engine import HERE, make_engine
-from nfs.dataplane.frames import free_frames, give_frame, make_frames, take_frame
+from nfs.dataplane.frames import free_frames, make_frames
 from nfs.dataplane.headers import INSIDE, OUTSIDE
 from nfs.dataplane.ledger import imbalance, to_counts
 from nfs.dataplane.loop import run, waiting
-from nfs.dataplane.port import AFXDP, FD, IN_FLIGHT, KIND, RESERVE, Port
 from nfs.dataplane.steps import make_chain
+from nfs.verification.rings import arrive, departed, memory_port
 
-SLOTS = 256
 VALUE_BYTES = 64
-
-
-def memory_port() -> Port:
-    """Return a port whose rings nobody else works on."""
-    words = [np.zeros(1, np.uint32) for _ in range(9)]
-    control = np.zeros(16, np.int64)
-    control[KIND], control[FD], control[RESERVE] = AFXDP, -1, 1 << 40  # never asks for frames to receive into
-    ring = [np.zeros(2 * SLOTS, np.uint64) for _ in range(5)]
-    return Port(control, words[0], words[1], ring[0], words[2], words[3], ring[1], words[4], words[5], words[6], ring[2],
-                words[7], words[8], ring[3], ring[4])  # fmt: skip
 
 
 class Rig:
@@ -67,11 +56,7 @@ class Rig:
         """Let frames arrive together and return what left until nothing waits any more, or for so many turns."""
         port = self.ports[side]
         for frame in burst:
-            at = int(take_frame(self.frames)) + 256
-            self.frames.memory[at : at + len(frame)] = np.frombuffer(frame, np.uint8)
-            slot = int(port.rx_producer[0]) % SLOTS
-            port.rx_ring[2 * slot], port.rx_ring[2 * slot + 1] = at, len(frame)
-            port.rx_producer[0] += 1
+            assert arrive(port, self.frames, frame)
         left: list[tuple[int, bytes]] = []
         for _ in range(turns):
             run(self.engine, *self.ports, self.frames, self.table.words, self.client.state, settle_ns)
@@ -83,16 +68,7 @@ class Rig:
         return left
 
     def _collect(self) -> list[tuple[int, bytes]]:
-        left = []
-        for side, port in enumerate(self.ports):
-            while port.tx_consumer[0] != port.tx_producer[0]:
-                slot = int(port.tx_consumer[0]) % SLOTS
-                at, length = int(port.tx_ring[2 * slot]), int(port.tx_ring[2 * slot + 1])
-                left.append((side, self.frames.memory[at : at + length].tobytes()))
-                give_frame(self.frames, at)
-                port.tx_consumer[0] += 1
-                port.control[IN_FLIGHT] -= 1
-        return left
+        return [(side, frame) for side, port in enumerate(self.ports) for frame in departed(port, self.frames)]
 
     def counts(self) -> dict[str, int]:
         """Return the ledger, with what waits."""

@@ -182,9 +182,12 @@ class Switchover:
         return instance.has_ended or instance.cut_ns > 0 or coordinator.hosts[name].heard_ns - instance.heard_ns > span_ns
 
     def _living(self, partition: int, wanted: str, members: tuple[str, ...], dead: set[str]) -> str:
-        """Return `wanted`, or in place of a dead instance another one, if possible where a copy of the state is."""
+        """Return `wanted`, or in place of a dead instance another one: the one that has the packets now, if it lives, so that
+        none are overtaken; else if possible one where a copy of the state is."""
         if wanted not in dead:
             return wanted
+        if self._speaks(self.steering[partition], dead):
+            return self.steering[partition]
         alive = [name for name, instance in self.instances.items() if name not in dead and instance.heard_ns]
         near = [name for name in members if name in alive]
         return near[0] if near else alive[partition % len(alive)] if alive else wanted

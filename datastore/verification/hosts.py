@@ -122,12 +122,14 @@ class StoreHost(Actor):
             self.serve(source, body)
         elif kind == "frames":
             self.apply(source, body)
+        elif kind == "pong":
+            self.replica.ponged(body)
+            return
         elif kind == "ping":
             pong = self.replica.pinged(self.now(), body)
             if pong:
                 self.world.send(self.name, source, "pong", pong)
-        elif kind == "pong":
-            self.replica.ponged(body)
+            return
         elif kind == "ack":
             peer = self.replica.peers.index(source)
             ship.take_ack(self.shipping, self.words, peer, body, 0)
@@ -193,7 +195,8 @@ class StoreHost(Actor):
         if self.function:
             self.function.release()
         for line in self.lines:
-            line.release()
+            if line.sent < line.written:
+                line.release()
         for connection, client in list(self.waiting.items()):
             if held.let_go(self.holds, self.words, connection, self.answers[connection]) > 0:
                 self.world.send(self.name, client, "answer", self.answers[connection].copy())

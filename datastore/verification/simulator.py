@@ -139,12 +139,11 @@ class World(Imagined):
         self.history.append(operation)
 
     def heal(self) -> None:
-        """Let nothing go wrong any more, and everybody come back."""
+        """Let nothing go wrong any more, and everybody come back; who is stopped goes on when that is over."""
         self.note("*** all is well from here on")
         self.calm = True
         self.cuts.clear()
         for actor in self.actors.values():
-            actor.paused_until = min(actor.paused_until, self.now)
             if not actor.alive:
                 self.revive(actor)
 

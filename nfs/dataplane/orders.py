@@ -57,7 +57,7 @@ class Orders:
         self._drains: dict[int, Drain] = {}
         self._oldest = np.zeros(engine.primary.size, np.int64)
 
-    def warm(self) -> None:
+    def load_code(self) -> None:
         """Load the code that `look` needs, which takes 10 ms, before there are packets."""
         note_oldest(self.engine, self._oldest)
 

@@ -141,7 +141,7 @@ class Process:
         """Speak to the coordinator from now on: this process can carry out orders."""
         if self.coordinators:
             assert self.credential
-            self.orders.warm()
+            self.orders.load_code()
             timing = Timing.of(self.config.get("lease_ms"))
             self.follower = Follower(self.coordinators, self.report, self.call, timing, self.credential)
             # A coordinator must know of this process before it works in the store's memory, or it may take the end of the

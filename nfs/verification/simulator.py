@@ -45,6 +45,7 @@ class Rack(World):
     """Stores, NF processes, a coordinator that steers, a switch, packets, clients; and what befalls them."""
 
     clients: int = 2
+    patience_ns: int = 300 * MILLISECOND_NS
     flows: int = 6
 
     def build(self, first: ClusterMap) -> None:
@@ -211,7 +212,7 @@ class Rack(World):
             table.close()
 
 
-def simulate(seed: int, seconds: float = 0.8, **options: Any) -> Rack:
+def simulate(seed: int, seconds: float = 0.6, **options: Any) -> Rack:
     """Run one seed to its end; raises Violation. Returns the world, for its trace and history."""
     world = Rack(seed, **options)
     world.play(seconds)

@@ -83,6 +83,23 @@ def test_a_move_under_load_loses_and_overtakes_nothing(emulation, replicas):
     assert sum(counts["ledger"]["uncommitted"] for counts in statistics.values()) == 0
 
 
+@pytest.mark.parametrize("nf", ["nat", "traffic_counter"])
+def test_a_lost_store_process_stalls_and_lets_overtake_nobody(emulation, nf):
+    """Its NF process lives, has the packets, and asks the new primary for what it parked."""
+    with rack(emulation, nf, "integrated", 2) as (bench, statistics):
+        bench.start_workload()
+        bench.warm_up()
+        bench.offer(RATE_KPPS, 3.0)
+        bench.lose("store", "nf1")
+        point = bench.finish()
+        assert point["metrics"]["flow_reordered"] == point["metrics"]["duplicated"] == 0
+        assert point["ledger"]["received"] > 0.9 * point["ledger"]["sent"]
+        assert {tuple(group["members"]) for group in bench.status()["map"]["groups"]} == {("nf2",)}
+        while set(bench.network.steering()) != {"nf2"}:
+            time.sleep(0.01)
+    assert sum(counts["ledger"]["state_unreachable"] for counts in statistics.values()) == 0  # nobody's patience ran out
+
+
 @pytest.mark.parametrize("side", ["inside", "outside"])
 def test_a_function_whose_link_is_down_hands_its_host_over(emulation, side):
     with rack(emulation, "traffic_counter", "integrated", 2) as (bench, _):

@@ -9,7 +9,7 @@ import pytest
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Coordinator, Heartbeat, HostState, Timing
 from datastore.replication.maps import ClusterMap
-from datastore.replication.switchover import BATCH, Switchover, check_steering
+from datastore.replication.switchover import BATCH, Instance, Switchover, check_steering
 
 HOSTS = ("nf1", "nf2")
 TIMING = Timing()
@@ -334,6 +334,18 @@ def test_an_instance_whose_link_is_down_is_left_until_it_is_up_again():
     switchover.see(cluster.now_ns, frozenset(), 0)
     cluster.beat()
     assert not switchover.dead(cluster.now_ns, SPAN_NS)
+
+
+def test_packets_of_a_dead_instance_stay_where_they_were_sent_when_others_come_back():
+    cluster = Cluster(replicas=1)
+    switchover = cluster.switchover
+    switchover.instances = {name: Instance() for name in ("nf2", "nf1", "nf3", "nf4")}
+    for name in ("nf2", "nf3", "nf4"):
+        switchover.instances[name].heard_ns = 1
+    switchover.steering = ["nf3"] * 4  # nf1 is dead: of those there then, nf3 was chosen
+    assert {switchover._living(p, "nf1", ("nf1",), {"nf1"}) for p in range(4)} == {"nf3"}
+    switchover.steering = ["nf1"] * 4
+    assert {switchover._living(p, "nf1", ("nf1", "nf4"), {"nf1"}) for p in range(4)} == {"nf4"}
 
 
 def test_a_move_to_a_dead_instance_is_given_up():
