@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import threading
 import time
@@ -57,7 +56,7 @@ def unchanged(cluster: Cluster) -> Iterator[Cluster]:
     before = cluster.status()["map"]
     yield cluster
     for process in (*cluster.stores.values(), cluster.coordinator):
-        assert os.waitpid(process.pid, os.WNOHANG) == (0, 0), "a process has ended"
+        assert process.control.poll() is None, "a process has ended"
     status = cluster.status()
     assert status["map"] == before
     assert status["moves"] == {}
