@@ -31,6 +31,8 @@ from datastore.store.statuses import ABSENT, EXISTS, OK, STALE_SEQUENCE, VERSION
 OUTCOMES = (OK, ABSENT, EXISTS, VERSION_MISMATCH, STALE_SEQUENCE)
 TRY_S = 0.1
 """How long one store may take to answer before the map is looked at again."""
+PROVE_S = 0.5
+"""How long a challenge may take: it is answered between two turns of whoever listens."""
 PAUSE_S = 0.002
 
 
@@ -43,7 +45,7 @@ def ask(
     """
     try:
         with socket.create_connection(address, timeout_s) as connection:
-            prove(connection, credential, COORDINATOR, timeout_s=timeout_s)
+            prove(connection, credential, COORDINATOR, timeout_s=max(timeout_s, PROVE_S))
             connection.sendall(json.dumps(message).encode() + b"\n")
             data = b""
             while not data.endswith(b"\n"):
@@ -138,7 +140,7 @@ class RoutedClient:
             connection = socket.create_connection(self.stores[host], TRY_S)
             self._connections[host] = connection
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            prove(connection, self._credential, STORE, host, TRY_S)
+            prove(connection, self._credential, STORE, host, PROVE_S)
             greeting = np.zeros_like(operation)
             greeting[0], greeting[SEQUENCE], greeting[4] = operation_word(HELLO, 0, 0, self.value_words * 8), 0, 64
             if int(self._send(connection, greeting)[0]) >> 8 & 0xFF != OK:
