@@ -160,6 +160,9 @@ class World(Imagined):
         self.run(self.patience_ns / 1e9 + 0.2)
 
     def unsettled(self) -> str:
+        stopped = [actor.name for actor in self.actors.values() if self.now < actor.paused_until]
+        if stopped:
+            return f"{', '.join(stopped)} are stopped"
         groups = self.actors[COORDINATOR].coordinator.map.groups
         lost = [p for p, group in enumerate(groups) if not group.members]
         for partition, group in enumerate(groups):

@@ -20,7 +20,7 @@ from nfs.verification.simulator import PATIENCE_NS, lose_one, simulate
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the packet loop runs compiled")
 LONG = os.environ.get("NEARSTATE_LONG") == "1"
-SEEDS = 10_000 if LONG else 50
+SEEDS = 10_000 if LONG else 40
 LOSSES = 100 if LONG else 3
 
 

@@ -21,8 +21,8 @@ from datastore.verification.simulator import CALM, Violation, World, simulate
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled here; uncompiled runs have test_simulation_mutants.py")
 LONG = os.environ.get("NEARSTATE_LONG") == "1"
-SEEDS = 10_000 if LONG else 250
-"""Fifty more in `test_packet_simulation.py`, with packets."""
+SEEDS = 10_000 if LONG else 260
+"""Forty more in `test_packet_simulation.py`, with packets."""
 ONCE_FAILED = (606, 5199, 5544)
 """Seeds that found something in the long mode: a promise broken, a former copy taken for the new one."""
 
