@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 from datastore.native.errors import NearstateError
 from datastore.replication import etcd
-from datastore.replication.coordinator import Coordinator, Grant, HostState, Timing
+from datastore.replication.coordinator import Coordinator, Failover, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
-from datastore.replication.messages import MOST_PARTITIONS, LineSocket, grant_message, read_beat
+from datastore.replication.messages import MOST_PARTITIONS, Closed, LineSocket, grant_message, read_beat
 from datastore.replication.reporter import take_precedence
 from datastore.replication.state_file import FileState
 from datastore.replication.switch import Switch
@@ -114,14 +114,13 @@ class Coordination:
         self._ordered: dict[str, dict[str, Any]] = {}
         self._switch_descriptors: set[int] = set()
         self._instances: dict[str, LineSocket] = {}
-        self._incarnations: dict[str, int] = {}
-        """Of the store processes on `_hosts`' lines."""
         self._closed: dict[str, int] = {}
         """Store processes whose line was closed by their end, and on whose table an NF process may still work."""
         self._parted: set[LineSocket] = set()
         self._answered_ns: dict[str, int] = {}
         self._looked_ns = now_ns
         self._saved = self.coordinator.save()
+        self._failovers: list[Failover] = []
         self._published = self.coordinator.map.epoch
         self._lines: dict[int, Caller] = {}
         self._hosts: dict[str, LineSocket] = {}
@@ -212,8 +211,8 @@ class Coordination:
             raise NearstateError(f"instance {report['host']} of cluster {report['cluster']:x}: this coordinator steers others")
         now_ns = time.monotonic_ns()
         name = self.switchover.hear(now_ns, report)
-        if report.get("store_ended"):
-            self.coordinator.end(now_ns, name, strict.whole(report["store_ended"], strict.LARGEST_TIME))
+        if ended := self.switchover.instances[name].store_ended:
+            self.coordinator.end(now_ns, name, ended)
         if self._instances.get(name) is not line:
             self._instances[name] = line
             self._ordered.pop(name, None)
@@ -249,7 +248,7 @@ class Coordination:
         except NearstateError as error:
             self._tell(line, {"error": str(error)})
             self._drop(line)
-        except ConnectionResetError:
+        except Closed:
             self._take_end(line)
             self._drop(line)
         except (OSError, KeyError, TypeError, ValueError):
@@ -278,9 +277,9 @@ class Coordination:
             if name in self._closed:
                 self.coordinator.end(now_ns, name, self._closed[name])
         for host in [host for host, other in self._hosts.items() if other is line]:
-            self._closed[host] = self._incarnations[host]
-            if host not in instances or instances[host].has_ended:
-                self.coordinator.end(now_ns, host, self._incarnations[host])
+            incarnation = self._closed[host] = self.coordinator.hosts[host].incarnation
+            if host not in instances or not instances[host].may_work_on(incarnation):
+                self.coordinator.end(now_ns, host, incarnation)
 
     def _drop_idle(self, now_ns: int) -> None:
         idle_ns = max(IDLE_LEASES * self.coordinator.timing.lease_ns, IDLE_NS)
@@ -308,7 +307,8 @@ class Coordination:
                     return grant_message(Grant(beat.incarnation, beat.sent_ns, 0, 0, None, "this coordinator leads no longer"))
                 grant = coordinator.hear(time.monotonic_ns(), beat)
                 if not grant.refusal:
-                    self._hosts[beat.host], self._incarnations[beat.host] = caller.line, beat.incarnation
+                    self._hosts[beat.host] = caller.line
+                    self._closed.pop(beat.host, None)
                 if not self.publish():
                     grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
                 return grant_message(grant)
@@ -374,8 +374,10 @@ class Coordination:
                     print(error, file=sys.stderr, flush=True)
                 self.trouble = str(error)
                 coordinator.restore(self._saved)
+                coordinator.failovers = list(self._failovers)
                 return False
             self._saved, self.trouble = document, ""
+            self._failovers = list(coordinator.failovers)
         if coordinator.map.epoch != self._published:
             self._published = coordinator.map.epoch
             for host, line in list(self._hosts.items()):

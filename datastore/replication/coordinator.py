@@ -24,7 +24,6 @@ Whatever takes a right away from a host happens in two steps:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -131,7 +130,9 @@ class Coordinator:
     suspects: dict[tuple[str, str], int] = field(default_factory=dict)
     dirty: bool = False
     log: list[str] = field(default_factory=list)
-    failovers: deque[Failover] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    failovers: list[Failover] = field(default_factory=list)
+    given_up: set[str] = field(default_factory=set)
+    """The hosts with a failover since they were heard last: one host that is lost is one, whoever misses it."""
     judges_ns: int = 0
     """Before that nobody is taken for dead, see `was_stopped`."""
     may_hand_over: set[int] | None = None
@@ -175,6 +176,8 @@ class Coordinator:
         if state.incarnation != beat.incarnation and not self._admit(now_ns, beat):
             return Grant(beat.incarnation, beat.sent_ns, 0, self.map.epoch, None, self._too_early(now_ns, beat))
         state.epoch, state.heard_ns, state.lag = max(state.epoch, beat.epoch), now_ns, beat.lag
+        if beat.host in self.given_up and any(beat.host in group.members for group in self.map.groups):
+            self.given_up.discard(beat.host)  # it is a member again
         self._listen(now_ns, beat)
         self._go_on(now_ns)
         if beat.epoch == self.map.epoch:
@@ -252,8 +255,7 @@ class Coordinator:
                 group = groups.get(partition) or self.map.groups[partition]
                 if group.primary == beat.host and host in group.members + group.learners and host != beat.host:
                     groups[partition] = self._leave(group, host)
-                    if now_ns >= self.suspects.get((beat.host, host), 0):
-                        self.failovers.append(Failover(now_ns, host, "unreachable", beat.host))
+                    self._give_up(now_ns, host, "unreachable", beat.host)
                     self.suspects[beat.host, host] = now_ns + self.timing.suspect_ns
         self._new_map(groups)
 
@@ -351,6 +353,8 @@ class Coordinator:
         """Take that a host's store process has ended, and that nothing on the host acts by its lease any more.
 
         Requires proof: the kernel closed its connection, and an NF process that works on the same table says so too, or is gone.
+        The map stays what it is but for this; what `_fail` makes of it is the next one. After a crash before that is saved, the
+        lease runs out.
         """
         state = self.hosts.get(host)
         if state is None or state.incarnation != incarnation or self._has_ended(host):
@@ -358,6 +362,12 @@ class Coordinator:
         self.map = replace(self.map, ended={**self.map.ended, host: incarnation})
         state.granted_until_ns = now_ns
         self._note(f"the store process of {host} has ended")
+
+    def _give_up(self, now_ns: int, host: str, why: str, by: str = "") -> None:
+        """Note that groups go on without a host, once until it is heard again by all."""
+        if host not in self.given_up:
+            self.given_up.add(host)
+            self.failovers.append(Failover(now_ns, host, why, by))
 
     def _has_ended(self, host: str) -> bool:
         state = self.hosts[host]
@@ -376,8 +386,9 @@ class Coordinator:
             for host in gone:
                 if host in group.members + group.learners:
                     groups[partition] = self._without(groups.get(partition, group), host)
-        left = [host for host in gone if any(host in self.map.groups[p].replicas() for p in groups)]
-        self.failovers.extend(Failover(now_ns, host, "ended" if self._has_ended(host) else "silent") for host in left)
+        for host in gone:
+            if any(host in self.map.groups[p].members + self.map.groups[p].learners for p in groups):
+                self._give_up(now_ns, host, "ended" if self._has_ended(host) else "silent")
         if groups:
             self._note(f"without {', '.join(gone)}, whose leases are over: {len(groups)} partitions")
         self._new_map(groups)

@@ -87,6 +87,17 @@ def hold(holds: Holds, words: np.ndarray, connection: int, answer: np.ndarray, a
 
 
 @jit
+def lapse(answer: np.ndarray, at: int, count: int, operation_words: int) -> None:
+    """Have the frame of `count` answers whose header is at `answer[at]` say that this host's lease was over when they were made.
+
+    What was done is done once: asked again under the same number, it is answered from its completion record.
+    """
+    for n in range(count):
+        first = at + FRAME_HEADER_WORDS + n * operation_words
+        answer[first] = answer[first] & ~STATUS | np.uint64(LEASE_LAPSED) << np.uint64(8)
+
+
+@jit
 def let_go(holds: Holds, words: np.ndarray, connection: int, answers: np.ndarray) -> int:
     """Return up to which word of `answers` whole frames may leave now, or -1: none of those held."""
     counts = holds.counts[connection]

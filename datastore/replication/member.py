@@ -22,8 +22,8 @@ from datastore.security.secret import STORE, Secret
 from datastore.store.layout import EPOCH, LEASE_NS, PROMISE_NS
 from datastore.store.table import Table
 
-STUCK_NS = 1_000_000_000
-"""A process whose main thread does not come by for so long asks for no lease any more: it serves nobody."""
+STUCK_LEASES = 5
+"""A process whose main thread does not come by for so many leases asks for no more of them: it serves nobody."""
 CHALLENGE_NS = 1_000_000
 """How soon an answer to a challenge is looked for."""
 
@@ -70,7 +70,8 @@ class Member:
     def _report(self) -> dict[str, Any] | None:
         """Return the heartbeat to send now: what the main thread said last, under the clock of now."""
         now_ns = time.monotonic_ns()
-        return None if now_ns - self._worked_ns > STUCK_NS else beat_message(replace(self._said, sent_ns=now_ns))
+        stuck_ns = STUCK_LEASES * self.timing.lease_ns
+        return None if now_ns - self._worked_ns > stuck_ns else beat_message(replace(self._said, sent_ns=now_ns))
 
     def _hear(self, message: dict[str, Any]) -> None:
         """Take a grant: the lease at once, the rest for the main thread."""

@@ -89,6 +89,14 @@ def read_gossip(sender: str, text: bytes) -> tuple[Pong | None, Ping | None]:
         return None, None
 
 
+class Closed(ConnectionError):
+    """The other side has closed the connection, after all that it sent had arrived (the end of the stream).
+
+    A reset is no such proof: it also answers what reaches a socket that its process closed by itself (RFC 1122, 4.2.2.13), and
+    what that sent before may be lost with it.
+    """
+
+
 class LineSocket:
     """A connection that carries messages; it never waits."""
 
@@ -127,7 +135,7 @@ class LineSocket:
     def receive(self) -> Iterator[dict[str, Any]]:
         """Yield the messages that have arrived, then raise OSError when the connection is closed or lost.
 
-        ConnectionResetError: the other side has closed it. Raises OSError also for what is no message.
+        Closed, which is one: it has come to its end. Raises OSError also for what is no message.
         """
         lost: OSError | None = None
         while lost is None:
@@ -139,7 +147,7 @@ class LineSocket:
                 lost = error
                 break
             if not data:
-                lost = ConnectionResetError("closed")
+                lost = Closed("closed")
                 break
             self._in += data
             if len(self._in) - self._in.rfind(b"\n") - 1 > self._longest:

@@ -46,7 +46,7 @@ def take_precedence() -> None:
 class Reporter:
     """Tells a coordinator what there is to tell, every heartbeat and when asked to, and passes on what it says, until closed.
 
-    connected: whether there is a connection. met: set once a coordinator has said something.
+    connected: whether there is a connection.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Reporter:
 
         Both functions are called from the reporter's thread; a KeyError or NearstateError of `hear` ends the connection.
         """
-        self.connected, self.met = False, threading.Event()
+        self.connected = False
         self._report, self._hear = report, hear
         self._pause_s, self._silence_s = timing.heartbeat_ns / 1e9, SILENCE_LEASES * timing.lease_ns / 1e9
         self._dialer = Dialer(*coordinators, credential=credential, wanted=COORDINATOR)
@@ -82,17 +82,32 @@ class Reporter:
         while not self._closed.is_set():
             connection = self._dialer.dial()
             if connection is None:
-                self._closed.wait(CHALLENGE_S if self._dialer.is_challenged else self._pause_s / 3)
+                self._wait(CHALLENGE_S if self._dialer.is_challenged else self._pause_s / 3)
                 continue
             line = LineSocket(connection, LONGEST_TOLD)
             self.connected = True
-            with contextlib.suppress(OSError, KeyError, NearstateError):
-                self._converse(line)
-            self.connected = False
-            with contextlib.suppress(OSError):  # else a coordinator takes the closed connection for the process' end
-                line.send({"parting": True})
-            line.close()
+            try:
+                with contextlib.suppress(OSError, KeyError, NearstateError):
+                    self._converse(line)
+            finally:
+                self.connected = False
+                with contextlib.suppress(OSError):  # else a coordinator takes the closed connection for the process' end
+                    line.send({"parting": True})
+                line.close()
             self._dialer.turn_away()
+
+    def _wait(self, timeout_s: float, *lines: LineSocket) -> set[Any]:
+        """Wait until there is something to hear or to tell, and act on what is watched; return which `lines` can be read, and
+        whether this thread was called (`_told`)."""
+        waited: list[Any] = [*lines, self._told, *self._watched]
+        ready = set(select.select(waited, [line for line in lines if line.has_output], [], timeout_s)[0])
+        for descriptor in self._watched.keys() & ready:
+            self._watched.pop(descriptor)()
+            os.close(descriptor)
+            ready.add(self._told)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._told)
+        return ready
 
     def _converse(self, line: LineSocket) -> None:
         """Speak on a connection until it is lost, which is an OSError, or the reporter is closed."""
@@ -106,14 +121,8 @@ class Reporter:
                 if message is not None:
                     line.send(message)
                 due_s = now_s + self._pause_s
-            waited: list[Any] = [line, self._told, *self._watched]
-            ready = select.select(waited, [line] if line.has_output else [], [], max(0.0, due_s - now_s))[0]
+            ready = self._wait(max(0.0, due_s - now_s), line)
             if self._told in ready:
-                os.eventfd_read(self._told)
-                due_s = 0.0
-            for descriptor in self._watched.keys() & set(ready):
-                self._watched.pop(descriptor)()
-                os.close(descriptor)
                 due_s = 0.0
             if line.has_output:
                 line.flush()
@@ -121,7 +130,6 @@ class Reporter:
                 continue
             heard_s = time.monotonic()
             for message in line.receive():
-                self.met.set()
                 self._hear(message)
 
     def close(self) -> None:

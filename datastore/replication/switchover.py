@@ -29,7 +29,7 @@ from typing import Any
 
 from datastore.native.errors import NearstateError, unknown
 from datastore.replication.coordinator import Coordinator, Failover, Timing
-from datastore.security.strict import LARGEST_EPOCH, members, whole
+from datastore.security.strict import LARGEST_EPOCH, LARGEST_TIME, members, whole
 
 BATCH = 128
 """Moves between `park` and `go` at a time: a parked packet waits until its whole batch has been steered and drained.
@@ -37,6 +37,10 @@ BATCH = 128
 What a batch waits for (a command to the switch, its second look at every flow, an answer of each packet loop) takes as long for
 one partition as for many: half of 256 partitions moved in 42 ms in one batch, in 130 ms in four, and no packet waited longer.
 """
+
+UNHEARD_SPANS = 8
+"""For so many leases with their margins a coordinator that went on after another one waits for instances that it never heard.
+They leave a silent coordinator after five leases, and must find this one."""
 
 
 @dataclass
@@ -48,6 +52,13 @@ class Instance:
     """Since when one of its links is down; 0: none is."""
     has_ended: bool = False
     """Its process is gone for certain."""
+    store_ended: int = 0
+    """The incarnation of the store process whose table it works on, once that process has ended; 0: it has not."""
+
+    def may_work_on(self, incarnation: int) -> bool:
+        """Tell whether the instance may work on the table of a store process of its host."""
+        return not self.has_ended and self.store_ended in (0, incarnation)
+
     epoch: int = 0
     parked: frozenset[int] = frozenset()
     quiet: frozenset[int] = frozenset()
@@ -71,6 +82,8 @@ class Switchover:
     _planned: tuple[int, frozenset[str], frozenset[str]] = (0, frozenset(), frozenset())
     """The map, dead instances and stores that are there, for which the last plan was made."""
     _began_ns: int = 0
+    _has_resumed: bool = False
+    """Whether instances were there before this coordinator: one that does not report to it is dead, too."""
 
     @classmethod
     def of(cls, instances: list[str], steering: list[str], aligned: bool) -> Switchover:
@@ -87,6 +100,7 @@ class Switchover:
 
         Where a move was under way its packets may be at the target already: those are steered back, and may be overtaken.
         """
+        self._has_resumed = True
         self.confirmed = [""] * len(self.steering)  # until the switch has said what it does
         for partition, group in enumerate(coordinator.map.groups):
             if self.aligned and group.primary in self.instances:
@@ -106,6 +120,7 @@ class Switchover:
                          for kind in ("parked", "quiet"))  # fmt: skip
         instance.heard_ns, instance.epoch, instance.has_ended = now_ns, epoch, False
         instance.parked, instance.quiet = parked, quiet & self.watched.keys()
+        instance.store_ended = whole(report.get("store_ended", 0), LARGEST_TIME)
         return name
 
     def see(self, now_ns: int, down: frozenset[str], settled_ns: int) -> None:
@@ -117,8 +132,10 @@ class Switchover:
     def dead(self, now_ns: int, span_ns: int) -> set[str]:
         """Return the instances that ended, were heard once and then not for `span_ns`, or had a link down for as long."""
         since = now_ns - span_ns
+        missed = self._has_resumed and self._began_ns and now_ns - self._began_ns > UNHEARD_SPANS * span_ns
         return {name for name, instance in self.instances.items()
-                if instance.has_ended or 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since}  # fmt: skip
+                if instance.has_ended or 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since
+                or (missed and not instance.heard_ns)}  # fmt: skip
 
     def _why_dead(self, name: str) -> str:
         instance = self.instances[name]

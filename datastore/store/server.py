@@ -27,7 +27,7 @@ from datastore.native.errors import NearstateError
 from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, libc_close, now_ns, poll, pollfd, recv, send
 from datastore.native.memory import copy, fetch_add, load_acquire
 from datastore.replication.coordinator import Timing
-from datastore.replication.holds import FIRST_FRAME, LAST_FRAME, Holds, forget, has_room, let_go, make_holds, serve_frame
+from datastore.replication.holds import FIRST_FRAME, LAST_FRAME, Holds, forget, has_room, lapse, let_go, make_holds, serve_frame
 from datastore.replication.links import Links, all_pause, exchange, make_links, poll_links, shortest_pause_ns
 from datastore.replication.member import Member
 from datastore.replication.shipping import (
@@ -66,6 +66,7 @@ from datastore.store.layout import (
     U0,
     VALUE_WORDS,
     client_at,
+    lease_holds,
     word,
 )
 from datastore.store.operations import HELLO, OPERATION_VALUE
@@ -278,6 +279,8 @@ def answer_all(server: ServerState, owner: int, n: int, now: int) -> None:
                 server.shipping, server.holds, words, owner, client, n, now, server.receive_words, at, length,
                 server.send_words, send_at + answered,
             )  # fmt: skip
+            if words[DIRTY_OFFSET] != U0 and not lease_holds(words, now_ns(server.scratch)):  # stopped since `now` was read
+                lapse(server.send_words, send_at + answered, count, answer_words)
         connections[n, ANSWERED] += written * 8
         at += length
     taken = (at - receive_at) * 8

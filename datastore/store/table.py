@@ -597,22 +597,22 @@ class Table:
     def server(self) -> int | None:
         """Return a descriptor that is readable once the table's store process has ended (pidfd_open(2)), None if it has by now.
 
-        By then the kernel has taken its memory and its connections: it changes nothing any more, and renews no lease.
+        By then the kernel has taken its memory and its connections: it changes nothing any more, and renews no lease. Raises
+        OSError where such a descriptor cannot be had.
         """
-        try:
-            descriptor = os.pidfd_open(int(self.words[OWNER_PIDS]))
-        except OSError:
-            return None
-        if locking.is_alive(self.words, self._owner(), 0):  # so the number was that process' when the descriptor was made
-            return descriptor
-        os.close(descriptor)
-        return None
+        return os.pidfd_open(int(self.words[OWNER_PIDS])) if self.is_served() else None
 
-    def end_lease(self) -> int:
+    def is_served(self) -> bool:
+        """Tell whether the table's store process is there: whether the kernel holds its lock."""
+        return bool(locking.is_alive(self.words, self._owner(), 0))
+
+    def end_lease(self) -> int | None:
         """Have nobody on this host answer any more, and return which store process (its incarnation) has ended.
 
-        Requires that it has ended (`server`): no other process renews the lease then.
+        None: it has not, and nothing is changed. (The number of a process is no proof: it may be given anew.)
         """
+        if self.is_served():
+            return None
         self.words[LEASE_NS] = self.words[PROMISE_NS] = 1
         return int(self.words[INCARNATION])
 

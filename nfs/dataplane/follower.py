@@ -9,6 +9,7 @@ What it hears are *orders*; the packet loop is called back to Python and carries
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,23 +23,27 @@ class Follower:
     """Tells and hears until closed. `orders`: what was heard and not yet carried out, oldest first."""
 
     def __init__(
-        self, coordinators: Sequence[Sequence[Any]], report: Callable[[], dict[str, Any]], call: Callable[[], None],
+        self, coordinators: Sequence[Sequence[Any]], report: Callable[[], dict[str, Any] | None], call: Callable[[], None],
         timing: Timing, credential: Credential,
     ) -> None:  # fmt: skip
         """coordinators: (host, port) of each; one leads and listens. report: what to tell ({"instance": ...} of
-        `coordination.py`). call: wakes the loop. credential: of this instance, a client.
+        `coordination.py`), None: nothing now. call: wakes the loop. credential: of this instance, a client.
         """
         self.orders: deque[dict[str, Any]] = deque()
-        self._call = call
-        self._reporter = Reporter("follower", coordinators, lambda: {"instance": report()}, self._hear, timing, credential)
+        self._call, self._report, self._met = call, report, threading.Event()
+        self._reporter = Reporter("follower", coordinators, self._message, self._hear, timing, credential)
+
+    def _message(self) -> dict[str, Any] | None:
+        report = self._report()
+        return None if report is None else {"instance": report}
 
     def tell(self) -> None:
         """Have the coordinator told at once, because orders were carried out; from another thread."""
         self._reporter.tell()
 
     def wait_until_met(self, timeout_s: float) -> bool:
-        """Wait until a coordinator has said something; tell whether one has."""
-        return self._reporter.met.wait(timeout_s)
+        """Wait until a coordinator knows of this instance; tell whether one does."""
+        return self._met.wait(timeout_s)
 
     def watch(self, descriptor: int, act: Callable[[], None]) -> None:
         """Call `act` once a descriptor is readable, from the follower's thread, and report anew; then close the descriptor."""
@@ -46,6 +51,8 @@ class Follower:
 
     def _hear(self, message: dict[str, Any]) -> None:
         orders = message.get("orders")
+        if orders or "heard" in message:
+            self._met.set()
         if orders:
             self.orders.append(orders)
             self._call()

@@ -119,7 +119,7 @@ class Orders:
             if group.primary in self.numbers:
                 engine.remote[partition] = self.numbers[group.primary]
                 engine.primary[partition] = HERE if group.primary == self.here else self.numbers[group.primary]
-            if group.primary and self.here not in group.members:
+            if group.primary and self.here is not None and self.here not in group.members:
                 engine.held.deposed[partition] = group.reign
         self.epoch = engine.control[EPOCH] = new.epoch
         self.client.identity[CLIENT_EPOCH] = new.epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,10 @@ RECONNECT_S = 0.05
 CONNECT_S = 0.5
 """Longest wait for a store to answer, in a thread: the packet loop goes on meanwhile."""
 READ_S = 1.0
+MET_S = 1.0
+"""Longest wait at the start for a coordinator."""
+STUCK_NS = 1_000_000_000
+"""For so long the packet loop may keep Python waiting; it comes back every SLICE_NS, when it gets a core."""
 
 
 class Process:
@@ -76,6 +81,7 @@ class Process:
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
         self.follower: Follower | None = None
+        self._followed_ns = time.monotonic_ns()
         self._store_ended = 0
         """The incarnation of this host's store process, once it has ended."""
 
@@ -146,32 +152,37 @@ class Process:
             self.follower = Follower(self.coordinators, self.report, self.call, timing, self.credential)
             # A coordinator must know of this process before it works in the store's memory, or it may take the end of the
             # store process for the end of the host's lease. One that is not there takes nothing for that.
-            self.follower.wait_until_met(2 * timing.lease_ns / 1e9)
+            self.follower.wait_until_met(MET_S)
             if self.config["table"]:
                 self._watch_store(self.follower)
 
     def _watch_store(self, follower: Follower) -> None:
-        store = self.table.server()
-        if store is None:
-            self.end_lease()
-            follower.tell()
-        else:
-            follower.watch(store, self.end_lease)
+        """Have the lease end with the store process of this host; where its end cannot be watched, the lease runs out."""
+        with contextlib.suppress(OSError):
+            store = self.table.server()
+            if store is None:
+                self.end_lease()
+                follower.tell()
+            else:
+                follower.watch(store, self.end_lease)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any] | None:
         """Return what the coordinator is told of this instance; from another thread. What was quiet before orders that are not
-        carried out yet does not count."""
+        carried out yet does not count. None: the packet loop does not come back, so it serves nobody."""
+        if time.monotonic_ns() - self._followed_ns > STUCK_NS:
+            return None
         quiet = [] if self.follower and self.follower.orders else self.orders.quiet
         return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.orders.epoch,
                 "parked": self.orders.parked(), "quiet": quiet, "store_ended": self._store_ended}  # fmt: skip
 
     def end_lease(self) -> None:
         """The store process of this host has ended: end the host's lease, so that nobody waits until it runs out."""
-        self._store_ended = self.table.end_lease()
+        self._store_ended = self.table.end_lease() or 0
 
     def follow(self) -> None:
         """Carry out the coordinator's orders."""
         self.engine.control[CALLED] = 0
+        self._followed_ns = time.monotonic_ns()
         while self.follower and self.follower.orders:
             self.orders.quiet = []
             self.orders.carry_out(self.follower.orders.popleft(), time.monotonic_ns(), self._leave)

@@ -5,6 +5,7 @@ The kernel closes a process' connections at its end. A process that closes its c
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -62,6 +63,14 @@ class Hosts:
                 self.stores[host].send(beat_message(beat))
         self.turn()
 
+    def end(self, lines: dict[str, LineSocket], host: str) -> None:
+        """End a process: the kernel closes its connection, in which it had read everything."""
+        with contextlib.suppress(BlockingIOError):
+            while lines[host].connection.recv(1 << 16):
+                pass
+        lines[host].close()
+        self.turn()
+
     def turn(self) -> None:
         """Have the coordinator take all that was sent."""
         deadline = time.monotonic() + 5
@@ -94,8 +103,7 @@ def lease_ms(hosts: Hosts, host: str) -> float:
 def test_a_store_process_that_ends_is_replaced_before_its_lease_is_over(hosts: Hosts) -> None:
     before_ns = time.monotonic_ns()
     hosts.speak("nf1")
-    hosts.stores["nf1"].close()
-    hosts.turn()
+    hosts.end(hosts.stores, "nf1")
     assert hosts.gone() == [("nf1", "ended")]
     assert hosts.process.coordinator.map.ended == {"nf1": 1}
     assert {group.members for group in hosts.process.coordinator.map.groups} == {("nf2",)}
@@ -104,8 +112,7 @@ def test_a_store_process_that_ends_is_replaced_before_its_lease_is_over(hosts: H
 
 def test_the_lease_goes_on_while_an_nf_process_works_on_the_table(hosts: Hosts) -> None:
     hosts.speak("nf1")
-    hosts.stores["nf1"].close()
-    hosts.turn()
+    hosts.end(hosts.stores, "nf1")
     if lease_ms(hosts, "nf1") > 0:  # else this box stopped for a lease, and the lease has run out
         assert hosts.gone() == []
     hosts.speak("nf1 instance", "nf2", store_ended=1)
@@ -119,9 +126,8 @@ def test_an_earlier_process_of_the_host_has_ended_before_and_says_nothing_of_thi
 
 
 def test_a_host_whose_processes_have_both_ended_has_no_lease(hosts: Hosts) -> None:
-    for lines in [hosts.instances, hosts.stores]:
-        lines["nf1"].close()
-        hosts.turn()
+    for lines in (hosts.instances, hosts.stores):
+        hosts.end(lines, "nf1")
     assert hosts.process.coordinator.map.ended == {"nf1": 1}
     assert ("nf1", "ended") in hosts.gone()
 
@@ -131,16 +137,14 @@ def test_an_nf_process_that_was_never_heard_may_work_on_the_table(tmp_path: Path
     try:
         hosts.process.switchover.instances["nf1"].heard_ns = 0  # type: ignore[union-attr]
         hosts.process._instances.pop("nf1")
-        hosts.stores["nf1"].close()
-        hosts.turn()
+        hosts.end(hosts.stores, "nf1")
         assert hosts.process.coordinator.map.ended == {}
     finally:
         hosts.close()
 
 
 def test_an_nf_process_that_ends_loses_its_packets_at_once(hosts: Hosts) -> None:
-    hosts.instances["nf1"].close()
-    hosts.turn()
+    hosts.end(hosts.instances, "nf1")
     assert hosts.gone()[0] == ("nf1", "instance ended")
     assert hosts.process.switchover is not None
     assert set(hosts.process.switchover.steering) == {"nf2"}
@@ -149,22 +153,48 @@ def test_an_nf_process_that_ends_loses_its_packets_at_once(hosts: Hosts) -> None
 
 @pytest.mark.parametrize("who", ["stores", "instances"])
 def test_a_process_that_says_that_it_parts_has_not_ended(hosts: Hosts, who: str) -> None:
-    line = getattr(hosts, who)["nf1"]
-    line.send({"parting": True})
-    line.close()
-    hosts.turn()
+    lines = getattr(hosts, who)
+    lines["nf1"].send({"parting": True})
+    hosts.end(lines, "nf1")
     assert hosts.process.coordinator.map.ended == {}
     assert [why for _, why in hosts.gone() if "ended" in why] == []
 
 
-def test_a_connection_that_is_reset_with_words_in_it_is_heard_to_its_end(hosts: Hosts) -> None:
-    """A socket closed with unread bytes sends a reset behind what was sent."""
+@pytest.mark.parametrize("hosts", [None], indirect=True)
+def test_a_reset_is_no_proof_of_an_end(hosts: Hosts) -> None:
+    """A socket that is closed with unread bytes resets the connection, and so does one whose process parts in vain."""
     hosts.speak("nf1")
     time.sleep(0.01)
-    hosts.stores["nf1"].send({"parting": True})  # its grants are unread
-    hosts.stores["nf1"].close()
+    hosts.stores["nf1"].close()  # its grants are unread
     hosts.turn()
     assert hosts.process.coordinator.map.ended == {}
+
+
+def test_a_store_that_connects_again_has_not_ended(hosts: Hosts) -> None:
+    """Its first connection was lost without a word; then the NF process beside it ends, alone."""
+    hosts.end(hosts.stores, "nf1")
+    hosts.stores["nf1"] = hosts.connect(SECRET.credential(STORE, "nf1"))
+    hosts.speak("nf1")
+    hosts.end(hosts.instances, "nf1")
+    assert hosts.process.coordinator.map.ended == {}
+    assert ("nf1", "ended") not in hosts.gone()
+
+
+def test_an_nf_process_that_left_an_earlier_table_keeps_no_lease_of_the_next(hosts: Hosts) -> None:
+    hosts.speak("nf1 instance", store_ended=77)
+    hosts.end(hosts.stores, "nf1")
+    assert hosts.process.coordinator.map.ended == {"nf1": 1}
+
+
+def test_a_lost_host_is_one_failover_until_it_is_a_member_again(hosts: Hosts) -> None:
+    coordinator = hosts.process.coordinator
+    for _ in range(3):
+        coordinator._give_up(1, "nf1", "unreachable", "nf2")
+    coordinator._give_up(2, "nf1", "silent")
+    assert hosts.gone() == [("nf1", "unreachable")]
+    hosts.speak("nf1")
+    coordinator._give_up(3, "nf1", "silent")
+    assert hosts.gone() == [("nf1", "unreachable"), ("nf1", "silent")]
 
 
 def test_a_process_that_is_known_to_have_ended_is_refused(hosts: Hosts) -> None:

@@ -84,11 +84,12 @@ def test_what_is_said_is_passed_on(ear: Ear) -> None:
     heard: list[dict[str, Any]] = []
     telling = reporter(ear, heard.append)
     ear.wait_for(1)
-    assert not telling.met.is_set()
     ear.say({"grant": 7})
-    assert telling.met.wait(5)
+    deadline = time.monotonic() + 5
+    while heard != [{"grant": 7}]:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     telling.close()
-    assert heard == [{"grant": 7}]
 
 
 def test_who_has_nothing_to_say_is_silent(ear: Ear) -> None:

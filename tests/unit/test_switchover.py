@@ -280,6 +280,21 @@ def test_who_was_stopped_judges_nobody_before_all_had_time_to_speak():
     assert {group.members for group in cluster.coordinator.map.groups} == {("nf2",)}
 
 
+def test_an_instance_that_died_before_this_coordinator_began_is_dead_after_a_while():
+    cluster = Cluster(heard=False)
+    cluster.switchover.resume(cluster.coordinator)
+    cluster.beat(silent="nf1")
+    for _ in range(9):
+        cluster.now_ns += SPAN_NS
+        for number, host in enumerate(HOSTS):  # both stores are there, one instance is not
+            cluster.coordinator.hear(
+                cluster.now_ns, Heartbeat(host, 1, number + 1, cluster.coordinator.map.epoch, cluster.now_ns)
+            )
+        cluster.report("nf2")
+        cluster.plan()
+    assert set(cluster.switchover.steering) == {"nf2"}
+
+
 def test_packets_stay_where_the_only_copy_is():
     cluster = Cluster(replicas=1)
     before = list(cluster.switchover.steering)
