@@ -123,7 +123,7 @@ class Member:
         self._looked_ns = time.monotonic_ns()
         beat, before = self.replica.beat(self._looked_ns), self._said
         self._said = beat
-        if _news(beat) != _news(before):
+        if _news(beat) != _news(before) or (beat.synchronised != before.synchronised and not self.replica.teaches(beat)):
             self.reporter.tell()
 
     def _ping(self, now_ns: int, after_ns: int) -> None:
@@ -175,5 +175,9 @@ class Member:
 
 
 def _news(beat: Heartbeat) -> tuple[Any, ...]:
-    """Return of a heartbeat what the coordinator waits for."""
-    return beat.epoch, beat.synchronised, beat.released, beat.unreachable
+    """Return of a heartbeat what is told at once.
+
+    That learners have a copy is told with the next heartbeat while others still learn: a map for every few of them kept two hosts
+    busier than the copies did (128 partitions: 90 maps, 0.7 s).
+    """
+    return beat.epoch, beat.released, beat.unreachable

@@ -203,6 +203,11 @@ class Replica:
         return Heartbeat(self.host, self.cluster, self.incarnation, self.map.epoch, now_ns, tuple(synchronised), tuple(released),
                          tuple(self._unreachable(now_ns)), self._lag())  # fmt: skip
 
+    def teaches(self, beat: Heartbeat) -> bool:
+        """Tell whether learners of this host have not got all yet, as of `beat`."""
+        learners = (len(self.map.groups[p].learners) for p in self.map.unsettled if self.map.groups[p].primary == self.host)
+        return sum(learners) > len(beat.synchronised)
+
     def _lag(self) -> int:
         """Return how many changes of the partitions that this host rules are not committed."""
         ruled = list(self.map.ruled.get(self.host, ()))

@@ -10,26 +10,32 @@ import json
 import math
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from datastore.security.secret import NAME_BYTES
 
 DEEPEST = 16
 LARGEST_DIGITS = 20
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_BRACKETS = re.compile(rb"[\[\]{}]")
+_LONG = re.compile(rb"\d{%d}" % (LARGEST_DIGITS + 1))
+_STEP = np.zeros(256, np.int8)
+"""By how much a character changes the depth."""
+_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 WORD, LARGEST_EPOCH, LARGEST_TIME = (1 << 64) - 1, (1 << 32) - 1, (1 << 62) - 1
 
 
 def loads(text: bytes) -> Any:
     """Return what a JSON text says. Raises ValueError for what is none, too deep, or has a number that is not finite or long."""
-    depth = 0
-    for bracket in _BRACKETS.findall(_STRINGS.sub(b"", text)):
-        depth += 1 if bracket in b"[{" else -1
-        if depth > DEEPEST:
-            raise ValueError(f"nested deeper than {DEEPEST}: {_shown(text)}")
+    bare = _STRINGS.sub(b"", text)
+    if bare and np.cumsum(_STEP[np.frombuffer(bare, np.uint8)], dtype=np.int64).max() > DEEPEST:
+        raise ValueError(f"nested deeper than {DEEPEST}: {_shown(text)}")
+    if long := _LONG.search(bare):
+        raise ValueError(f"{long.group().decode()[:40]}... has more than {LARGEST_DIGITS} digits")
     try:
-        return json.loads(text.decode(), parse_constant=_refuse, parse_float=_finite, parse_int=_short)
+        return json.loads(text.decode(), parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError(f"nested too deep: {_shown(text)}") from None
 
@@ -49,6 +55,7 @@ def whole(value: Any, largest: int, least: int = 0) -> int:
     return value
 
 
+@lru_cache(4096)
 def name(value: Any) -> str:
     """Return a name. Raises ValueError for what is none."""
     if not isinstance(value, str) or len(value.encode(errors="replace")) > NAME_BYTES or "\0" in value:
@@ -72,12 +79,6 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{digits[:40]} is not finite")
     return number
-
-
-def _short(digits: str) -> int:
-    if len(digits) > LARGEST_DIGITS + 1:
-        raise ValueError(f"{digits[:40]}... has {len(digits)} digits")
-    return int(digits)
 
 
 def _shown(text: bytes) -> str:
