@@ -10,6 +10,7 @@ of its own, a client with reports of its own instance, an administrator with mov
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import signal
 import socket
@@ -25,7 +26,6 @@ from datastore.replication import etcd
 from datastore.replication.coordinator import Coordinator, Failover, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
 from datastore.replication.messages import MOST_PARTITIONS, Closed, LineSocket, grant_message, read_beat
-from datastore.replication.reporter import take_precedence
 from datastore.replication.state_file import FileState
 from datastore.replication.switch import Switch
 from datastore.replication.switchover import Switchover, check_steering
@@ -426,7 +426,8 @@ def main(config: dict[str, Any], control: Any) -> None:
     the deployment's secret. Sends {"ready": true, "port": n}, with "leads": false
     while it stands by, or {"error": line}; answers commands; ends at {"stop": true}, SIGTERM, or when the other side is gone.
     """
-    take_precedence()  # on a machine of its own it would not wait behind packets; here it shares a few cores
+    with contextlib.suppress(OSError):  # on a machine of its own it would not wait behind packets; here it shares a few cores
+        os.nice(-10)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
     told: list[str] = []

@@ -329,7 +329,7 @@ class Bench:
     def _following(self, number: int) -> dict[str, Any]:
         """Return what the configuration of an NF process says in a cluster. No two processes ever share a client id."""
         return {"coordinators": [[self.storage_address("control"), COORDINATOR_PORT]],
-                "lease_ms": self.settings["lease_ms"] or None,
+                "lease_ms": self.settings["lease_ms"] or None, "echoes": self.network.switch is not None,
                 "client_id": self.instances << 8 | number + 1}  # fmt: skip
 
     def change_settings(self, functions: Mapping[str, Mapping[str, Any]]) -> None:

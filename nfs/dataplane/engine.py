@@ -37,6 +37,8 @@ PASSES, VALUE_WORDS, OWNER, EPOCH, NOW_NS, FLIGHTS_FREE, WAITING, WAITING_LIMIT,
 CONFLICTS, FETCHES, WRITES, BURSTS = range(11, 15)
 STEPS, TIMEOUT_S, CLAIMER, ADDING, HERE_FLIGHTS = range(15, 20)
 REPLICATES, QUEUES, CHANGED, CALLED, PUT_OFF, ALSO, SEEN_COMMITS, CLAIMED_IN, BY_ADDRESS = range(20, 29)
+ECHO_MAGIC, ECHOED = 29, 30
+"""What echoes of this process begin with; the number of the last one that came back from inside, and behind it from outside."""
 """TIMEOUT_S, CLAIMER, ADDING: what the last run of a step's functions asked for (its time-out, the env that claims or -1,
 whether it adds). HERE_FLIGHTS: flights of records on this host, which wait for a claim elsewhere. REPLICATES: partitions may
 change hosts. QUEUES: partitions with waiting packets. CHANGED: records of this host changed in this pass. CALLED: another thread

@@ -43,6 +43,7 @@ from datastore.store.layout import COMMITS, DIRTY_OFFSET, OWNER_ASLEEP, U0
 from datastore.store.locking import OWNER_MASK
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.answers import ask_again, flush_requests, take_answers
+from nfs.dataplane.echo import take_echo
 from nfs.dataplane.engine import (
     BURSTS,
     BY_ADDRESS,
@@ -70,7 +71,7 @@ from nfs.dataplane.engine import (
     make_engine,
 )
 from nfs.dataplane.fragments import EMPTY, HOLD_NS, any_held, find_flow, hold, oldest_ns, remember_first, take_held, take_oldest
-from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames
+from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame
 from nfs.dataplane.headers import INSIDE, parse
 from nfs.dataplane.passage import advance_burst, note_oldest, release_held
 from nfs.dataplane.pending import nearly_full
@@ -103,6 +104,11 @@ def receive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: 
                 flows = release_fragments(engine, frames, index, flows)
         elif status == WAITS:
             continue
+        elif status == causes.UNREADABLE and take_echo(
+            engine, frames.memory, engine.addresses[i], engine.lengths[i], arrived_from
+        ):
+            give_frame(frames, engine.addresses[i])
+            engine.ledger[causes.RECEIVED] -= 1
         elif control[PASSES] >> status & 1:
             leave(engine, inside, outside, frames, index)
         else:

@@ -5,15 +5,15 @@ simulator (`nfs/verification/`) runs the same code under an imagined clock.
 
     map     follow a newer cluster map: whose stores are asked from now on, and whose are left
     park    keep the packets of these partitions until further orders
-    watch   find out when every packet of these partitions that came before is gone: a mark in the rings behind the last of them
-            (`Drain`), then no packet older than that waits in the loop
+    watch   find out when every packet of these partitions that came before is gone: the switch has none on its way here, no
+            packet older than that waits in the loop, and the switch has forwarded what was sent (`Drain`, `echo.py`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,16 +25,45 @@ from nfs.dataplane.passage import note_oldest
 from nfs.dataplane.port import Port, has_passed, mark
 
 ARRIVAL_NS = 1_000_000
-"""How long a frame may take from the switch into this process' ring: what it sent before it said that it sends no more."""
+"""How long a frame may take into this process' ring, where no switch answers echoes."""
+
+
+class Passing(Protocol):
+    """Tells when all that was under way between this process and the switch has arrived (`echo.py`)."""
+
+    def ask(self, now_ns: int) -> int:
+        """Begin to find out about what is under way now; return a number for `answered`."""
+
+    def answered(self, number: int, now_ns: int) -> bool:
+        """Tell whether all of it has arrived."""
+
+
+class RingMarks:
+    """Where no switch answers: marks in the receive rings, a while later."""
+
+    def __init__(self, ports: Sequence[Port]) -> None:
+        self._ports = list(ports)
+        self._asked: list[tuple[int, list[int]]] = []
+
+    def ask(self, now_ns: int) -> int:
+        """See `Passing`."""
+        self._asked.append((now_ns, []))
+        return len(self._asked) - 1
+
+    def answered(self, number: int, now_ns: int) -> bool:
+        """See `Passing`."""
+        since_ns, marks = self._asked[number]
+        if not marks and now_ns - since_ns >= ARRIVAL_NS:
+            marks += [mark(port) for port in self._ports]
+        return bool(marks) and all(map(has_passed, self._ports, marks))
 
 
 @dataclass
 class Drain:
-    """What is known of partitions, of one order, whose packets the switch sends elsewhere since `since_ns`: marks in the rings
-    behind the last of them, and when the loop was past these; 0: not yet."""
+    """What is known of partitions, of one order, whose packets the switch sends elsewhere: which answer tells that none is on its
+    way here any more, and since when the loop is past the last of them; 0: not yet."""
 
-    since_ns: int
-    marks: list[int] = field(default_factory=list)
+    asked: int
     passed_ns: int = 0
 
 
@@ -43,10 +72,10 @@ class Orders:
 
     def __init__(
         self, engine: Engine, ports: Sequence[Port], client: ClientState, stores: Sequence[str], here: str | None,
-        asked: set[str], epoch: int,
+        asked: set[str], epoch: int, passing: Passing | None = None,
     ) -> None:  # fmt: skip
         """stores: hosts by their number in `engine.primary`. here: the host whose table this process shares, None: no host.
-        asked: the stores that the map of `epoch` names primaries."""
+        asked: the stores that the map of `epoch` names primaries. passing: None where no switch answers."""
         self.engine, self.ports, self.client, self.here, self.epoch = engine, list(ports), client, here, epoch
         self.stores, self.numbers = list(stores), {host: number for number, host in enumerate(stores)}
         self.quiet: list[int] = []
@@ -54,7 +83,10 @@ class Orders:
         self._asked = asked
         if here in self.numbers:  # in place of HERE, for what must be asked by a message
             engine.remote[engine.primary == HERE] = self.numbers[here]
+        self._passing: Passing = passing or RingMarks(ports)
         self._drains: dict[int, Drain] = {}
+        self._left: dict[int, int] = {}
+        """By partition, once none of its packets is in the loop: which answer tells that the switch has forwarded the last."""
         self._oldest = np.zeros(engine.primary.size, np.int64)
 
     def load_code(self) -> None:
@@ -73,8 +105,10 @@ class Orders:
         parking = np.zeros(self.engine.primary.size, np.int64)
         parking[orders["park"]] = 1
         self.engine.held.parking[:] = parking
-        new = Drain(now_ns)
-        self._drains = {partition: self._drains.get(partition, new) for partition in orders["watch"]}
+        if orders["watch"] and not self._drains.keys() >= set(orders["watch"]):
+            new = Drain(self._passing.ask(now_ns))
+            self._drains |= {partition: new for partition in orders["watch"] if partition not in self._drains}
+        self._drains = {partition: self._drains[partition] for partition in orders["watch"]}
 
     def look(self, now_ns: int) -> bool:
         """See of the partitions that are sent elsewhere now whether all their packets have been through the loop, and left it;
@@ -83,15 +117,19 @@ class Orders:
         Requires that the loop does not run: while it does, a packet may be on its way from one place to another.
         """
         for drain in self._unfinished():
-            if not drain.marks and now_ns - drain.since_ns >= ARRIVAL_NS:
-                drain.marks = [mark(port) for port in self.ports]
-            if drain.marks and all(map(has_passed, self.ports, drain.marks)):
+            if self._passing.answered(drain.asked, now_ns):
                 drain.passed_ns = now_ns
         if self._drains:
             note_oldest(self.engine, self._oldest)
+        empty = [partition for partition, drain in self._drains.items()
+                 if 0 < drain.passed_ns < self._oldest[partition]]  # fmt: skip
+        if not self._left.keys() >= set(empty):
+            asked = self._passing.ask(now_ns)
+            self._left |= {partition: asked for partition in empty if partition not in self._left}
+        self._left = {partition: self._left[partition] for partition in empty}
+        has_left = {asked: self._passing.answered(asked, now_ns) for asked in set(self._left.values())}
         before = set(self.quiet)
-        self.quiet = [partition for partition, drain in self._drains.items()
-                      if 0 < drain.passed_ns < self._oldest[partition]]  # fmt: skip
+        self.quiet = [partition for partition in empty if has_left[self._left[partition]]]
         return bool(set(self.quiet) - before)
 
     def watches(self) -> bool:
@@ -124,5 +162,6 @@ class Orders:
         self.epoch = engine.control[EPOCH] = new.epoch
         self.client.identity[CLIENT_EPOCH] = new.epoch
         for name in sorted((self._asked - new.ruled.keys()) & self.numbers.keys()):
-            leave(self.numbers[name])
+            if name != self.here:  # its connection tells whether the store of this host lives (`passage.reachable`)
+                leave(self.numbers[name])
         self._asked = set(new.ruled)

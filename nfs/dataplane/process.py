@@ -17,6 +17,7 @@ from datastore.store.client import Client, give_up
 from datastore.store.partitions import PARTITIONS, PartitionMap
 from datastore.store.statuses import NOT_PRIMARY
 from datastore.store.table import Table
+from nfs.dataplane.echo import Echoes
 from nfs.dataplane.engine import CALLED, CONFLICTS, DOWN, FETCHES, HERE, WRITES, Engine, make_engine
 from nfs.dataplane.follower import Follower
 from nfs.dataplane.frames import Frames, free_frames, make_frames
@@ -49,6 +50,7 @@ class Process:
     private table. map: PartitionMap as JSON, or None: all state is private. table: shared memory name of the store on this
     host, or None. stores: [{"host", "address", "port"}]. cluster, client_id: numbers, the latter of this process alone. spin_us.
     secret: descriptor of the key of this host's client `client_id` (`datastore/security/secret.py`), if it reaches anybody.
+    echoes: whether the switch sends echoes back (`echo.py`).
     coordinators: [[address, port], ...], if the map can change (then `stores` names the store on this host, too); lease_ms.
     """
 
@@ -76,7 +78,7 @@ class Process:
         asked = {group[0] for group in PartitionMap.from_json(config["map"]).replicas} if config["map"] else set()
         self.orders = Orders(self.engine, [opened.port for opened in self.opened], self.client.state,
                              [store["host"] for store in self.stores], config["host"] if config["table"] else None, asked,
-                             epoch)  # fmt: skip
+                             epoch, self._echoes())  # fmt: skip
         self._dialling: dict[int, Future[Any]] = {}
         self._dialler = ThreadPoolExecutor(max(len(self.stores), 1), thread_name_prefix="dial")
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
@@ -97,6 +99,11 @@ class Process:
         numbers = {store["host"]: number for number, store in enumerate(reached)}
         primary = [HERE if self._is_here(group[0]) else numbers[group[0]] for group in partition_map.replicas]
         return table, reached, np.array(primary), partition_map.epoch
+
+    def _echoes(self) -> Echoes | None:
+        """Return the echoes by which this process knows what is under way; None without a switch."""
+        ports = [opened.port for opened in self.opened]
+        return Echoes(self.engine, ports, self.frames) if self.config.get("echoes") else None
 
     def _is_here(self, host: str | None) -> bool:
         return bool(host == self.config["host"] and self.config["table"])

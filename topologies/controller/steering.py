@@ -27,6 +27,7 @@ Rules match whole frames of header bits only, so every later packet of a partiti
 fragment carries no ports, so the port rules ask for "not a fragment" and everything else goes by the address: all fragments of a
 datagram alike (the instance that saw the first one knows whose the later ones are), ICMP, any other IP protocol. IPv6 has rules
 of its own that say the same. What finds neighbours (ARP, IPv6's neighbour discovery) passes between client and server directly.
+An NF process' echoes go back to it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ PARTITIONS = 256
 PORT_MASK = 0x1FE
 """Bit 0 of the port is left out: Linux hands out even ports first."""
 ADDRESS_MASK = 0xFF
-IPV4, ARP, IPV6 = 0x0800, 0x0806, 0x86DD
+IPV4, ARP, IPV6, ECHO = 0x0800, 0x0806, 0x86DD, 0x88B5
+"""ECHO: what an NF process sends to know what is under way (`nfs/dataplane/echo.py`); it goes back where it came from."""
+IN_PORT = 0xFFFFFFF8
+"""OFPP_IN_PORT: a packet leaves by its own port only when told so."""
 TCP, UDP, ICMPV6 = 6, 17, 58
 ON_LINK_TYPES = (130, 131, 132, 133, 134, 135, 136, 137, 143)
 """ICMPv6 types of neighbour discovery (RFC 4861) and of multicast listeners (RFC 2710, RFC 3810)."""
@@ -155,6 +159,8 @@ def fixed_rules(ports: Ports, stages: Stages) -> list[Rule]:
         for kind in ON_LINK_TYPES:
             match = (("in_port", here), ("eth_type", IPV6), ("ip_proto", ICMPV6), ("icmpv6_type", kind))
             rules.append(Rule(ON_LINK, match, there))
+    for port in itertools.chain.from_iterable(ports.instances.values()):
+        rules.append(Rule(DIRECT, (("in_port", port), ("eth_type", ECHO)), IN_PORT))
     for here in ports.storage:
         for there, mac in ports.storage.items():
             if here != there:
