@@ -55,12 +55,16 @@ def whole(value: Any, largest: int, least: int = 0) -> int:
     return value
 
 
-@lru_cache(4096)
 def name(value: Any) -> str:
     """Return a name. Raises ValueError for what is none."""
-    if not isinstance(value, str) or len(value.encode(errors="replace")) > NAME_BYTES or "\0" in value:
+    if not isinstance(value, str) or not _is_name(value):
         raise ValueError(f"{str(value)[:40]!r} is no name of at most {NAME_BYTES} bytes")
     return value
+
+
+@lru_cache(1024)
+def _is_name(text: str) -> bool:
+    return len(text) <= NAME_BYTES and len(text.encode(errors="replace")) <= NAME_BYTES and "\0" not in text
 
 
 def members(value: Any, most: int) -> Collection[Any]:

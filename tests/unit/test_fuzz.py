@@ -24,7 +24,7 @@ from datastore.native.memory import copy, load64
 from nfs.dataplane import NetworkFunction, declaration
 from nfs.dataplane.declaration import MAX_RECORD_BYTES
 from nfs.dataplane.frames import FRAME_BYTES, give_frame, take_frame
-from nfs.dataplane.headers import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED, make_packets, parse
+from nfs.dataplane.headers import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED, UNREADABLE, make_packets, parse
 from nfs.dataplane.keys import make_key
 from nfs.dataplane.ledger import imbalance
 from tests.packets import well_formed_ipv6
@@ -179,7 +179,8 @@ def harm_done(name: str, function: NetworkFunction, inputs: int, part: int = 0) 
     ledger = replay.ledger()
     if imbalance(ledger):
         found.append(f"{file}: a verdict that is none")
-    assert {int(status) for status in np.flatnonzero(statuses)} == {0, FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED}
+    found_statuses = {int(status) for status in np.flatnonzero(statuses)}
+    assert found_statuses == {0, FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED, UNREADABLE}
     assert statuses[0] > inputs // 4, "most inputs never reach the network function"
     assert harmed != -1 or ledger["received"] == inputs
     assert not packets[1].tobytes().strip(b"\0")
