@@ -24,9 +24,9 @@ from datastore.native.memory import copy, load64
 from nfs.dataplane import NetworkFunction, declaration
 from nfs.dataplane.declaration import MAX_RECORD_BYTES
 from nfs.dataplane.frames import FRAME_BYTES, give_frame, take_frame
-from nfs.dataplane.headers import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED, UNREADABLE, make_packets, parse
+from nfs.dataplane.headers import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED, make_packets, parse
 from nfs.dataplane.keys import make_key
-from nfs.dataplane.ledger import imbalance
+from nfs.dataplane.ledger import UNREADABLE, imbalance
 from tests.packets import well_formed_ipv6
 from tests.replay import HEADROOM, NOWHERE, START_NS, Replay, pass_one
 from tests.traces import TRANSLATED, Seeded, make_trace
