@@ -24,7 +24,7 @@ settings.register_profile("tests", deadline=None, derandomize=True, max_examples
 settings.load_profile("tests")
 
 READY_S = 170.0
-"""Longest wait for a process, which compiles what it runs when its sources have changed; pytest gives up a test after 180."""
+"""Longest wait for a process, which compiles what it runs when its sources have changed; pytest gives up a test after 600."""
 ETH_P_ALL = 0x0003
 
 
