@@ -14,7 +14,7 @@ results/<run id>/report.html and prints where it is, with a table of centralized
   --pcap             record every trial at each host interface, in results/<run id>/pcap/
   -h, --help         this text
 
-exit status: 0; 1 when something failed, or an experiment has no valid trial; 2 for a wrong argument
+exit status: 0; 1 when something failed, or no trial was valid; 2 for a wrong argument
 example: sudo ./run_all.sh --profile smoke state_access_latency
 experiments and their questions, after the first call: .venv/bin/python -m experiments list'
 

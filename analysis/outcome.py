@@ -17,10 +17,12 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """lines: for the terminal. unanswered: experiments without one valid trial, for which a run ends with exit status 1."""
+    """lines: for the terminal. unanswered: experiments without one valid trial. is_answered: whether another one has any; a run
+    without ends with exit status 1."""
 
     lines: tuple[str, ...]
     unanswered: tuple[str, ...]
+    is_answered: bool
 
 
 def outcome(folder: Path) -> Outcome:
@@ -34,7 +36,7 @@ def outcome(folder: Path) -> Outcome:
         lines.append(
             f"hosts replaced while alive: {sum(counts)}, in {sum(map(bool, counts))} of {len(counts)} coordinated trials"
         )
-    return Outcome(tuple(lines), tuple(name for name in names if name not in answered))
+    return Outcome(tuple(lines), tuple(name for name in names if name not in answered), bool(answered))
 
 
 def _missing(folder: Path) -> Sequence[str]:
