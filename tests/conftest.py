@@ -23,7 +23,7 @@ from topologies.emulation.processes import Launcher, RunningProcess
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("tests")
 
-READY_S = 170.0
+READY_S = 400.0
 """Longest wait for a process, which compiles what it runs when its sources have changed; pytest gives up a test after 600."""
 ETH_P_ALL = 0x0003
 

@@ -145,11 +145,15 @@ FIRST_SEED = {
     "believes that everybody knows the newest map": 32,
     "breaks its promises": 28,
     "promises whatever map others follow": 7,
-    "applies frames of deposed primaries": 13,
-    "ignores that its lease ran out": 7,
-    "trusts its own old completion records": 10,
-    "answers after it was deposed": 10,
+    "applies frames of deposed primaries": 20,
+    "ignores that its lease ran out": 6,
+    "trusts its own old completion records": 54,
+    "answers after it was deposed": 109,
     "promotes before the lease is over": 14,
+    "reads dirty backups": 3,
+    "forgets completion records at failover": 2,
+    "forgets what a lost frame held": 2,
+    "believes to have as many changes as it is told": 81,
 }
 """Seeds known to catch a mutant, tried first to save time."""
 ONLY_CUTS = Faults(0.02, 0, 0, 1, NEVER, NEVER, cut_s=0.04, move_s=NEVER, coordinator_s=NEVER, drift=0)
