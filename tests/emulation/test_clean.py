@@ -17,7 +17,7 @@ from topologies.emulation.journal import MARKER, Journal, clean, folder, process
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "test-clean"
 KILLS = 24 if os.environ.get("NEARSTATE_LONG") == "1" else 10
-LIFE_S = 2.0
+LIFE_S = 4.0
 """A network comes up, goes down and begins to come up again in less."""
 
 RUNNER = """

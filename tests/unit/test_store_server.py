@@ -64,7 +64,7 @@ class Store:
         self.port = self.ready.get("port", 0)
 
     def receive(self) -> dict[str, Any]:
-        message = self.control.receive(90)
+        message = self.control.receive(400)
         assert message is not None
         return message
 
