@@ -320,6 +320,10 @@ def _after_reset(seen: Seen) -> bool:
     return False
 
 
+def _follows_a_reset(seen: Seen) -> bool:
+    return bool(seen.flags or seen.fields["icmp_error"]) and _after_reset(seen)
+
+
 def _opened_after_reset(seen: Seen) -> bool:
     return seen.control == SYN and _after_reset(seen)
 
@@ -383,7 +387,8 @@ KNOWN_DIFFERENCES = (
           "without window tracking we keep no numbers, and any segment takes a RST back", _reset_by_number, _reset_by_number),
     Known("after a reset", "RFC 6146, section 3.5.2.2", "after a RST we treat a connection as one that may live; the kernel "
           "closes it by the exact one, and forgets its FINs and SYNs; an attempt that was refused is over for us, while the "
-          "kernel lets all segments through for 10 s", lambda seen: bool(seen.flags) and _after_reset(seen), _opened_after_reset),
+          "kernel lets all segments through for 10 s; ICMP errors follow the connection", _follows_a_reset,
+          _opened_after_reset),
     Known("urgent", "RFC 9293, section 3.8.5", "URG has no part in opening and closing; the kernel refuses it beside RST or "
           "SYN ACK", _urgent),
     Known("data before the handshake", "RFC 9293, section 3.5.1", "the answer that leads to a RST is a bare acknowledgment; the "
