@@ -1,7 +1,8 @@
 """The coordinator process: the decisions of `coordinator.py` on a network, with their state on disk.
 
-Nothing is sent before the state it follows from is saved. When it cannot be saved (a full disk), the decision is taken back:
-leases go on as they are, no map changes, and `status` says why.
+Nothing is sent before the state it follows from is saved. That may take seconds on a disk that others use, so a thread does it,
+and leases for the map before are renewed meanwhile; all else waits. When it cannot be saved (a full disk), the decision is taken
+back: leases go on as they are, no map changes, and `status` says why.
 
 Who speaks has proven its role and name (`datastore/security/door.py`), and is heard in that role alone: a store with heartbeats
 of its own, a client with reports of its own instance, an administrator with moves and questions; each may ask for the map.
@@ -16,8 +17,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +46,10 @@ IDLE_LEASES, IDLE_NS = 5, 10_000_000_000
 """Who is silent for so many leases, and for that time, is left."""
 RIVAL_NS = 1_000_000_000
 """For how long status tells of a second process of a host's name."""
+RENEWALS_S = 0.005
+"""How often leases are renewed while state is being saved."""
+MOST_UNHEARD = 1024
+"""Messages of a caller that wait until state is saved; the rest waits in its socket."""
 
 
 class StateStore(Protocol):
@@ -71,13 +78,24 @@ def open_state(config: dict[str, Any]) -> StateStore:
     return FileState(Path(config["state"]))
 
 
-@dataclass
+@dataclass(eq=False)
 class Caller:
     """A connection, who has proven to be at its other end, and when that was heard last."""
 
     line: LineSocket
     identity: Identity
     heard_ns: int
+    unheard: deque[dict[str, Any] | OSError] = field(default_factory=deque)
+    """What came while state was being saved, and what ended the connection."""
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Yield what has arrived, then raise OSError when the connection is closed or lost (see `LineSocket.receive`)."""
+        while self.unheard:
+            said = self.unheard.popleft()
+            if isinstance(said, OSError):
+                raise said
+            yield said
+        yield from self.line.receive()
 
     def may(self, role: int, name: str | None = None) -> None:
         """Raise NearstateError unless it has a role, and a name if one is given."""
@@ -121,6 +139,7 @@ class Coordination:
         self._looked_ns = now_ns
         self._saved = self.coordinator.save()
         self._failovers: list[Failover] = []
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._published = self.coordinator.map.epoch
         self._lines: dict[int, Caller] = {}
         self._hosts: dict[str, LineSocket] = {}
@@ -159,9 +178,10 @@ class Coordination:
         self._looked_ns = looked_ns
         for connection, identity in self.door.admit():
             self._admit(connection, identity, looked_ns)
-        for key, _ in self.selector.select(0):
-            if isinstance(key.data, Caller):
-                self._converse(key.data, looked_ns)
+        callers = [key.data for key, _ in self.selector.select(0) if isinstance(key.data, Caller)]
+        for caller in dict.fromkeys([*(caller for caller in self._lines.values() if caller.unheard), *callers]):
+            if self._lines.get(caller.line.fileno()) is caller:
+                self._converse(caller, looked_ns)
         for line in [caller.line for caller in self._lines.values() if caller.line.has_output]:
             with contextlib.suppress(OSError):  # what is lost is found when it is read from
                 line.flush()
@@ -236,7 +256,7 @@ class Coordination:
     def _converse(self, caller: Caller, now_ns: int) -> None:
         line, caller.heard_ns = caller.line, now_ns
         try:
-            for message in line.receive():
+            for message in caller.messages():
                 if "parting" in message:
                     self._parted.add(line)
                     continue
@@ -368,7 +388,7 @@ class Coordination:
             coordinator.dirty = False
             document = coordinator.save()
             try:
-                self.state.save(document)
+                self._save(document)
             except NearstateError as error:
                 if not self.trouble:
                     print(error, file=sys.stderr, flush=True)
@@ -387,6 +407,38 @@ class Coordination:
         if len(coordinator.moves) != len(self._saved["moves"]):  # some have ended: nobody waits until that is saved
             coordinator.dirty = True
         return True
+
+    def _save(self, document: dict[str, Any]) -> None:
+        """Save, and renew leases while that takes long. Raises NearstateError."""
+        saving = self._saver.submit(self.state.save, document)
+        while not wait([saving], RENEWALS_S).done:
+            for key, _ in self.selector.select(0):
+                if isinstance(key.data, Caller) and key.data.identity.role in (STORE, CLIENT):
+                    self._renew(key.data)
+        saving.result()
+
+    def _renew(self, caller: Caller) -> None:
+        """Take what a store or an NF process says, to be heard later; renew the one's lease, and tell the other it was heard."""
+        if len(caller.unheard) >= MOST_UNHEARD or (caller.unheard and isinstance(caller.unheard[-1], OSError)):
+            return
+        try:
+            for message in caller.line.receive():
+                caller.unheard.append(message)
+                if "instance" in message:
+                    self._tell(caller.line, {"heard": True})
+                elif "beat" in message and (grant := self._renewal(caller, message["beat"])):
+                    self._tell(caller.line, grant_message(grant))
+        except OSError as error:
+            caller.unheard.append(error)
+
+    def _renewal(self, caller: Caller, told: Any) -> Grant | None:
+        """Return a lease for the map that was published last, if the sender of this heartbeat may have one."""
+        with contextlib.suppress(NearstateError):
+            beat = read_beat(told)
+            caller.may(STORE, beat.host)
+            if self.state.leads():
+                return self.coordinator.renew(time.monotonic_ns(), beat, self._published)
+        return None
 
     def status(self) -> dict[str, Any]:
         """Return map, hosts, leases and trouble, as a JSON object."""
@@ -408,6 +460,7 @@ class Coordination:
 
     def close(self) -> None:
         """Close every connection."""
+        self._saver.shutdown()
         for caller in list(self._lines.values()):
             self._drop(caller.line)
         self.selector.close()

@@ -188,6 +188,20 @@ class Coordinator:
             return Grant(beat.incarnation, beat.sent_ns, self.timing.lease_ns, self.map.epoch)
         return Grant(beat.incarnation, beat.sent_ns, 0, self.map.epoch, self.map)
 
+    def renew(self, now_ns: int, beat: Heartbeat, epoch: int) -> Grant | None:
+        """Return a lease for the map of `epoch`, which all were told, while the next one is being saved; None: not for this one.
+
+        Only who has a lease is given more of it. Who acts by that map does so until its lease is over, which `granted_until_ns`
+        tells whoever takes a right from it. What else the heartbeat says is heard later.
+        """
+        state = self.hosts.get(beat.host)
+        if state is None or (beat.cluster, beat.incarnation, beat.epoch) != (self.cluster, state.incarnation, epoch):
+            return None
+        if now_ns >= state.granted_until_ns or self._has_ended(beat.host):
+            return None
+        state.granted_until_ns = max(state.granted_until_ns, now_ns + self.timing.lease_ns + self.timing.margin_ns)
+        return Grant(beat.incarnation, beat.sent_ns, self.timing.lease_ns, epoch)
+
     def news(self, host: str) -> Grant:
         """Return the newest map, to be sent to a host when there is one, without waiting for its heartbeat."""
         return Grant(self.hosts[host].incarnation, 0, 0, self.map.epoch, self.map)

@@ -106,6 +106,7 @@ class LineSocket:
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection, self._longest, self._in, self._out = connection, longest, b"", b""
+        self._lost: OSError | None = None
 
     def fileno(self) -> int:
         return self.connection.fileno()
@@ -130,6 +131,9 @@ class LineSocket:
                 sent = self.connection.send(self._out)
             except BlockingIOError:
                 return
+            except OSError as error:
+                self._lost = self._lost or error
+                raise
             self._out = self._out[sent:]
 
     def receive(self) -> Iterator[dict[str, Any]]:
@@ -147,7 +151,7 @@ class LineSocket:
                 lost = error
                 break
             if not data:
-                lost = Closed("closed")
+                lost = Closed("closed") if self._has_ended() else self._lost
                 break
             self._in += data
             if len(self._in) - self._in.rfind(b"\n") - 1 > self._longest:
@@ -164,6 +168,13 @@ class LineSocket:
                 raise ConnectionAbortedError(f"no message: {error}") from None
         if lost:
             raise lost
+
+    def _has_ended(self) -> bool:
+        """Tell whether nothing to read is the end of the stream, not a reset that a call of `send` was told of.
+
+        The kernel tells of a reset once, and reads nothing from then on. After the end of the stream it calls that EPIPE.
+        """
+        return self._lost is None or isinstance(self._lost, BrokenPipeError)
 
     def close(self) -> None:
         self.connection.close()

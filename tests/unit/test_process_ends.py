@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import struct
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +207,91 @@ def test_a_process_that_is_known_to_have_ended_is_refused(hosts: Hosts) -> None:
     assert "known to have ended" in grant.refusal
     grant = hosts.process.coordinator.hear(time.monotonic_ns(), Heartbeat("nf1", 1, 9, 0, 0))
     assert grant.refusal == ""
+
+
+@pytest.mark.parametrize("hosts", [None], indirect=True)
+def test_a_reset_that_a_send_was_told_of_is_no_end(hosts: Hosts) -> None:
+    """The kernel tells one call of a reset; to the next `recv` the connection looks closed."""
+    nf1 = hosts.process._hosts["nf1"]
+    with contextlib.suppress(BlockingIOError):
+        while hosts.stores["nf1"].connection.recv(1 << 16):
+            pass
+    hosts.stores["nf1"].connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    hosts.stores["nf1"].close()
+    hosts.process._tell(nf1, {"heard": True})
+    hosts.turn()
+    assert "nf1" not in hosts.process._hosts
+    assert hosts.process.coordinator.map.ended == {}
+
+
+@pytest.mark.parametrize("hosts", [None], indirect=True)
+def test_a_stream_that_ended_before_something_was_sent_is_an_end(hosts: Hosts) -> None:
+    nf1 = hosts.process._hosts["nf1"]
+    with contextlib.suppress(BlockingIOError):
+        while hosts.stores["nf1"].connection.recv(1 << 16):
+            pass
+    hosts.stores["nf1"].close()
+    for _ in range(3):
+        hosts.process._tell(nf1, {"heard": True})
+        time.sleep(0.01)
+    hosts.turn()
+    assert hosts.process.coordinator.map.ended == {"nf1": 1}
+
+
+def test_leases_are_renewed_while_the_disk_is_slow(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decision waits for far longer than a lease until it is saved: who has one keeps it, and nobody hears of the decision."""
+    process, beats, heard = hosts.process, threading.Event(), []
+    lease_ns, first = process.coordinator.timing.lease_ns, process.coordinator.map.epoch
+    save = process.state.save
+
+    def slowly(document: dict[str, Any]) -> None:
+        time.sleep(10 * lease_ns / 1e9)
+        save(document)
+
+    def beat() -> None:
+        while not beats.wait(process.coordinator.timing.heartbeat_ns / 1e9):
+            for number, host in enumerate(HOSTS, 1):
+                hosts.stores[host].send(beat_message(Heartbeat(host, 1, number, first, time.monotonic_ns())))
+                heard.extend((host, message["grant"]) for message in hosts.stores[host].receive() if "grant" in message)
+
+    speaker = threading.Thread(target=beat)
+    speaker.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not all(lease_ms(hosts, host) > lease_ns / 2e6 for host in HOSTS):
+            process.turn(0.01)
+            assert time.monotonic() < deadline
+        monkeypatch.setattr(process.state, "save", slowly)
+        assert process.saved_command({"move": {"partitions": [0], "target": "nf2"}}) == {"epoch": first}
+        for host in HOSTS:
+            assert lease_ms(hosts, host) > 0
+            leases = [grant for sender, grant in heard if sender == host and grant["lease_ns"]]
+            assert len(leases) > 10
+            assert {grant["epoch"] for grant in leases} == {first}
+        assert hosts.gone() == []
+    finally:
+        beats.set()
+        speaker.join()
+    monkeypatch.undo()
+    hosts.turn()
+    assert (process.state.load() or {})["moves"] == {"0": "nf2"}
+    assert hosts.gone() == []
+
+
+def test_nobody_without_a_lease_is_given_one_while_state_is_saved(hosts: Hosts) -> None:
+    coordinator, now_ns = hosts.process.coordinator, time.monotonic_ns()
+    hosts.speak("nf1", "nf2")
+    beat = Heartbeat("nf1", 1, 1, coordinator.map.epoch, now_ns)
+    state = coordinator.hosts["nf1"]
+    renewed = coordinator.renew(state.granted_until_ns - 1, beat, beat.epoch)
+    assert renewed is not None
+    assert renewed.lease_ns == coordinator.timing.lease_ns
+    assert renewed.map is None
+    before_ns = state.granted_until_ns
+    for wrong in (replace(beat, incarnation=2), replace(beat, epoch=beat.epoch + 1), replace(beat, cluster=2),
+                  replace(beat, host="nf3")):  # fmt: skip
+        assert coordinator.renew(now_ns, wrong, beat.epoch) is None
+    assert coordinator.renew(before_ns, beat, beat.epoch) is None
+    coordinator.end(now_ns, "nf1", 1)
+    assert coordinator.renew(now_ns - 1, beat, beat.epoch) is None
+    assert state.granted_until_ns == now_ns
