@@ -240,7 +240,8 @@ def test_a_stream_that_ended_before_something_was_sent_is_an_end(hosts: Hosts) -
 
 def test_leases_are_renewed_while_the_disk_is_slow(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decision waits for far longer than a lease until it is saved: who has one keeps it, and nobody hears of the decision."""
-    process, beats, heard = hosts.process, threading.Event(), []
+    process, beats = hosts.process, threading.Event()
+    heard: list[tuple[str, dict[str, Any]]] = []
     lease_ns, first = process.coordinator.timing.lease_ns, process.coordinator.map.epoch
     save = process.state.save
 
