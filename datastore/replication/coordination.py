@@ -329,6 +329,8 @@ class Coordination:
                 if not grant.refusal:
                     self._hosts[beat.host] = caller.line
                     self._closed.pop(beat.host, None)
+                    if self.switchover and beat.function_ended:
+                        self.switchover.end(beat.host, beat.function_ended)
                 if not self.publish():
                     grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
                 return grant_message(grant)

@@ -80,7 +80,8 @@ class HostState:
 @dataclass(frozen=True)
 class Heartbeat:
     """What a store host says of itself: the map it follows; (partition, host) pairs that have all; partitions that it has
-    stopped serving for their successors; peers that do not acknowledge; how many of its changes are not committed yet."""
+    stopped serving for their successors; peers that do not acknowledge; how many of its changes are not committed yet; which NF
+    process (its number) on its table has ended, 0: none."""
 
     host: str
     cluster: int
@@ -91,6 +92,7 @@ class Heartbeat:
     released: tuple[int, ...] = ()
     unreachable: tuple[str, ...] = ()
     lag: int = 0
+    function_ended: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from datastore.replication.coordinator import Grant, Heartbeat, Timing
@@ -59,7 +60,10 @@ class Member:
         self._said = self.replica.beat(self._worked_ns)
         self._grants: deque[Grant] = deque()
         self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.reporter = Reporter("reporter", coordinators, self._report, self._hear, self.timing, credential)
+        self._function = self._function_ended = 0
+        """The NF process on this host's table whose end is watched, and the one that has ended."""
+        self.reporter = Reporter("reporter", coordinators, self._report, self._hear, self.timing, credential,
+                                 table.renews_lease)  # fmt: skip
 
     def fileno(self) -> int:
         """Return the descriptor whose input is a reason to call `work`."""
@@ -71,7 +75,9 @@ class Member:
         """Return the heartbeat to send now: what the main thread said last, under the clock of now."""
         now_ns = time.monotonic_ns()
         stuck_ns = STUCK_LEASES * self.timing.lease_ns
-        return None if now_ns - self._worked_ns > stuck_ns else beat_message(replace(self._said, sent_ns=now_ns))
+        if now_ns - self._worked_ns > stuck_ns:
+            return None
+        return beat_message(replace(self._said, sent_ns=now_ns, function_ended=self._function_ended))
 
     def _hear(self, message: dict[str, Any]) -> None:
         """Take a grant: the lease at once, the rest for the main thread."""
@@ -82,6 +88,17 @@ class Member:
             os.eventfd_write(self._called, 1)
 
     # ---- the main thread ----------------------------------------------------------------------------------------------
+
+    def _watch_function(self) -> None:
+        """Have the coordinator told at once when the NF process on this host's table ends."""
+        with contextlib.suppress(OSError):
+            watched = None if self.table.function() == self._function else self.table.watch_function()
+            if watched:
+                self._function, descriptor = watched
+                self.reporter.watch(descriptor, partial(self._end_function, self._function))
+
+    def _end_function(self, number: int) -> None:
+        self._function_ended = number
 
     def due_ns(self) -> int:
         """Return when `work` is due at the latest."""
@@ -121,6 +138,7 @@ class Member:
     def _look(self) -> None:
         """See what there is to tell the coordinator, and have it told at once if it is news."""
         self._looked_ns = time.monotonic_ns()
+        self._watch_function()
         beat, before = self.replica.beat(self._looked_ns), self._said
         self._said = beat
         if _news(beat) != _news(before) or (beat.synchronised != before.synchronised and not self.replica.teaches(beat)):

@@ -46,6 +46,7 @@ def read_beat(fields: dict[str, Any]) -> Heartbeat:
                   for partition, host in members(fields["synchronised"], MOST_PARTITIONS)),
             tuple(whole(partition, MOST_PARTITIONS) for partition in members(fields["released"], MOST_PARTITIONS)),
             tuple(map(strict.name, members(fields["unreachable"], MOST_HOSTS))), whole(fields["lag"], WORD),
+            whole(fields["function_ended"], LARGEST_TIME),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise NearstateError(f"not a heartbeat: {error!r}") from None

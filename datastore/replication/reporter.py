@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datastore.native.errors import NearstateError
+from datastore.native.threads import take_precedence
 from datastore.replication.coordinator import Timing
 from datastore.replication.dialer import Dialer
 from datastore.replication.messages import LONGEST_TOLD, LineSocket
@@ -24,23 +25,6 @@ SILENCE_LEASES = 5
 """A coordinator that is silent for so many leases is left for the next one: it is stopped, or its machine is gone."""
 CHALLENGE_S = 0.001
 """How soon an answer to a challenge is looked for."""
-PRIORITY = 10
-"""Above all ordinary processes, below the kernel's own threads of real time (50)."""
-
-
-def take_precedence() -> None:
-    """Have the calling thread run whenever it can (SCHED_RR, sched(7)), and what it starts not.
-
-    For threads that work for a fraction of a millisecond at a time. Where the box does not allow it (no CAP_SYS_NICE, a control
-    group without real time) the thread gets a better nice value, and where not even that, it stays as it is.
-    """
-    thread = threading.get_native_id()
-    try:
-        os.sched_setscheduler(thread, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(PRIORITY))
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, -10)
-            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Reporter:
@@ -52,14 +36,16 @@ class Reporter:
     def __init__(
         self, name: str, coordinators: Sequence[Sequence[Any]], report: Callable[[], dict[str, Any] | None],
         hear: Callable[[dict[str, Any]], None], timing: Timing, credential: Credential,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """coordinators: (host, port) of each; one leads and listens. report: returns the message to send now, None for none.
         hear: takes each message. credential: what proves to coordinators on whose behalf it speaks.
 
-        Both functions are called from the reporter's thread; a KeyError or NearstateError of `hear` ends the connection.
+        The functions are called from the reporter's thread; `begin` before the others. A KeyError or NearstateError of `hear`
+        ends the connection.
         """
         self.connected = False
-        self._report, self._hear = report, hear
+        self._report, self._hear, self._begin = report, hear, begin
         self._pause_s, self._silence_s = timing.heartbeat_ns / 1e9, SILENCE_LEASES * timing.lease_ns / 1e9
         self._dialer = Dialer(*coordinators, credential=credential, wanted=COORDINATOR)
         self._told = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -79,6 +65,7 @@ class Reporter:
 
     def _run(self) -> None:
         take_precedence()
+        self._begin()
         while not self._closed.is_set():
             connection = self._dialer.dial()
             if connection is None:

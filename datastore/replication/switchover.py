@@ -50,6 +50,10 @@ class Instance:
     heard_ns: int = 0
     cut_ns: int = 0
     """Since when one of its links is down; 0: none is."""
+    number: int = 0
+    """Which process of its host it is."""
+    ended: int = 0
+    """The process that the store of its host saw end."""
     has_ended: bool = False
     """Its process is gone for certain."""
     store_ended: int = 0
@@ -114,14 +118,23 @@ class Switchover:
         name = str(report["host"])
         if name not in self.instances:
             raise unknown("instance", name, self.instances)
-        instance = self.instances[name]
+        instance, number = self.instances[name], whole(report.get("number", 0), LARGEST_TIME)
+        if number and number == instance.ended:  # its last words
+            return name
         epoch, most = whole(report["epoch"], LARGEST_EPOCH), len(self.steering)
         parked, quiet = (frozenset(whole(partition, most - 1) for partition in members(report[kind], most))
                          for kind in ("parked", "quiet"))  # fmt: skip
-        instance.heard_ns, instance.epoch, instance.has_ended = now_ns, epoch, False
+        instance.heard_ns, instance.epoch, instance.number, instance.has_ended = now_ns, epoch, number, False
         instance.parked, instance.quiet = parked, quiet & self.watched.keys()
         instance.store_ended = whole(report.get("store_ended", 0), LARGEST_TIME)
         return name
+
+    def end(self, host: str, number: int) -> None:
+        """Take that the store of a host saw its NF process `number` end."""
+        instance = self.instances.get(host)
+        if instance:
+            instance.ended = number
+            instance.has_ended |= instance.number == number
 
     def see(self, now_ns: int, down: frozenset[str], settled_ns: int) -> None:
         """Take from the switch which instances have a link that is down, and by when what was confirmed has come true."""

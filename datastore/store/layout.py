@@ -31,7 +31,7 @@ from datastore.native import inline, jit
 from datastore.native.memory import prefetch, trailing_zeros
 
 MAGIC_NUMBER = 0x656C_6261_7472_6165  # "eartable"
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 HEADER_WORDS = 512
 """One page."""
 
@@ -66,6 +66,10 @@ OWNER_ASLEEP = 384
 
 # Header: until when the peers' promises let this host answer; which process of the host serves the table (see `Heartbeat`).
 PROMISE_NS, INCARNATION = 448, 449
+
+# Header: the number of the NF process on the table, and lives (`lives.py`): of the store process' threads that change the table
+# and that renew the lease, and of that NF process.
+FUNCTION, SERVER_LIFE, LEASE_LIFE, FUNCTION_LIFE = 450, 456, 464, 472
 
 # A partition's header.
 LOCK, ROLE, COUNT, UNDO, COMPLETION, FLOOR, CURSOR, FULL_SWEEP, UNDO_COPY = range(9)

@@ -15,6 +15,7 @@ An expired record counts as absent: opened, it is new (all zero) and becomes a r
 
 from __future__ import annotations
 
+import contextlib
 import errno as error_numbers
 import hashlib
 import mmap
@@ -33,7 +34,8 @@ from datastore.native import allocating, inline, jit
 from datastore.native.errors import NearstateError
 from datastore.native.memory import fence, fetch_add, load_acquire, trailing_zeros
 from datastore.native.pages import private_memory
-from datastore.store import locking
+from datastore.native.threads import take_precedence
+from datastore.store import lives, locking
 from datastore.store.bells import Bell
 from datastore.store.layout import (
     ADDRESS,
@@ -64,12 +66,15 @@ from datastore.store.layout import (
     FIRST,
     FLOOR,
     FULL_SWEEP,
+    FUNCTION,
+    FUNCTION_LIFE,
     HASH_SECRETS,
     HEADER_WORDS,
     INCARNATION,
     INSERT,
     LAYOUT,
     LAYOUT_VERSION,
+    LEASE_LIFE,
     LEASE_NS,
     LOCK,
     LONGEST_LIFE_S,
@@ -88,6 +93,7 @@ from datastore.store.layout import (
     ROLE,
     ROLE_MASK,
     SECRETS,
+    SERVER_LIFE,
     SLOT_WORDS,
     SLOTS,
     STAMP,
@@ -593,25 +599,47 @@ class Table:
             )
         self._owners.append(descriptor << 16)
         self.words[OWNER_PIDS] = os.getpid()
+        self._live(SERVER_LIFE)
 
-    def server(self) -> int | None:
-        """Return a descriptor that is readable once the table's store process has ended (pidfd_open(2)), None if it has by now.
+    def renews_lease(self) -> None:
+        """Say that the calling thread renews the host's lease: that is not over before it has ended, too."""
+        self._live(LEASE_LIFE)
 
-        By then the kernel has taken its memory and its connections: it changes nothing any more, and renews no lease. Raises
-        OSError where such a descriptor cannot be had.
+    def begin_function(self, number: int) -> None:
+        """Say that the calling thread works on this table as NF process `number`."""
+        self._live(FUNCTION_LIFE)
+        self.words[FUNCTION] = number
+
+    def _live(self, at: int) -> None:
+        with contextlib.suppress(OSError):  # then nobody can watch it, and its connection or the lease says that it is gone
+            lives.hold(self.words, at)
+
+    def function(self) -> int:
+        """Return the number of the NF process that works on this table, or did last; 0: none."""
+        return int(self.words[FUNCTION])
+
+    def watch_server(self) -> int | None:
+        """Return a descriptor that is readable once the table's store process has ended; None if it has, or cannot be watched.
+
+        By then it changes nothing any more, and renews no lease. Raises OSError where it cannot be watched.
         """
-        return os.pidfd_open(int(self.words[OWNER_PIDS])) if self.is_served() else None
+        return lives.watch(self.words, (SERVER_LIFE, LEASE_LIFE), take_precedence)
 
-    def is_served(self) -> bool:
-        """Tell whether the table's store process is there: whether the kernel holds its lock."""
-        return bool(locking.is_alive(self.words, self._owner(), 0))
+    def watch_function(self) -> tuple[int, int] | None:
+        """Return the number of the NF process on this table, and a descriptor that is readable once it has ended.
+
+        None if there is none. Raises OSError where it cannot be watched.
+        """
+        number = self.function()
+        descriptor = lives.watch(self.words, (FUNCTION_LIFE,), take_precedence)
+        return None if descriptor is None else (number, descriptor)
 
     def end_lease(self) -> int | None:
         """Have nobody on this host answer any more, and return which store process (its incarnation) has ended.
 
-        None: it has not, and nothing is changed. (The number of a process is no proof: it may be given anew.)
+        None: it has not, or nobody knows, and nothing is changed.
         """
-        if self.is_served():
+        if not self.words[SERVER_LIFE] or any(lives.is_held(self.words, at) for at in (SERVER_LIFE, LEASE_LIFE)):
             return None
         self.words[LEASE_NS] = self.words[PROMISE_NS] = 1
         return int(self.words[INCARNATION])

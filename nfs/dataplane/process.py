@@ -84,6 +84,7 @@ class Process:
         self.housekeeper = Housekeeper(self.chain, self._make_reader)
         self.follower: Follower | None = None
         self._followed_ns = time.monotonic_ns()
+        self._number = time.time_ns() & (1 << 62) - 1
         self._store_ended = 0
         """The incarnation of this host's store process, once it has ended."""
 
@@ -155,6 +156,8 @@ class Process:
         if self.coordinators:
             assert self.credential
             self.orders.load_code()
+            if self.config["table"]:
+                self.table.begin_function(self._number)
             timing = Timing.of(self.config.get("lease_ms"))
             self.follower = Follower(self.coordinators, self.report, self.call, timing, self.credential)
             # A coordinator must know of this process before it works in the store's memory, or it may take the end of the
@@ -166,7 +169,7 @@ class Process:
     def _watch_store(self, follower: Follower) -> None:
         """Have the lease end with the store process of this host; where its end cannot be watched, the lease runs out."""
         with contextlib.suppress(OSError):
-            store = self.table.server()
+            store = self.table.watch_server()
             if store is None:
                 self.end_lease()
                 follower.tell()
@@ -180,7 +183,8 @@ class Process:
             return None
         quiet = [] if self.follower and self.follower.orders else self.orders.quiet
         return {"host": self.config["host"], "cluster": self.config["cluster"], "epoch": self.orders.epoch,
-                "parked": self.orders.parked(), "quiet": quiet, "store_ended": self._store_ended}  # fmt: skip
+                "parked": self.orders.parked(), "quiet": quiet, "number": self._number,
+                "store_ended": self._store_ended}  # fmt: skip
 
     def end_lease(self) -> None:
         """The store process of this host has ended: end the host's lease, so that nobody waits until it runs out."""

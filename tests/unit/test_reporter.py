@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from datastore.native.threads import take_precedence
 from datastore.replication.coordinator import Timing
-from datastore.replication.reporter import Reporter, take_precedence
+from datastore.replication.reporter import Reporter
 from datastore.security.challenge import Listener
 from datastore.security.secret import COORDINATOR, STORE, Secret
 

@@ -320,7 +320,7 @@ def test_what_is_right_is_read() -> None:
 
 
 BEAT = {"host": "nf1", "cluster": 1, "incarnation": 2, "epoch": 3, "sent_ns": 4, "synchronised": [[1, "nf2"]], "released": [1],
-        "unreachable": ["nf2"], "lag": 0}  # fmt: skip
+        "unreachable": ["nf2"], "lag": 0, "function_ended": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
