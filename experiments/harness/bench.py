@@ -61,6 +61,8 @@ class Bench:
         self.lost: set[str] = set()
         self._offered: tuple[float, float, dict[str, Any]] | None = None
         self.overrides: dict[str, Any] = {}
+        self.function_main = "nfs.dataplane.process:main"
+        """What an NF process runs; a test may have it run a function that is none of `nfs/`."""
         self.secret = Secret.fresh()
 
     @property
@@ -295,6 +297,11 @@ class Bench:
             for forward, back in sorted(set(ways)):
                 self.network.steer([p for p in range(PARTITIONS) if ways[p] == (forward, back)], forward, back)
 
+    def restart_function(self, host: str) -> None:
+        """Start another NF process in place of a killed one."""
+        self._start_function(host)
+        self.wait_ready([self.functions[host]])
+
     def _start_functions(self) -> None:
         for host in self.nf_hosts:
             self._start_function(host.name)
@@ -304,7 +311,7 @@ class Bench:
         number = [each.name for each in self.nf_hosts].index(host)
         self.instances += 1
         config = self.function_config(host, number)
-        self.functions[host] = self.launcher.spawn(f"nf-{host}", self.nf_hosts[number], "nfs.dataplane.process:main", config,
+        self.functions[host] = self.launcher.spawn(f"nf-{host}", self.nf_hosts[number], self.function_main, config,
                                                    key=self.client_key(host, config["client_id"]))  # fmt: skip
 
     def client_key(self, host: str, client_id: int) -> bytes:
