@@ -136,7 +136,7 @@ def test_an_nf_process_that_was_never_heard_may_work_on_the_table(tmp_path: Path
     hosts = Hosts(tmp_path, STEERING)
     try:
         hosts.process.switchover.instances["nf1"].heard_ns = 0  # type: ignore[union-attr]
-        hosts.process._instances.pop("nf1")
+        hosts.process.attendance.instances.pop("nf1")
         hosts.end(hosts.stores, "nf1")
         assert hosts.process.coordinator.map.ended == {}
     finally:
