@@ -594,6 +594,13 @@ class Table:
         self._owners.append(descriptor << 16)
         self.words[OWNER_PIDS] = os.getpid()
 
+    def leave_server(self) -> None:
+        """Be the table's store process no longer, as when that ends: for the simulator, whose processes are all this one."""
+        claims = [owner for owner in self._owners if not owner & 0xFFFF]
+        for claim in claims:
+            self._owners.remove(claim)
+            os.close(claim >> 16)
+
     def server(self) -> int | None:
         """Return a descriptor that is readable once the table's store process has ended (pidfd_open(2)), None if it has by now.
 
