@@ -20,12 +20,16 @@ Line = TypeVar("Line")
 class Steers(Protocol):
     """The switch, as `switch.py` knows it."""
 
+    found: list[str] | None
     confirmed: list[str] | None
     settled_ns: int
     down: frozenset[str]
 
     def hear(self) -> None:
         """Take what the switch has said."""
+
+    def ask(self) -> None:
+        """Have it say in `found` what it does."""
 
     def tell(self, steering: list[str], unsettled: bool) -> None:
         """Have it steer as `steering` says. unsettled: it is to say when packets have settled."""
@@ -64,11 +68,17 @@ class Attendance(Generic[Line]):
         switchover, switch = self.switchover, self.switch
         if switchover and switch:
             switch.hear()
+            if switchover.is_blind and switch.found:
+                switchover.learn(switch.found)
             switchover.confirmed = switch.confirmed or switchover.confirmed
             switchover.see(now_ns, switch.down, switch.settled_ns)
             switchover.plan(now_ns, self.coordinator)
-            switch.tell(switchover.steering, switchover.unsettled())
+            if switchover.is_blind:
+                switch.ask()
+            else:
+                switch.tell(switchover.steering, switchover.unsettled())
         elif switchover:
+            switchover.learn(switchover.steering)
             switchover.confirmed = list(switchover.steering)
             switchover.see(now_ns, frozenset(), now_ns)
             switchover.plan(now_ns, self.coordinator)

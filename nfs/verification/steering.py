@@ -33,6 +33,7 @@ class ImaginedSwitch:
 
     def begin(self) -> None:
         """A coordinator begins, and knows of nothing that was asked before."""
+        self.found: list[str] | None = None
         self.confirmed: list[str] | None = None
         self.settled_ns, self.down = 0, frozenset[str]()
         self._is_asked = self._is_settling = False
@@ -40,6 +41,16 @@ class ImaginedSwitch:
 
     def hear(self) -> None:
         """What it says is known at once."""
+
+    def ask(self) -> None:
+        """See `attendance.Steers`."""
+        if not self._is_asked:
+            self._is_asked, listener = True, self._listener
+            self._command(lambda: self._say(listener))
+
+    def _say(self, listener: int) -> None:
+        if listener == self._listener:
+            self._is_asked, self.found = False, list(self.rules)
 
     def tell(self, steering: list[str], unsettled: bool) -> None:
         """See `attendance.Steers`."""
@@ -56,6 +67,7 @@ class ImaginedSwitch:
         delay_ms = self.world.random.uniform(0.1, 3.0)
         self._free_ns = max(self._free_ns, self.world.now) + int(delay_ms * MILLISECOND_NS)
         self.world.at(self._free_ns, act)
+        self._free_ns += MILLISECOND_NS  # it is confirmed by then
 
     def _after(self, least_ms: float, most_ms: float, act: Any) -> None:
         delay_ms = self.world.random.uniform(least_ms, most_ms)

@@ -147,6 +147,66 @@ def test_a_coordinator_that_begins_anew_steers_to_the_primaries_not_to_where_pac
     assert cluster.switchover.steering == ["nf2", "nf2", "nf1", "nf2"]
 
 
+def after_a_crash(steering: list[str], **cluster: Any) -> Cluster:
+    """Return a cluster whose coordinator began after another one, and has heard of nobody; the switch says `steering`."""
+    begun = Cluster(heard=False, **cluster)
+    begun.switchover.resume(begun.coordinator)
+    begun.plan()
+    begun.switchover.learn(steering)
+    return begun
+
+
+def test_packets_that_an_earlier_coordinator_steered_ahead_stay_there():
+    """They wait at the target: back at the source, later ones would overtake them."""
+    cluster = after_a_crash(["nf2", "nf2", "nf1", "nf2"], moves={0: "nf2"})
+    cluster.plan()
+    assert cluster.switchover.steering[0] == "nf2"
+    cluster.report("nf2", parked=(0,))
+    assert cluster.orders("nf2")["park"] == [0]  # before any plan knows of it, too
+    cluster.report("nf1")
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]
+    assert cluster.switchover.steering[0] == "nf2"
+
+
+def test_a_failover_of_an_earlier_coordinator_is_followed_in_order():
+    """The switch sends packets to nf1, whose store is gone; nf1 lives, and has some."""
+    cluster = after_a_crash(["nf1", "nf2", "nf1", "nf2"], handed_over=True)
+    cluster.plan()
+    assert cluster.switchover.steering[0] == "nf1"
+    for host in HOSTS:
+        cluster.report(host)
+    cluster.plan()
+    assert cluster.switchover.following == {0: "nf2"}
+    assert cluster.orders("nf2")["park"] == [0]
+
+
+def test_who_parks_after_a_failover_goes_on_until_the_others_are_drained():
+    """An earlier coordinator has steered the packets to nf2 by now; nf1 may have some."""
+    cluster = after_a_crash(["nf2", "nf2", "nf1", "nf2"], handed_over=True)
+    cluster.report("nf2", parked=(0,))
+    cluster.report("nf1")
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]
+    cluster.switchover.confirmed = list(cluster.switchover.steering)
+    cluster.plan()
+    cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
+    cluster.report("nf1", quiet=(0,))
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == []
+
+
+def test_nothing_is_steered_before_the_switch_has_said_what_it_does():
+    cluster = Cluster(moves={0: "nf2"}, heard=False)
+    cluster.switchover.resume(cluster.coordinator)
+    cluster.beat()
+    assert cluster.switchover.is_blind
+    assert cluster.orders("nf2")["park"] == []
+    cluster.switchover.learn(["nf1", "nf2", "nf1", "nf2"])
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]
+
+
 def test_who_dies_within_a_move_is_not_waited_for():
     cluster = steered()
     for _ in range(SPAN_NS // 1_000_000 + 1):
