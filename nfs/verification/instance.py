@@ -30,12 +30,15 @@ from nfs.dataplane.loop import turn_at, waiting
 from nfs.dataplane.orders import Orders
 from nfs.dataplane.passage import note_oldest
 from nfs.dataplane.steps import make_chain
+from nfs.verification.claimed import claimed
 from nfs.verification.counted import counted
 from nfs.verification.rings import arrive, departed, memory_port
 
 FRAMES = 512
 FLIGHTS = 48
 """Fewer than the client's window, as `make_engine` asks."""
+MET_NS = 1_000 * MILLISECOND_NS
+"""As in `nfs/dataplane/process.py`."""
 RECONNECT_NS = 50 * MILLISECOND_NS
 
 
@@ -94,7 +97,7 @@ class InstanceHost(Actor):
     def __init__(self, world: Any, store: StoreHost) -> None:
         super().__init__(world, f"{store.name}/nf", store.clock)
         self.store, self.host = store, store.name
-        self.chain = make_chain([counted], {}, VALUE_BYTES)
+        self.chain = make_chain([claimed if world.has_claims else counted], {}, VALUE_BYTES)
         self.troubled_ns = -MILLISECOND_NS * 1000
         self.talk = Talk(self, self.report, self.hear)
         self.start()
@@ -118,7 +121,7 @@ class InstanceHost(Actor):
         self.orders = Orders(self.engine, self.ports, self.client.state, self.names, self.host, set(newest.ruled), newest.epoch)
         self.connections: dict[int, Connection] = {}
         self.heard: deque[dict[str, Any]] = deque()
-        self.store_ended = 0
+        self.store_ended, self.is_met, self.began_ns = 0, False, self.now()
         self.is_due = self.is_napping = False
         self.oldest = np.zeros(len(newest.groups), np.int64)
         self.bad_ns = [self.now()] * len(newest.groups)
@@ -126,6 +129,7 @@ class InstanceHost(Actor):
             self.connect(number)
         self.reconnect()
         self.talk.start()
+        self.later(MET_NS + MILLISECOND_NS, self.wake)
 
     def _primaries(self, newest: ClusterMap) -> np.ndarray:
         return np.array([HERE if group.primary in (None, self.host) else self.names.index(group.primary)
@@ -173,12 +177,13 @@ class InstanceHost(Actor):
                              "quiet": quiet, "store_ended": self.store_ended}}  # fmt: skip
 
     def hear(self, message: dict[str, Any]) -> None:
-        """Take orders, for the loop to carry out."""
+        """Take orders, for the loop to carry out. The loop begins when the coordinator knows of this process."""
+        self.is_met = True
+        self.wake()
         if orders := message.get("orders"):
             self.world.note(f"{self.name} is to park {orders['park']} watch {orders['watch']}"
                             + (" and has a map" if orders["map"] else ""))  # fmt: skip
             self.heard.append(orders)
-            self.wake()
 
     def see_end(self) -> None:
         """The store process of this host has ended: its descriptor (pidfd) says so."""
@@ -210,6 +215,8 @@ class InstanceHost(Actor):
     def turn(self) -> None:
         """Carry out orders, as between two bursts, and take a turn of the loop."""
         self.is_due = False
+        if not self.is_met and self.now() - self.began_ns < MET_NS:
+            return
         while self.heard:
             self.orders.carry_out(self.heard.popleft(), self.now(), self.leave)
             self.talk.tell()

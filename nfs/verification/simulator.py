@@ -4,8 +4,8 @@
     world.play(1.0)          seconds of imagined time, then all heals; raises Violation
 
 The product's code runs: stores, coordinator and clients as in `datastore/verification/simulator.py`, and an NF process beside
-each store (`instance.py`). An imagined switch steers packets to it as the coordinator's `Switchover` wishes. An NF process and
-its store die together or apart.
+each store (`instance.py`), in every third seed one that claims a name for each flow. An imagined switch steers packets to it as
+the coordinator's `Switchover` wishes. An NF process and its store die together or apart.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from datastore.replication.maps import ClusterMap
 from datastore.verification.hosts import COORDINATOR, PARTITIONS, InPlaceWriter, StoreHost
 from datastore.verification.imagined import CALM, Violation
 from datastore.verification.simulator import SETTLED_S, World
+from nfs.verification.claimed import NAME_HIGH
 from nfs.verification.instance import InstanceHost
-from nfs.verification.packets import Packets
+from nfs.verification.packets import Flow, Packets
 from nfs.verification.steering import ImaginedSwitch, SteeringCoordinator
 
 LINK_NS = 100_000
@@ -66,6 +67,7 @@ class Rack(World):
         self.tables: list[Any] = []
         self.switch = ImaginedSwitch(self, [str(group.primary) for group in first.groups], self.flows)
         self.packets = Packets(self, PARTITIONS, self.flows)
+        self.has_claims = self.seed % 3 == 2
         SteeringCoordinator(self, first)
         for name in self.store_names:
             RackStore(self, name)
@@ -225,6 +227,7 @@ class Rack(World):
         for flow in self.packets.flows:
             group = groups[flow.partition]
             self.packets.check(flow, self.counted(flow.port, flow.partition, str(group.primary)) if group.members else None)
+            self.check_claim(flow)
         for instance in self.instances():
             instance.check()
             if instance.counts()["waiting"]:
@@ -235,7 +238,17 @@ class Rack(World):
     def counted(self, port: int, partition: int, primary: str) -> int:
         """Return what the record of a flow has counted, at its primary."""
         found = [record for record in self.actors[primary].table.records(partition) if record.low >> 48 == port]
-        return int.from_bytes(found[0].value[:8], "little") if found else 0
+        return int.from_bytes(found[0].value[: 4 if self.has_claims else 8], "little") if found else 0
+
+    def check_claim(self, flow: Flow) -> None:
+        """Raise Violation unless the record of a flow's name says that the flow has it."""
+        group = self.newest_map().groups[flow.name % PARTITIONS]
+        if flow.name and group.members:
+            records = self.actors[str(group.primary)].table.records(flow.name % PARTITIONS)
+            holders = [int.from_bytes(record.value[:8], "little") for record in records
+                       if record.high == NAME_HIGH and record.low >> 24 == flow.name]  # fmt: skip
+            if holders != [flow.port]:
+                self.violated(f"flow {flow.number} has left as {flow.name}, which ports {holders} have claimed, not {flow.port}")
 
     def close(self) -> None:
         for instance in self.instances():
