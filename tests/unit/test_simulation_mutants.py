@@ -14,6 +14,7 @@ import pytest
 
 from datastore.native import INTERPRETED
 from datastore.replication import holds, shipping
+from datastore.replication.attendance import Attendance
 from datastore.replication.coordinator import Coordinator, Grant
 from datastore.replication.maps import Group
 from datastore.replication.replica import Replica
@@ -141,6 +142,16 @@ def ignores_removal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Replica, "_follow", follow)
 
 
+def takes_a_reset_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = Attendance.lose
+    monkeypatch.setattr(Attendance, "lose", lambda self, now_ns, line, is_closed: sound(self, now_ns, line, True))
+
+
+def takes_a_parting_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that closes its connection by itself is given up at once."""
+    monkeypatch.setattr(Attendance, "part", lambda self, line: None)
+
+
 FIRST_SEED = {
     "believes that everybody knows the newest map": 32,
     "breaks its promises": 9,
@@ -165,6 +176,8 @@ FAULTS = {"believes that everybody knows the newest map": ONLY_CUTS, "ignores th
 """What finds mutants that need a rare sequence: a host cut off from its primary and right after from the coordinator; one that is
 stopped, and asked for what others changed meanwhile. Every tenth seed of these does."""
 MUTANTS: dict[str, Patch] = {
+    "takes a reset for an end": takes_a_reset_for_an_end,
+    "takes a parting for an end": takes_a_parting_for_an_end,
     "acknowledges before it replicates": without("waits_for", -1, holds),
     "applies frames of deposed primaries": trusts_every_frame,
     "reads dirty backups": reads_anywhere,
