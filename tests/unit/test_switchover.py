@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import select
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from datastore.native.errors import NearstateError
+from datastore.replication.attendance import Attendance
 from datastore.replication.coordinator import Coordinator, Heartbeat, HostState, Timing
 from datastore.replication.maps import ClusterMap
+from datastore.replication.switch import Switch
 from datastore.replication.switchover import BATCH, Instance, Switchover, check_steering
 
 HOSTS = ("nf1", "nf2")
@@ -196,15 +202,51 @@ def test_who_parks_after_a_failover_goes_on_until_the_others_are_drained():
     assert cluster.orders("nf2")["park"] == []
 
 
+class SilentSwitch:
+    """A switch that says nothing until it is given something to say, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.found: list[str] | None = None
+        self.confirmed: list[str] | None = None
+        self.settled_ns, self.down = 0, frozenset[str]()
+        self.said: list[Any] = []
+
+    def hear(self) -> None:
+        pass
+
+    def ask(self) -> None:
+        self.said.append("where")
+
+    def tell(self, steering: list[str], unsettled: bool) -> None:
+        self.said.append(list(steering))
+
+
 def test_nothing_is_steered_before_the_switch_has_said_what_it_does():
-    cluster = Cluster(moves={0: "nf2"}, heard=False)
+    cluster, switch = Cluster(moves={0: "nf2"}, heard=False), SilentSwitch()
     cluster.switchover.resume(cluster.coordinator)
-    cluster.beat()
-    assert cluster.switchover.is_blind
-    assert cluster.orders("nf2")["park"] == []
-    cluster.switchover.learn(["nf1", "nf2", "nf1", "nf2"])
-    cluster.plan()
-    assert cluster.orders("nf2")["park"] == [0]
+    attendance = Attendance(cluster.coordinator, cluster.switchover, switch, lambda line, message: None, cluster.now_ns)
+    cluster.report("nf2", parked=(0,))
+    attendance.advance(cluster.now_ns)
+    assert switch.said == ["where"]
+    switch.found = ["nf2", "nf2", "nf1", "nf2"]
+    attendance.advance(cluster.now_ns)
+    assert switch.said == ["where", switch.found]
+
+
+def test_the_controller_says_what_the_switch_does(tmp_path: Path):
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "controller"))
+        door.listen()
+        switch = Switch(tmp_path / "controller")
+        switch.ask()
+        controller, _ = door.accept()
+        with controller:
+            assert json.loads(controller.recv(1000)) == {"command": "where"}
+            controller.sendall(b'{"instances": ["nf1", "nf2"], "returns": ["nf1", "nf2"]}\n')
+            select.select([*switch.filenos()], [], [], 5)
+            switch.hear()
+        switch.close()
+    assert (switch.found, switch.confirmed) == (["nf1", "nf2"], None)
 
 
 def test_who_dies_within_a_move_is_not_waited_for():
