@@ -45,6 +45,8 @@ class World(Imagined):
     stores: int = 4
     replicas: int = 0
     """0: two or three, by seed."""
+    lines: bool | None = None
+    """Whether stores speak to the coordinator over connections; None: by seed."""
     clients: int = 6
     timing: Timing = field(default_factory=lambda: Timing(heartbeat_ns=15 * MILLISECOND_NS))
     """More heartbeats than by default, so more that can go wrong; and seeds that once found something find it still."""
@@ -67,7 +69,7 @@ class World(Imagined):
 
     def speaks_over_lines(self) -> bool:
         """Tell whether stores have connections to the coordinator in this world."""
-        return self.seed // 2 % 2 == 1
+        return self.seed // 2 % 2 == 1 if self.lines is None else self.lines
 
     def build(self, first: ClusterMap) -> None:
         """Make the coordinator and the hosts."""

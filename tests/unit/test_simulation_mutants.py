@@ -153,7 +153,7 @@ def takes_a_parting_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FIRST_SEED = {
-    "believes that everybody knows the newest map": 32,
+    "believes that everybody knows the newest map": 69,
     "breaks its promises": 9,
     "promises whatever map others follow": 16,
     "applies frames of deposed primaries": 20,
@@ -168,8 +168,12 @@ FIRST_SEED = {
     "obeys maps for an earlier process": 14,
     "counts learners that know nothing": 0,
     "goes on reading when it is no backup any more": 6,
+    "takes a reset for an end": 6,
+    "takes a parting for an end": 3,
 }
 """Seeds known to catch a mutant, tried first to save time."""
+OF_LINES = {"takes a reset for an end", "takes a parting for an end"}
+"""Mutants of what connections say. The others are caught sooner where leases and heartbeats are messages like all others."""
 ONLY_CUTS = Faults(0.02, 0, 0, 1, NEVER, NEVER, cut_s=0.04, move_s=NEVER, coordinator_s=NEVER, drift=0)
 STOPS_AND_CUTS = replace(ONLY_CUTS, pause_s=0.05, cut_s=0.05)
 FAULTS = {"believes that everybody knows the newest map": ONLY_CUTS, "ignores that its lease ran out": STOPS_AND_CUTS}
@@ -203,7 +207,7 @@ def test_every_mutant_is_caught(mutant, monkeypatch):
     with np.errstate(over="ignore"):
         for seed in (FIRST_SEED.get(mutant, 0), *range(MOST_SEEDS)):
             try:
-                simulate(seed, 1.5, keep_trace=False, faults=FAULTS.get(mutant, ANY_FAULTS))
+                simulate(seed, 1.5, keep_trace=False, faults=FAULTS.get(mutant, ANY_FAULTS), lines=mutant in OF_LINES)
             except Violation:
                 return
     pytest.fail(f"nobody noticed a store that {mutant}, in {MOST_SEEDS} seeds")
@@ -214,4 +218,4 @@ def test_the_sound_protocol_passes_where_mutants_fail():
         for seed in range(4):
             simulate(seed, 1.5, keep_trace=False)
         for mutant, faults in FAULTS.items():
-            simulate(FIRST_SEED[mutant], 1.5, keep_trace=False, faults=faults)
+            simulate(FIRST_SEED[mutant], 1.5, keep_trace=False, faults=faults, lines=False)
