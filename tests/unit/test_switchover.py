@@ -224,7 +224,9 @@ class SilentSwitch:
 def test_nothing_is_steered_before_the_switch_has_said_what_it_does():
     cluster, switch = Cluster(moves={0: "nf2"}, heard=False), SilentSwitch()
     cluster.switchover.resume(cluster.coordinator)
-    attendance = Attendance(cluster.coordinator, cluster.switchover, switch, lambda line, message: None, cluster.now_ns)
+    attendance: Attendance[Any] = Attendance(
+        cluster.coordinator, cluster.switchover, switch, lambda line, message: None, cluster.now_ns
+    )
     cluster.report("nf2", parked=(0,))
     attendance.advance(cluster.now_ns)
     assert switch.said == ["where"]
