@@ -117,6 +117,11 @@ if INTERPRETED:  # the same calls from plain Python, for tests, debuggers and th
     libc_send = _plain("send", ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     libc_recv = _plain("recv", ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     libc_fcntl = _plain("fcntl", ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+    libc_ppoll = _plain("ppoll", ctypes.c_int, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    libc_close = _plain("close", ctypes.c_int, ctypes.c_int)
+    sched_yield = _plain("sched_yield", ctypes.c_int)
+    getpid = _plain("getpid", ctypes.c_int)
+    kill = _plain("kill", ctypes.c_int, ctypes.c_int, ctypes.c_int)
     sendto = _plain(
         "sendto", ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
     )
