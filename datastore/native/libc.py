@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from typing import Any
 
@@ -104,7 +105,29 @@ def doze(entries: np.ndarray, duration_ns: int, scratch: np.ndarray) -> None:
     poll(entries, 1, duration_ns, scratch)
 
 
-if INTERPRETED:
+if INTERPRETED:  # the same calls from plain Python, for tests, debuggers and the simulators
+    _libc = ctypes.CDLL(None, use_errno=True)
+
+    def _plain(name: str, result: Any, *kinds: Any) -> Any:
+        """Return a function of libc by the kinds of its result and arguments."""
+        function = getattr(_libc, name)
+        function.restype, function.argtypes = result, kinds
+        return lambda *arguments: function(*map(int, arguments))
+
+    libc_send = _plain("send", ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc_recv = _plain("recv", ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc_fcntl = _plain("fcntl", ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+    libc_ppoll = _plain("ppoll", ctypes.c_int, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    libc_close = _plain("close", ctypes.c_int, ctypes.c_int)
+    sched_yield = _plain("sched_yield", ctypes.c_int)
+    getpid = _plain("getpid", ctypes.c_int)
+    kill = _plain("kill", ctypes.c_int, ctypes.c_int, ctypes.c_int)
+    sendto = _plain(
+        "sendto", ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
+    )
+
+    def errno() -> int:
+        return ctypes.get_errno()
 
     def now_ns(scratch: np.ndarray) -> Any:
         return time.monotonic_ns()

@@ -11,6 +11,7 @@ outside the array raises IndexError as ordinary indexing does.
 from __future__ import annotations
 
 import platform
+import sys
 from typing import Any
 
 import numpy as np
@@ -386,3 +387,15 @@ if INTERPRETED:  # the same contracts in plain Python: slow, in one thread only,
 
     def put_network32(frame: np.ndarray, at: int, value: int) -> None:
         frame[at : at + 4] = np.frombuffer(int(value & 0xFFFFFFFF).to_bytes(4, "big"), np.uint8)
+
+    def load16(frame: np.ndarray, at: int) -> Any:
+        return int.from_bytes(frame[at : at + 2].tobytes(), sys.byteorder)
+
+    def load32(frame: np.ndarray, at: int) -> Any:
+        return int.from_bytes(frame[at : at + 4].tobytes(), sys.byteorder)
+
+    def load64(frame: np.ndarray, at: int) -> Any:
+        return U64(int.from_bytes(frame[at : at + 8].tobytes(), sys.byteorder))
+
+    def copy(target: np.ndarray, target_at: int, source: np.ndarray, source_at: int, count: int) -> None:
+        target[target_at : target_at + count] = source[source_at : source_at + count].copy()

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from datastore.native.errors import NearstateError
 from datastore.replication import etcd
+from datastore.replication.attendance import Attendance
 from datastore.replication.coordinator import Coordinator, Failover, Grant, HostState, Timing
 from datastore.replication.maps import ClusterMap
 from datastore.replication.messages import MOST_PARTITIONS, Closed, LineSocket, grant_message, read_beat
@@ -129,20 +130,12 @@ class Coordination:
             self.switchover.take_charge(self.coordinator)
             if document is not None:
                 self.switchover.resume(self.coordinator)
-        self._ordered: dict[str, dict[str, Any]] = {}
+        self.attendance: Attendance[LineSocket] = Attendance(self.coordinator, self.switchover, self.switch, self._tell, now_ns)
         self._switch_descriptors: set[int] = set()
-        self._instances: dict[str, LineSocket] = {}
-        self._closed: dict[str, int] = {}
-        """Store processes whose line was closed by their end, and on whose table an NF process may still work."""
-        self._parted: set[LineSocket] = set()
-        self._answered_ns: dict[str, int] = {}
-        self._looked_ns = now_ns
         self._saved = self.coordinator.save()
         self._failovers: list[Failover] = []
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._published = self.coordinator.map.epoch
         self._lines: dict[int, Caller] = {}
-        self._hosts: dict[str, LineSocket] = {}
         listener = socket.create_server((config["address"], config["port"]), backlog=BACKLOG)
         listener.setblocking(False)
         self.port = listener.getsockname()[1]
@@ -173,9 +166,7 @@ class Coordination:
         self._watch_switch()
         self.selector.select(timeout_s)
         looked_ns = time.monotonic_ns()  # what was said before is heard before anybody is taken for silent, however late this is
-        if looked_ns - self._looked_ns > 2 * self.coordinator.timing.heartbeat_ns:
-            self.coordinator.was_stopped(looked_ns)
-        self._looked_ns = looked_ns
+        self.attendance.look(looked_ns)
         for connection, identity in self.door.admit():
             self._admit(connection, identity, looked_ns)
         callers = [key.data for key, _ in self.selector.select(0) if isinstance(key.data, Caller)]
@@ -186,7 +177,7 @@ class Coordination:
             with contextlib.suppress(OSError):  # what is lost is found when it is read from
                 line.flush()
         self._drop_idle(looked_ns)
-        self._advance(looked_ns)
+        self.attendance.advance(looked_ns)
         self.publish()
 
     def _watch_switch(self) -> None:
@@ -198,48 +189,11 @@ class Coordination:
             self.selector.register(descriptor, selectors.EVENT_READ)
         self._switch_descriptors = descriptors
 
-    def _advance(self, now_ns: int) -> None:
-        """Do what is due, steering included."""
-        switchover = self.switchover
-        if switchover and self.switch:
-            self.switch.hear()
-            switchover.confirmed = self.switch.confirmed or switchover.confirmed
-            switchover.see(now_ns, self.switch.down, self.switch.settled_ns)
-            switchover.plan(now_ns, self.coordinator)
-            self.switch.tell(switchover.steering, switchover.unsettled())
-        elif switchover:
-            switchover.confirmed = list(switchover.steering)
-            switchover.see(now_ns, frozenset(), now_ns)
-            switchover.plan(now_ns, self.coordinator)
-        self.coordinator.advance(now_ns)
-
-    def _give_orders(self) -> None:
-        """Tell instances what they are to do, where that is news."""
-        assert self.switchover
-        for name, line in list(self._instances.items()):
-            orders = self.switchover.orders(name, self.coordinator)
-            if orders["map"] and self._ordered.get(name, {}).get("epoch") == self.coordinator.map.epoch:
-                orders["map"] = None  # it is on its way
-            known = {"epoch": self.coordinator.map.epoch, "park": orders["park"], "watch": orders["watch"]}
-            if orders["map"] or known != self._ordered.get(name):
-                self._ordered[name] = known
-                self._tell(line, {"orders": orders})
-
     def _hear_instance(self, line: LineSocket, report: dict[str, Any]) -> None:
         """Take an instance's report. Raises NearstateError when it is of another cluster."""
         if self.switchover is None or report["cluster"] != self.coordinator.cluster:
             raise NearstateError(f"instance {report['host']} of cluster {report['cluster']:x}: this coordinator steers others")
-        now_ns = time.monotonic_ns()
-        name = self.switchover.hear(now_ns, report)
-        if ended := self.switchover.instances[name].store_ended:
-            self.coordinator.end(now_ns, name, ended)
-        if self._instances.get(name) is not line:
-            self._instances[name] = line
-            self._ordered.pop(name, None)
-            self._answered_ns.pop(name, None)
-        if now_ns - self._answered_ns.get(name, 0) >= self.coordinator.timing.lease_ns:
-            self._answered_ns[name] = now_ns
-            self._tell(line, {"heard": True})
+        self.attendance.hear_instance(time.monotonic_ns(), line, report)
 
     def _admit(self, connection: socket.socket, identity: Identity, now_ns: int) -> None:
         """Take a connection whose caller is known; one too many ends another."""
@@ -258,7 +212,7 @@ class Coordination:
         try:
             for message in caller.messages():
                 if "parting" in message:
-                    self._parted.add(line)
+                    self.attendance.part(line)
                     continue
                 if "instance" in message:
                     caller.may(CLIENT, strict.name(message["instance"]["host"]))
@@ -269,8 +223,7 @@ class Coordination:
             self._tell(line, {"error": str(error)})
             self._drop(line)
         except Closed:
-            self._take_end(line)
-            self._drop(line)
+            self._drop(line, is_closed=True)
         except (OSError, KeyError, TypeError, ValueError):
             self._drop(line)
 
@@ -283,38 +236,17 @@ class Coordination:
         except OSError:
             pass
 
-    def _take_end(self, line: LineSocket) -> None:
-        """A process' connection was closed, and not by the process itself, which says so before: the kernel did, at its end.
-
-        The end of a store process is not the end of its host's lease where an NF process works on the same table. That one says
-        when it does so no longer (`store_ended`), or has ended too.
-        """
-        if line in self._parted:
-            return
-        now_ns, instances = time.monotonic_ns(), self.switchover.instances if self.switchover else {}
-        for name in [name for name, other in self._instances.items() if other is line]:
-            instances[name].has_ended = True
-            if name in self._closed:
-                self.coordinator.end(now_ns, name, self._closed[name])
-        for host in [host for host, other in self._hosts.items() if other is line]:
-            incarnation = self._closed[host] = self.coordinator.hosts[host].incarnation
-            if host not in instances or not instances[host].may_work_on(incarnation):
-                self.coordinator.end(now_ns, host, incarnation)
-
     def _drop_idle(self, now_ns: int) -> None:
         idle_ns = max(IDLE_LEASES * self.coordinator.timing.lease_ns, IDLE_NS)
         for caller in [caller for caller in self._lines.values() if now_ns - caller.heard_ns > idle_ns]:
             self._drop(caller.line)
 
-    def _drop(self, line: LineSocket) -> None:
+    def _drop(self, line: LineSocket, is_closed: bool = False) -> None:
+        """Close a connection. is_closed: its other end did."""
         if self._lines.pop(line.fileno(), None) is None:
             return
         self.selector.unregister(line.connection)
-        self._parted.discard(line)
-        for host in [host for host, other in self._hosts.items() if other is line]:
-            del self._hosts[host]
-        for name in [name for name, other in self._instances.items() if other is line]:
-            del self._instances[name]
+        self.attendance.lose(time.monotonic_ns(), line, is_closed)
         line.close()
 
     def _answer(self, caller: Caller, message: dict[str, Any]) -> dict[str, Any]:
@@ -325,12 +257,7 @@ class Coordination:
                 caller.may(STORE, beat.host)
                 if not self.state.leads():
                     return grant_message(Grant(beat.incarnation, beat.sent_ns, 0, 0, None, "this coordinator leads no longer"))
-                grant = coordinator.hear(time.monotonic_ns(), beat)
-                if not grant.refusal:
-                    self._hosts[beat.host] = caller.line
-                    self._closed.pop(beat.host, None)
-                    if self.switchover and beat.function_ended:
-                        self.switchover.end(beat.host, beat.function_ended)
+                grant = self.attendance.hear_store(time.monotonic_ns(), caller.line, beat)
                 if not self.publish():
                     grant = Grant(beat.incarnation, beat.sent_ns, 0, coordinator.map.epoch, None, self.trouble)
                 return grant_message(grant)
@@ -400,12 +327,7 @@ class Coordination:
                 return False
             self._saved, self.trouble = document, ""
             self._failovers = list(coordinator.failovers)
-        if coordinator.map.epoch != self._published:
-            self._published = coordinator.map.epoch
-            for host, line in list(self._hosts.items()):
-                self._tell(line, grant_message(coordinator.news(host)))
-        if self.switchover:
-            self._give_orders()
+        self.attendance.announce()
         if len(coordinator.moves) != len(self._saved["moves"]):  # some have ended: nobody waits until that is saved
             coordinator.dirty = True
         return True
@@ -439,7 +361,7 @@ class Coordination:
             beat = read_beat(told)
             caller.may(STORE, beat.host)
             if self.state.leads():
-                return self.coordinator.renew(time.monotonic_ns(), beat, self._published)
+                return self.coordinator.renew(time.monotonic_ns(), beat, self.attendance.announced)
         return None
 
     def status(self) -> dict[str, Any]:

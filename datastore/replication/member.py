@@ -6,25 +6,22 @@ import contextlib
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from datastore.replication.coordinator import Grant, Heartbeat, Timing
+from datastore.replication.coordinator import Timing
 from datastore.replication.links import Links, Peers
-from datastore.replication.messages import beat_message, gossip, read_gossip, read_grant
+from datastore.replication.messages import gossip, read_gossip
 from datastore.replication.replica import Pong, Replica
 from datastore.replication.reporter import Reporter
 from datastore.replication.shipping import Shipping
+from datastore.replication.spokesman import Spokesman
 from datastore.security.datagrams import LONGEST_BYTES, Seals
 from datastore.security.secret import STORE, Secret
 from datastore.store.layout import EPOCH, LEASE_NS, PROMISE_NS
 from datastore.store.table import Table
 
-STUCK_LEASES = 5
-"""A process whose main thread does not come by for so many leases asks for no more of them: it serves nobody."""
 CHALLENGE_NS = 1_000_000
 """How soon an answer to a challenge is looked for."""
 
@@ -55,13 +52,11 @@ class Member:
         self._addresses = [(peer["address"], peer["port"]) for peer in peers]
         self.gossip = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self.gossip.bind(address)
-        self._worked_ns = self._looked_ns = time.monotonic_ns()
+        self._spokesman = Spokesman(self.replica, self.timing, time.monotonic_ns())
         self._ping_ns = [0] * len(peers)
-        self._said = self.replica.beat(self._worked_ns)
-        self._grants: deque[Grant] = deque()
         self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._function = self._function_ended = 0
-        """The NF process on this host's table whose end is watched, and the one that has ended."""
+        self._function = 0
+        """The NF process on this host's table whose end is watched."""
         self.reporter = Reporter("reporter", coordinators, self._report, self._hear, self.timing, credential,
                                  table.renews_lease)  # fmt: skip
 
@@ -72,19 +67,10 @@ class Member:
     # ---- the reporter's thread -----------------------------------------------------------------------------------------
 
     def _report(self) -> dict[str, Any] | None:
-        """Return the heartbeat to send now: what the main thread said last, under the clock of now."""
-        now_ns = time.monotonic_ns()
-        stuck_ns = STUCK_LEASES * self.timing.lease_ns
-        if now_ns - self._worked_ns > stuck_ns:
-            return None
-        return beat_message(replace(self._said, sent_ns=now_ns, function_ended=self._function_ended))
+        return self._spokesman.report(time.monotonic_ns())
 
     def _hear(self, message: dict[str, Any]) -> None:
-        """Take a grant: the lease at once, the rest for the main thread."""
-        grant = read_grant(message["grant"])
-        self.replica.take_lease(grant)
-        if grant.refusal != self.replica.refusal or (grant.map and grant.map.epoch > self.replica.map.epoch):
-            self._grants.append(grant)
+        if self._spokesman.hear(message):
             os.eventfd_write(self._called, 1)
 
     # ---- the main thread ----------------------------------------------------------------------------------------------
@@ -95,53 +81,37 @@ class Member:
             watched = None if self.table.function() == self._function else self.table.watch_function()
             if watched:
                 self._function, descriptor = watched
-                self.reporter.watch(descriptor, partial(self._end_function, self._function))
-
-    def _end_function(self, number: int) -> None:
-        self._function_ended = number
+                self.reporter.watch(descriptor, partial(self._spokesman.end_function, self._function))
 
     def due_ns(self) -> int:
         """Return when `work` is due at the latest."""
         if self.peers.are_challenged:
             return time.monotonic_ns() + CHALLENGE_NS
-        return min([self._looked_ns + self._pause_ns(), *(at_ns + self.timing.heartbeat_ns for at_ns in self._ping_ns)])
-
-    def _pause_ns(self) -> int:
-        """Return after what time is looked for something to tell the coordinator: soon, while it waits for that."""
-        return self.timing.heartbeat_ns // 12 if self.replica.expected() else self.timing.heartbeat_ns
+        look_ns = self._spokesman.looked_ns + self._spokesman.pause_ns()
+        return min([look_ns, *(at_ns + self.timing.heartbeat_ns for at_ns in self._ping_ns)])
 
     def _slack_ns(self) -> int:
         """Return how much earlier something is done if this process is awake: a heartbeat and pings share a wake-up, 0.2 ms."""
-        return self._pause_ns() // 4
+        return self._spokesman.pause_ns() // 4
 
     def work(self) -> None:
         """Follow the coordinator's maps, have it told what is news, mend connections."""
         now_ns = time.monotonic_ns()
-        if now_ns - self._worked_ns > 2 * self.timing.heartbeat_ns:
-            self.replica.was_stopped(now_ns)
-        self._worked_ns = now_ns
+        self._spokesman.work(now_ns)
         self.peers.mend()
         self._listen()
         self.replica.advance(now_ns)
         self._ping(now_ns, self.timing.heartbeat_ns - self._slack_ns())
-        changed = False
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._called)
-        while self._grants:
-            changed |= self.replica.hear(now_ns, self._grants.popleft())
+        changed = self._spokesman.follow(now_ns)
         if changed:
             self.table.words[EPOCH] = self.replica.map.epoch
             self._ping(time.monotonic_ns(), 0)
-        if changed or now_ns - self._looked_ns >= self._pause_ns() - self._slack_ns():
-            self._look()
-
-    def _look(self) -> None:
-        """See what there is to tell the coordinator, and have it told at once if it is news."""
-        self._looked_ns = time.monotonic_ns()
-        self._watch_function()
-        beat, before = self.replica.beat(self._looked_ns), self._said
-        self._said = beat
-        if _news(beat) != _news(before) or (beat.synchronised != before.synchronised and not self.replica.teaches(beat)):
+        is_due = now_ns - self._spokesman.looked_ns >= self._spokesman.pause_ns() - self._slack_ns()
+        if changed or is_due:
+            self._watch_function()
+        if (changed or is_due) and self._spokesman.look(time.monotonic_ns()):
             self.reporter.tell()
 
     def _ping(self, now_ns: int, after_ns: int) -> None:
@@ -190,12 +160,3 @@ class Member:
         self.peers.close()
         self.gossip.close()
         os.close(self._called)
-
-
-def _news(beat: Heartbeat) -> tuple[Any, ...]:
-    """Return of a heartbeat what is told at once.
-
-    That learners have a copy is told with the next heartbeat while others still learn: a map for every few of them kept two hosts
-    busier than the copies did (128 partitions: 90 maps, 0.7 s).
-    """
-    return beat.epoch, beat.released, beat.unreachable

@@ -89,8 +89,8 @@ class Line:
 class Switch:
     """What the switch was told, and what it said.
 
-    confirmed: the steering that its rules say, None before the first time. settled_ns: what was confirmed by then, no packet goes
-    otherwise any more. down: the instances one of whose links it sees down.
+    found: what it did when it was asked, None: not yet. confirmed: the steering that its rules say, None before the first time.
+    settled_ns: what was confirmed by then, no packet goes otherwise any more. down: the instances one of whose links is down.
     """
 
     def __init__(self, controller: Path) -> None:
@@ -98,6 +98,7 @@ class Switch:
         self._asked: list[str] | None = None
         self._refused_s = self._looked_s = 0.0
         self._settling_ns = 0
+        self.found: list[str] | None = None
         self.confirmed: list[str] | None = None
         self.settled_ns = 0
         self.down: frozenset[str] = frozenset()
@@ -112,6 +113,11 @@ class Switch:
         told = self._flows.answer()
         if told and "settled" in told:
             self.settled_ns = self._settling_ns
+
+    def ask(self) -> None:
+        """Have it say what it does, in `found`: another coordinator told it."""
+        if time.monotonic() - self._refused_s > AGAIN_S:
+            self._rules.ask({"command": "where"})
 
     def tell(self, steering: list[str], unsettled: bool) -> None:
         """Have it steer as `steering` says. unsettled: it is to say when packets have settled."""
@@ -131,6 +137,8 @@ class Switch:
             return
         if "down" in answer:
             self.down = frozenset(interface.partition(".")[0] for interface in answer["down"])
+        elif "instances" in answer:
+            self.found = list(answer["instances"])
         elif "steered" in answer:
             self.confirmed = self._asked
         else:

@@ -20,6 +20,9 @@ partitions move after them.
 
 A failover takes the same way from `park` on where the instance that had the packets lives (its store process alone is gone):
 that instance drops what waits for commits of its store, and asks the new primary for the rest, in order.
+
+A coordinator that goes on after another one knows of moves only that they were asked for. So it changes nothing before the switch
+has said what it does, and the instances of a partition what they park; then it takes the way from where it was left.
 """
 
 from __future__ import annotations
@@ -83,11 +86,15 @@ class Switchover:
     """Partitions whose packets go to their new place: since when."""
     settled_ns: int = 0
     """Packets of partitions that are watched since before do not go the old way any more."""
-    _planned: tuple[int, frozenset[str], frozenset[str]] = (0, frozenset(), frozenset())
-    """The map, dead instances and stores that are there, for which the last plan was made."""
+    _planned: tuple[int, frozenset[str], frozenset[str], frozenset[str]] = (0, frozenset(), frozenset(), frozenset())
+    """The map, dead instances, stores that are there, and unknown instances, for which the last plan was made."""
     _began_ns: int = 0
     _has_resumed: bool = False
     """Whether instances were there before this coordinator: one that does not report to it is dead, too."""
+    is_blind: bool = False
+    """Whether the switch was told by another coordinator, and has not said yet what it does."""
+    _unknown: set[str] = field(default_factory=set)
+    """The instances that may be there and were not heard when the last plan was made."""
 
     @classmethod
     def of(cls, instances: list[str], steering: list[str], aligned: bool) -> Switchover:
@@ -100,15 +107,20 @@ class Switchover:
             coordinator.may_hand_over, coordinator.may_end = set(), set()
 
     def resume(self, coordinator: Coordinator) -> None:
-        """Go on after an earlier coordinator: it steered packets to the primaries of its map, not to where they began.
-
-        Where a move was under way its packets may be at the target already: those are steered back, and may be overtaken.
-        """
-        self._has_resumed = True
+        """Go on after an earlier coordinator. Until `learn`, packets are taken to go to the primaries."""
+        self._has_resumed = self.is_blind = True
+        self._unknown = set(self.instances)
         self.confirmed = [""] * len(self.steering)  # until the switch has said what it does
         for partition, group in enumerate(coordinator.map.groups):
             if self.aligned and group.primary in self.instances:
                 self.steering[partition] = group.primary
+
+    def learn(self, found: list[str]) -> None:
+        """Take what the switch does, as an earlier coordinator told it."""
+        self.is_blind = False
+        for partition, name in enumerate(found[: len(self.steering)]):
+            if self.aligned and name in self.instances:
+                self.steering[partition] = name
 
     def hear(self, now_ns: int, report: dict[str, Any]) -> str:
         """Take what an instance says of itself (`nfs/dataplane/process.py`) and return its name.
@@ -168,7 +180,8 @@ class Switchover:
             dead &= self._planned[1] | {name for name in dead if self.instances[name].has_ended}
         coordinator.failovers.extend(Failover(now_ns, name, self._why_dead(name)) for name in sorted(dead - self._planned[1]))
         stores = frozenset(name for name in coordinator.alive(now_ns) if name not in dead or self._outlived(name, coordinator))
-        planned = (coordinator.map.epoch, frozenset(dead), stores)
+        unknown = self._unheard(now_ns, coordinator.timing)
+        planned = (coordinator.map.epoch, frozenset(dead), stores, frozenset(unknown))
         if planned == self._planned and not coordinator.moves and not self.under_way and not self.following:
             return
         everything, before = planned != self._planned, set(self.under_way)
@@ -176,14 +189,14 @@ class Switchover:
         if self.aligned:
             self._end(coordinator, dead)
             if everything:
-                self._find_followers(coordinator, dead)
+                self._find_followers(coordinator, dead, unknown)
             self._begin(coordinator, dead)
         for partition in range(len(coordinator.map.groups)) if everything else sorted(before | self.under_way.keys()):
             group, here = coordinator.map.groups[partition], self.steering[partition]
             if partition in self.under_way:
                 target = self.under_way[partition]
                 wanted = target if partition in self.instances[target].parked else here
-            elif partition in self.following:
+            elif partition in self.following or self._may_be_under_way(partition, coordinator, unknown):
                 wanted = here  # until it is under way
             else:
                 wanted = group.primary if self.aligned and group.primary in self.instances else here
@@ -192,8 +205,6 @@ class Switchover:
         if self.aligned:
             self._watch(now_ns)
             self._follow_packets(coordinator, dead)
-            is_young = now_ns < self._began_ns + coordinator.timing.lease_ns + coordinator.timing.margin_ns
-            unknown = {name for name, instance in self.instances.items() if is_young and not instance.heard_ns}
             followed = [p for p in self.following if self._has_followed(p, self.following[p], coordinator, dead, unknown)]
             for partition in followed:
                 for those in (self.following, self.under_way, self.watched):
@@ -201,6 +212,20 @@ class Switchover:
             coordinator.may_hand_over = {p for p in coordinator.moves if self._may_hand_over(p, coordinator, dead, unknown)}
             coordinator.may_end = {p for p, target in coordinator.moves.items()
                                    if self._has_followed(p, target, coordinator, dead, unknown)}  # fmt: skip
+        self._unknown = unknown
+
+    def _unheard(self, now_ns: int, timing: Timing) -> set[str]:
+        """Return the instances that may be there and were not heard yet, since this coordinator has only begun.
+
+        While the switch has not said what it does, none is known: to which partitions an instance matters depends on it.
+        """
+        is_young = now_ns < self._began_ns + timing.lease_ns + timing.margin_ns
+        return {name for name, instance in self.instances.items() if self.is_blind or (is_young and not instance.heard_ns)}
+
+    def _may_be_under_way(self, partition: int, coordinator: Coordinator, unknown: set[str]) -> bool:
+        """Tell whether an earlier coordinator may have had a partition's packets on their way."""
+        here, primary = self.steering[partition], coordinator.map.groups[partition].primary
+        return self._has_resumed and (bool(unknown & {here, str(primary)}) or coordinator.moves.get(partition) == here)
 
     def _outlived(self, name: str, coordinator: Coordinator) -> bool:
         """Tell whether the store of a dead instance's host is there without it.
@@ -239,13 +264,21 @@ class Switchover:
         for target in dead & set(coordinator.moves.values()):
             coordinator.give_up(target)
 
-    def _find_followers(self, coordinator: Coordinator, dead: set[str]) -> None:
+    def _find_followers(self, coordinator: Coordinator, dead: set[str], unknown: set[str]) -> None:
         """Let packets follow a partition that has failed over as they follow a move, where the instance that has them lives: it
-        holds some, and packets that the switch sends elsewhere at once would overtake them."""
+        holds some, and packets that the switch sends elsewhere at once would overtake them.
+
+        After another coordinator they may have followed already, up to the target, which parks them until the others are drained.
+        """
         for partition, group in enumerate(coordinator.map.groups):
             source, target = self.steering[partition], group.primary
-            is_elsewhere = target is not None and source != target and partition not in self.under_way
-            if target and is_elsewhere and self._speaks(source, dead) and self._speaks(target, dead):
+            if target is None or partition in self.under_way or unknown & {source, target}:
+                continue
+            moves_on = coordinator.moves.get(partition) == source and source in group.members
+            is_elsewhere = source != target and not moves_on
+            is_parked = target in self._unknown and partition not in coordinator.moves and (
+                partition in self.instances[target].parked)  # fmt: skip
+            if (is_elsewhere or is_parked) and self._speaks(source, dead) and self._speaks(target, dead):
                 self.following[partition] = target
 
     def _begin(self, coordinator: Coordinator, dead: set[str]) -> None:
@@ -308,7 +341,9 @@ class Switchover:
     def orders(self, name: str, coordinator: Coordinator) -> dict[str, Any]:
         """Return what an instance is to do."""
         ended = coordinator.may_end or ()
-        park = [p for p, target in self.under_way.items() if target == name and p not in ended]
+        park = {p for p, target in self.under_way.items() if target == name and p not in ended}
+        if name in self._unknown:  # it goes on with what an earlier coordinator ordered until a plan knows of that
+            park |= self.instances[name].parked
         watch = [p for p in self.watched if self.under_way[p] != name and self._is_settled(p) and p not in ended]
         newest = coordinator.map if self.instances[name].epoch != coordinator.map.epoch else None
         return {"map": newest.to_json() if newest else None, "park": sorted(park), "watch": sorted(watch)}

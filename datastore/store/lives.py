@@ -56,6 +56,13 @@ def hold(words: np.ndarray, at: int) -> None:
     _kept.tables = [*getattr(_kept, "tables", []), words]
 
 
+def leave(words: np.ndarray, at: int) -> None:
+    """Have the calling thread be known as ended where it held a life, though it goes on."""
+    _libc.pthread_mutex_unlock(ctypes.c_void_p(words.ctypes.data + at * words.itemsize))
+    _lock_word(words, at)[0] = _OWNER_DIED
+    _kept.tables = [kept for kept in _kept.tables if kept is not words]
+
+
 def is_held(words: np.ndarray, at: int) -> bool:
     """Tell whether a thread holds the life at word `at`, and runs."""
     lock = int(_lock_word(words, at)[0])

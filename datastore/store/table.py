@@ -601,6 +601,14 @@ class Table:
         self.words[OWNER_PIDS] = os.getpid()
         self._live(SERVER_LIFE)
 
+    def leave_server(self) -> None:
+        """Be the table's store process no longer, as when that ends: for the simulator, whose processes are all this one."""
+        claims = [owner for owner in self._owners if not owner & 0xFFFF]
+        for claim in claims:
+            self._owners.remove(claim)
+            os.close(claim >> 16)
+            lives.leave(self.words, SERVER_LIFE)
+
     def renews_lease(self) -> None:
         """Say that the calling thread renews the host's lease: that is not over before it has ended, too."""
         self._live(LEASE_LIFE)

@@ -9,31 +9,46 @@ import numpy as np
 
 from datastore.replication import holds as held
 from datastore.replication import shipping as ship
+from datastore.replication.attendance import Attendance
 from datastore.replication.coordinator import MILLISECOND_NS, Coordinator, HostState
 from datastore.replication.links import ACKS_DUE, DESCRIPTOR, ROUND_NS, acknowledged_frames, make_links, pause_ns
 from datastore.replication.maps import ClusterMap
+from datastore.replication.messages import grant_message, read_beat
 from datastore.replication.replica import Replica
+from datastore.replication.spokesman import Spokesman
 from datastore.store.layout import CHANGES_AT
 from datastore.store.operations import ADD, OPERATION_VALUE
 from datastore.store.partitions import PARTITION_BITS
 from datastore.store.protocol import FRAME_HEADER_WORDS, find_client, frame_words, highest_sequence
 from datastore.store.statuses import OK
 from datastore.store.table import STAMP, VALUE, Table, commit_record, open_record
-from datastore.verification.imagined import Actor, Stream
+from datastore.verification.imagined import Actor, Stream, Violation
+from datastore.verification.lines import COORDINATOR, Line, Talk
 from datastore.verification.model import UNANSWERED, Operation
 
 CLUSTER, VALUE_BYTES, PARTITIONS = 0xC1, 16, 4
-COORDINATOR = "control"
 CLIENT_SLOTS, WINDOW = 32, 64
 CONNECTIONS, ANSWER_WORDS = 256, FRAME_HEADER_WORDS + OPERATION_VALUE + VALUE_BYTES // 8
 
 
 class StoreHost(Actor):
-    """A store process, as far as its decisions go."""
+    """A store process, as far as its decisions go: its main thread, and `talk`, the reporter's thread.
+
+    Without `world.has_lines` it has one thread, whose heartbeats and leases may be lost, doubled and late like all messages.
+    """
 
     def __init__(self, world: Any, name: str) -> None:
         super().__init__(world, name)
+        self.busy_until = 0
+        self.talk = Talk(self, self.report, self.hear) if world.has_lines else None
         self.start()
+
+    def act(self, act: Callable[[], None], life: int) -> None:
+        """As for every actor, once the main thread has time."""
+        if self.alive and life == self.life and self.world.now < self.busy_until:
+            self.world.at(self.busy_until, lambda: self.act(act, life))
+        else:
+            super().act(act, life)
 
     def start(self) -> None:
         """Begin with an empty table."""
@@ -65,18 +80,26 @@ class StoreHost(Actor):
         self.is_pumping = False
         self.replica = Replica(self.name, peers, self.words, self.shipping, self.owner, CLUSTER, world.serial(), world.timing)
         self.work_in_place()
-        self.beat()
+        if self.talk:
+            self.spokesman = Spokesman(self.replica, world.timing, self.now())
+            self.is_called, self.pinged_ns = False, 0
+            self.talk.start()
+            self.work()
+        else:
+            self.beat()
         self.retry()
 
     def work_in_place(self) -> None:
         """Begin what shares the table with this process."""
         self.function: InPlaceWriter | None = InPlaceWriter(self, 1000 + self.world.serial())
 
-    def crash(self, says_so: bool = True) -> None:
-        """Die. says_so: the kernel lives on, and closes the connections."""
+    def crash(self, how: str = "close") -> None:
+        """Die. how: see `lines.py`; but for "vanish" the kernel lives on, and closes the connections of clients."""
+        if self.talk:
+            self.talk.end(how)
         self.alive, self.life = False, self.life + 1
         self.end()
-        for line in self.lines if says_so else ():
+        for line in self.lines if how != "vanish" else ():
             line.close()
         self.close()
 
@@ -94,8 +117,10 @@ class StoreHost(Actor):
         self.table.close()
 
     def restart(self) -> None:
-        self.alive, self.paused_until = True, 0
+        self.alive, self.paused_until, self.busy_until = True, 0, 0
         self.start()
+
+    # ---- heartbeats, with one thread ----------------------------------------------------------------------------------
 
     def beat(self) -> None:
         self.tell_coordinator()
@@ -103,8 +128,47 @@ class StoreHost(Actor):
 
     def tell_coordinator(self) -> None:
         self.world.send(self.name, COORDINATOR, "beat", self.replica.beat(self.now()))
+        self.ping()
+
+    def ping(self) -> None:
         for host in self.replica.peers:
             self.world.send(self.name, host, "ping", self.replica.ping(self.now()))
+
+    # ---- heartbeats, with two threads, as in `replication/member.py` ----------------------------------------------------
+
+    def report(self) -> dict[str, Any] | None:
+        return self.spokesman.report(self.now())
+
+    def hear(self, message: dict[str, Any]) -> None:
+        if self.spokesman.hear(message) and not self.is_called:
+            self.is_called = True
+            self.later(self.world.random.randrange(10_000, 200_000), self.follow)
+
+    def work(self) -> None:
+        """What the main thread does every heartbeat, or sooner while the coordinator waits for its word."""
+        now_ns = self.now()
+        self.spokesman.work(now_ns)
+        self.replica.advance(now_ns)
+        if now_ns - self.pinged_ns >= self.world.timing.heartbeat_ns * 3 // 4:
+            self.pinged_ns = now_ns
+            self.ping()
+        self.look()
+        self.later(self.spokesman.pause_ns(), self.work)
+
+    def follow(self) -> None:
+        """Follow the maps that the reporter's thread has heard."""
+        self.is_called = False
+        if self.spokesman.follow(self.now()):
+            self.world.note(f"{self.name} follows map {self.replica.map.epoch}")
+            self.ping()
+            self.look()
+            self.pump()
+
+    def look(self) -> None:
+        if self.spokesman.look(self.now()) and self.talk:
+            self.talk.tell()
+
+    # ---- what the main thread does ------------------------------------------------------------------------------------
 
     def retry(self) -> None:
         for peer in range(len(self.replica.peers)):
@@ -261,7 +325,7 @@ class InPlaceWriter:
     def tick(self) -> None:
         if not self.host.world.ending:
             self.work()
-            self.host.later(self.host.world.random.randrange(2, 20) * MILLISECOND_NS, self.tick)
+            (self.host.talk or self.host).later(self.host.world.random.randrange(2, 20) * MILLISECOND_NS, self.tick)
 
     def work(self) -> None:
         """Add to a record of a partition this host is primary of."""
@@ -305,36 +369,75 @@ class InPlaceWriter:
 
 
 class CoordinatorHost(Actor):
-    """A coordinator, as far as its decisions go; `saved` is its disk."""
+    """A coordinator, as far as its decisions go; `saved` is its disk, `lines` are its connections."""
 
     def __init__(self, world: Any, first: ClusterMap) -> None:
         super().__init__(world, COORDINATOR)
         hosts = {name: HostState(0) for name in world.store_names}
+        self.lines: list[Line] = []
         self.coordinator = Coordinator(first, CLUSTER, world.replicas, hosts, world.timing)
         self.saved = self.coordinator.save()
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or go on after a crash."""
+        self.is_turning = False
+        self.attendance = self.attend()
         self.tick()
+
+    def attend(self) -> Attendance[Line]:
+        return Attendance(self.coordinator, None, None, Line.tell, self.now())
 
     def crash(self) -> None:
         self.alive, self.life = False, self.life + 1
+        for line in self.lines:
+            line.drop()
+        self.lines = []
 
     def restart(self) -> None:
         self.alive, self.paused_until = True, 0
         self.coordinator = Coordinator.start(self.saved, self.now(), self.world.timing)
-        self.tick()
+        self.start()
 
     def tick(self) -> None:
-        self.coordinator.advance(self.now())
-        self.publish()
+        self.turn()
         self.later(self.world.timing.heartbeat_ns // 3, self.tick)
+
+    def turn(self) -> None:
+        """Do what is due, after the messages that had arrived."""
+        self.is_turning = False
+        if self.world.has_lines:
+            self.attendance.look(self.now())
+        self.attendance.advance(self.now())
+        self.publish()
+
+    def turn_soon(self) -> None:
+        """End this turn: what arrives until then is heard in the same one."""
+        if not self.is_turning:
+            self.is_turning = True
+            self.later(self.world.random.randrange(5_000, 60_000), self.turn)
 
     def publish(self) -> None:
         """Save what was decided, then tell everybody."""
-        if self.coordinator.dirty:
-            self.saved, self.coordinator.dirty = self.coordinator.save(), False
-            self.world.note(f"coordinator: map {self.coordinator.map.epoch} "
-                            + " ".join(short(group) for group in self.coordinator.map.groups))  # fmt: skip
-            for host in self.world.store_names:
-                self.world.send(self.name, host, "grant", self.coordinator.news(host))
+        coordinator = self.coordinator
+        if coordinator.dirty:
+            self.saved, coordinator.dirty = coordinator.save(), False
+            self.check_ends()
+            self.world.note(f"coordinator: map {coordinator.map.epoch} "
+                            + " ".join(short(group) for group in coordinator.map.groups))  # fmt: skip
+            for host in () if self.world.has_lines else self.world.store_names:
+                self.world.send(self.name, host, "grant", coordinator.news(host))
+        self.attendance.announce()
+        if self.world.has_lines and len(coordinator.moves) != len(self.saved["moves"]):
+            coordinator.dirty = True
+
+    def check_ends(self) -> None:
+        """Raise Violation when a process that lives is taken for one that has ended."""
+        for host, incarnation in self.coordinator.map.ended.items():
+            store = self.world.actors[host]
+            if store.alive and store.replica.incarnation == incarnation:
+                raise Violation(f"seed {self.world.seed}: at {self.world.now / 1e6:.3f} ms the store process of {host} lives, "
+                                "and the map says that it has ended")  # fmt: skip
 
     def deliver(self, source: str, kind: str, body: Any) -> None:
         if kind == "beat":
@@ -343,6 +446,26 @@ class CoordinatorHost(Actor):
             self.world.send(self.name, source, "grant", grant)
         elif kind == "map?":
             self.world.send(self.name, source, "map", self.coordinator.map)
+
+    # ---- connections, as in `replication/coordination.py` -------------------------------------------------------------
+
+    def converse(self, line: Line, message: dict[str, Any]) -> None:
+        """Take a message of a process."""
+        if "parting" in message:
+            self.attendance.part(line)
+        elif "instance" in message:
+            self.attendance.hear_instance(self.now(), line, message["instance"])
+        else:
+            grant = self.attendance.hear_store(self.now(), line, read_beat(message["beat"]))
+            self.publish()
+            line.tell(grant_message(grant))
+        self.turn_soon()
+
+    def lose(self, line: Line, is_closed: bool) -> None:
+        """A connection is closed, or lost."""
+        self.world.note(f"the connection of {line.speaker.name} is {'closed' if is_closed else 'lost'}")
+        self.attendance.lose(self.now(), line, is_closed)
+        self.turn_soon()
 
 
 def short(group: Any) -> str:

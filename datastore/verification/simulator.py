@@ -11,6 +11,10 @@ All of it comes from one seed, so a seed is a run, byte for byte; `World.trace` 
 
 Messages may be lost, doubled, late and out of order; hosts crash and come back empty, or are stopped for a while and go on as
 if nothing had been; clocks drift up to what the lease's margin allows; cuts may be one-way.
+
+In every other pair of seeds (`has_lines`) stores speak to the coordinator over connections, from a thread of their own. The end
+of a process is then known by the end of its connection, unless that is reset, its host loses power, or the process parts. In
+the other seeds heartbeats and leases are messages like all others.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from datastore.verification.clients import ClientHost
 from datastore.verification.hosts import COORDINATOR, PARTITIONS, VALUE_BYTES, CoordinatorHost, StoreHost, short
 from datastore.verification.imagined import ANY_FAULTS, CALM, NEVER, Faults, Imagined, Violation
 from datastore.verification.linearizability import VIOLATION, check
+from datastore.verification.lines import Talk
 from datastore.verification.model import Operation
 
 SETTLED_S = 6.0
@@ -40,6 +45,8 @@ class World(Imagined):
     stores: int = 4
     replicas: int = 0
     """0: two or three, by seed."""
+    lines: bool | None = None
+    """Whether stores speak to the coordinator over connections; None: by seed."""
     clients: int = 6
     timing: Timing = field(default_factory=lambda: Timing(heartbeat_ns=15 * MILLISECOND_NS))
     """More heartbeats than by default, so more that can go wrong; and seeds that once found something find it still."""
@@ -48,6 +55,7 @@ class World(Imagined):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.replicas = self.replicas or 2 + self.seed % 2
+        self.has_lines = self.speaks_over_lines()
         self.history: list[Operation] = []
         self.store_names = [f"nf{n + 1}" for n in range(self.stores)]
         self.keys = [(partition | 1 << 32, 5) for partition in range(PARTITIONS)] + [(2 << 32, 5), (3 << 32, 6)]
@@ -59,6 +67,10 @@ class World(Imagined):
         for period_s, strike in self.strikes():
             self.again(period_s, strike)
 
+    def speaks_over_lines(self) -> bool:
+        """Tell whether stores have connections to the coordinator in this world."""
+        return self.seed // 2 % 2 == 1 if self.lines is None else self.lines
+
     def build(self, first: ClusterMap) -> None:
         """Make the coordinator and the hosts."""
         CoordinatorHost(self, first)
@@ -69,7 +81,12 @@ class World(Imagined):
         """Return what goes wrong, and after what mean time each."""
         return ((self.faults.crash_s, self.strike_crash), (self.faults.pause_s, self.strike_pause),
                 (self.faults.cut_s, self.strike_cut), (self.faults.move_s, self.strike_move),
-                (self.faults.coordinator_s, self.strike_coordinator))  # fmt: skip
+                (self.faults.coordinator_s, self.strike_coordinator), *self.strikes_of_lines())  # fmt: skip
+
+    def strikes_of_lines(self) -> tuple[tuple[float, Callable[[], None]], ...]:
+        if not self.has_lines:
+            return ()
+        return (self.faults.cut_s, self.strike_line), (self.faults.pause_s, self.strike_main_thread)
 
     def some_key(self) -> tuple[int, int]:
         """Return a key, often the same one."""
@@ -79,10 +96,38 @@ class World(Imagined):
         host = self.actors[self.random.choice(self.store_names)]
         dead = sum(not self.actors[name].alive for name in self.store_names)
         if host.alive and dead < 2:
-            self.count("crash", f"{host.name} crashes")
-            host.crash()
+            how = self.some_end()
+            self.count("crash", f"{host.name} crashes ({how})")
+            host.crash(how)
             away_s = self.random.choice((self.random.uniform(0.002, 0.06), self.random.uniform(0.05, 0.8)))
             self.at(self.now + int(away_s * 1e9), lambda: self.revive(host))
+
+    def some_end(self) -> str:
+        """Return how a process dies, see `lines.py`."""
+        return self.random.choices(("close", "reset", "vanish", "part"), (4, 1, 1, 1))[0] if self.has_lines else "close"
+
+    def talks(self) -> list[Talk]:
+        """Return the threads that have a connection to the coordinator now."""
+        return [actor for actor in self.actors.values() if isinstance(actor, Talk) and actor.alive and actor.line]
+
+    def strike_line(self) -> None:
+        """Let a connection to the coordinator be lost, or left by a process that lives on."""
+        talks = self.talks()
+        if talks:
+            talk, parts = self.random.choice(talks), self.random.random() < 0.5
+            self.count("line", f"{talk.name} {'parts' if parts else 'is reset'}")
+            if parts:
+                talk.part()
+            elif talk.line:
+                talk.line.reset()
+
+    def strike_main_thread(self) -> None:
+        """Let the main thread of a store be busy; its reporter's thread goes on."""
+        host = self.actors[self.random.choice(self.store_names)]
+        if host.alive and self.now >= host.busy_until:
+            span_ms = self.random.choice((5, 20, 60, 100, 150))
+            self.count("busy", f"the main thread of {host.name} is busy for {span_ms} ms")
+            host.busy_until = self.now + span_ms * MILLISECOND_NS
 
     def revive(self, host: Any) -> None:
         if not host.alive:
@@ -113,11 +158,15 @@ class World(Imagined):
             host.coordinator.move([partition], target)
 
     def strike_coordinator(self) -> None:
+        if self.actors[COORDINATOR].alive:
+            self.lose_coordinator()
+
+    def lose_coordinator(self, away_s: float = 0.0) -> None:
+        """Let the coordinator die, and the next one begin after a while; by default after any."""
         host = self.actors[COORDINATOR]
-        if host.alive:
-            self.count("coordinator crash", "the coordinator crashes")
-            host.crash()
-            self.at(self.now + int(self.random.uniform(0.01, 0.4) * 1e9), lambda: self.revive(host))
+        self.count("coordinator crash", "the coordinator crashes")
+        host.crash()
+        self.at(self.now + int((away_s or self.random.uniform(0.01, 0.4)) * 1e9), lambda: self.revive(host))
 
     # ---- what must hold -----------------------------------------------------------------------------------------------
 

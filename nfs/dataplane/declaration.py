@@ -14,7 +14,7 @@ import ctypes
 import dis
 import importlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +103,8 @@ class NetworkFunction:
     @cached_property
     def compiled(self) -> Any:
         """The C function `int32 f(packet *, record *, env *)`. Raises NearstateError with file and line that do not compile."""
+        if INTERPRETED:
+            return InterpretedFunction(self.function, (PACKET, self.state, self.env_layout))
         signature = numba.types.int32(*(numba.from_dtype(layout) for layout in (PACKET, self.state, self.env_layout)))
         try:
             return numba.cfunc(signature, cache=True, nopython=True)(self.function)
@@ -121,6 +123,20 @@ class NetworkFunction:
             return int(self.function(*views))
         call = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3)(self.compiled.address)
         return int(call(packets.ctypes.data + index * PACKET.itemsize, state.ctypes.data, env.ctypes.data))
+
+
+class InterpretedFunction:
+    """In place of a compiled function where all runs as plain Python: it is called by its address, too."""
+
+    def __init__(self, function: Callable[..., int], layouts: Sequence[np.dtype]) -> None:
+        self._callback = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3)(self._run)
+        self._function, self._layouts = function, layouts
+        self.address = ctypes.cast(self._callback, ctypes.c_void_p).value
+
+    def _run(self, *addresses: int) -> int:
+        memory = [(ctypes.c_char * layout.itemsize).from_address(at) for layout, at in zip(self._layouts, addresses, strict=True)]
+        return int(self._function(*(np.frombuffer(bytes_, layout).view(np.recarray)[0]
+                                    for bytes_, layout in zip(memory, self._layouts, strict=True))))  # fmt: skip
 
 
 def _compile_error(function: Callable[..., int], error: Exception) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from datastore.store.bells import Bells, silent
 from datastore.store.layout import EXPIRY_BITS
 from nfs.dataplane.fragments import MOST_HELD, Room, make_fragments, make_room
 from nfs.dataplane.frames import Frames
-from nfs.dataplane.headers import PACKET
+from nfs.dataplane.headers import make_packets
 from nfs.dataplane.held import Held, make_held
 from nfs.dataplane.late import Late, make_late
 from nfs.dataplane.ledger import make_ledger
@@ -141,7 +141,7 @@ def make_engine(chain: Chain, frames: Frames, primary: np.ndarray, owner: int, e
     control[SPIN_NS], control[REPLICATES] = int(spin_us * 1000), replicates
     control[BY_ADDRESS] = chain.by_address
     index, stages = np.full(count, -1, np.int64), np.zeros((count, 2), np.int64)
-    return Engine(control, make_ledger(), np.zeros(count, PACKET), np.zeros(count if chain.rewrites else 1, PACKET), index,
+    return Engine(control, make_ledger(), make_packets(count), make_packets(count if chain.rewrites else 1), index,
                   stages, chain.steps, chain.members, chain.env, primary.astype(np.int64),
                   np.full((flights, FLIGHT_WORDS), -1, np.int64), np.zeros((flights, 3), np.uint64),
                   np.zeros((flights + 1, 2 * value_words), np.uint64), np.zeros((flights, 3 + CLAIM_WORDS), np.uint64),

@@ -43,15 +43,21 @@ class RingMarks:
 
     def __init__(self, ports: Sequence[Port]) -> None:
         self._ports = list(ports)
-        self._asked: list[tuple[int, list[int]]] = []
+        self._asked: dict[int, tuple[int, list[int]]] = {}
+        """What has not arrived yet, as far as was looked: since when it is asked for, and the marks."""
+        self._next = 0
 
     def ask(self, now_ns: int) -> int:
         """See `Passing`."""
-        self._asked.append((now_ns, []))
-        return len(self._asked) - 1
+        self._asked = {number: asked for number, asked in self._asked.items() if not self.answered(number, now_ns)}
+        self._asked[self._next] = now_ns, []
+        self._next += 1
+        return self._next - 1
 
     def answered(self, number: int, now_ns: int) -> bool:
         """See `Passing`."""
+        if number not in self._asked:
+            return True
         since_ns, marks = self._asked[number]
         if not marks and now_ns - since_ns >= ARRIVAL_NS:
             marks += [mark(port) for port in self._ports]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from datastore.native import inline, jit
+from datastore.native import INTERPRETED, inline, jit
 from datastore.native.libc import address
 from datastore.store import statuses
 from nfs.dataplane import ledger as causes
@@ -32,6 +33,15 @@ def _call(typingctx, function, packet, record, env):
         return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
 
     return types.int32(types.uintp, types.uintp, types.uintp, types.uintp), generate
+
+
+def _call_plain(function: int, packet: int, record: int, env: int) -> int:
+    call = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 3)(int(function))
+    return int(call(int(packet), int(record), int(env)))
+
+
+if INTERPRETED:
+    _call = _call_plain
 
 
 @inline

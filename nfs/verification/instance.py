@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from datastore.replication import shipping as ship
 from datastore.replication.coordinator import MILLISECOND_NS
 from datastore.replication.maps import ClusterMap
 from datastore.store.client import Client, give_up
+from datastore.store.layout import lease_holds
 from datastore.store.statuses import NOT_PRIMARY
-from datastore.verification.hosts import CLUSTER, COORDINATOR, VALUE_BYTES, WINDOW, StoreHost, StoreLine
+from datastore.verification.hosts import CLUSTER, VALUE_BYTES, WINDOW, StoreHost, StoreLine
 from datastore.verification.imagined import Actor, Stream
+from datastore.verification.lines import Talk
 from nfs.dataplane.engine import DOWN, HELD_NS, HERE, NEVER, PUT_OFF, QUEUES, make_engine
 from nfs.dataplane.frames import free_frames, make_frames
 from nfs.dataplane.headers import INSIDE
@@ -27,14 +30,16 @@ from nfs.dataplane.loop import turn_at, waiting
 from nfs.dataplane.orders import Orders
 from nfs.dataplane.passage import note_oldest
 from nfs.dataplane.steps import make_chain
+from nfs.verification.claimed import claimed
 from nfs.verification.counted import counted
 from nfs.verification.rings import arrive, departed, memory_port
 
 FRAMES = 512
 FLIGHTS = 48
 """Fewer than the client's window, as `make_engine` asks."""
+MET_NS = 1_000 * MILLISECOND_NS
+"""As in `nfs/dataplane/process.py`."""
 RECONNECT_NS = 50 * MILLISECOND_NS
-SILENCE_LEASES = 5
 
 
 class Connection:
@@ -92,8 +97,9 @@ class InstanceHost(Actor):
     def __init__(self, world: Any, store: StoreHost) -> None:
         super().__init__(world, f"{store.name}/nf", store.clock)
         self.store, self.host = store, store.name
-        self.chain = make_chain([counted], {}, VALUE_BYTES)
+        self.chain = make_chain([claimed if world.has_claims else counted], {}, VALUE_BYTES)
         self.troubled_ns = -MILLISECOND_NS * 1000
+        self.talk = Talk(self, self.report, self.hear)
         self.start()
 
     # ---- as `process.py` does -----------------------------------------------------------------------------------------
@@ -115,15 +121,15 @@ class InstanceHost(Actor):
         self.orders = Orders(self.engine, self.ports, self.client.state, self.names, self.host, set(newest.ruled), newest.epoch)
         self.connections: dict[int, Connection] = {}
         self.heard: deque[dict[str, Any]] = deque()
-        self.line: tuple[Stream, Stream] | None = None
-        self.heard_ns = self.now()
+        self.store_ended, self.is_met, self.began_ns = 0, False, self.now()
         self.is_due = self.is_napping = False
         self.oldest = np.zeros(len(newest.groups), np.int64)
         self.bad_ns = [self.now()] * len(newest.groups)
         for number in range(len(self.names)):
             self.connect(number)
         self.reconnect()
-        self.beat()
+        self.talk.start()
+        self.later(MET_NS + MILLISECOND_NS, self.wake)
 
     def _primaries(self, newest: ClusterMap) -> np.ndarray:
         return np.array([HERE if group.primary in (None, self.host) else self.names.index(group.primary)
@@ -164,41 +170,29 @@ class InstanceHost(Actor):
         self.engine.control[DOWN] |= 1 << number
         give_up(self.client.state, number, NOT_PRIMARY)
 
-    def beat(self) -> None:
-        """Speak to the coordinator, over a line that is made anew when it is lost or silent (`follower.py`)."""
-        timing = self.world.timing
-        coordinator = self.world.actors[COORDINATOR]
-        if self.line and self.now() - self.heard_ns > SILENCE_LEASES * timing.lease_ns:
-            self.hang_up()
-        if self.line is None and coordinator.alive and not self.world.is_cut(self.name, COORDINATOR):
-            self.line = (Stream(self.world, self.name, COORDINATOR, self._tell),
-                         Stream(self.world, COORDINATOR, self.name, self._hear))  # fmt: skip
-            self.heard_ns = self.now()
-        self.tell()
-        self.later(timing.heartbeat_ns, self.beat)
+    def report(self) -> dict[str, Any]:
+        """Return what the coordinator is told now."""
+        quiet = [] if self.heard else list(self.orders.quiet)
+        return {"instance": {"host": self.host, "cluster": CLUSTER, "epoch": self.orders.epoch, "parked": self.orders.parked(),
+                             "quiet": quiet, "store_ended": self.store_ended}}  # fmt: skip
 
-    def hang_up(self) -> None:
-        """The line to the coordinator is lost."""
-        for stream in self.line or ():
-            stream.is_open = False
-        self.line = None
-
-    def tell(self) -> None:
-        """Report to the coordinator now."""
-        if self.line:
-            quiet = [] if self.heard else list(self.orders.quiet)
-            self.line[0].send({"host": self.host, "cluster": CLUSTER, "epoch": self.orders.epoch,
-                               "parked": self.orders.parked(), "quiet": quiet})  # fmt: skip
-
-    def _tell(self, report: dict[str, Any]) -> None:
-        if self.line:
-            self.world.actors[COORDINATOR].hear_instance(self.host, self.line[1], report)
-
-    def _hear(self, orders: dict[str, Any]) -> None:
-        self.heard_ns = self.now()
-        if orders:
+    def hear(self, message: dict[str, Any]) -> None:
+        """Take orders, for the loop to carry out. The loop begins when the coordinator knows of this process."""
+        self.is_met = True
+        self.wake()
+        if orders := message.get("orders"):
+            self.world.note(f"{self.name} is to park {orders['park']} watch {orders['watch']}"
+                            + (" and has a map" if orders["map"] else ""))  # fmt: skip
             self.heard.append(orders)
-            self.wake()
+
+    def see_end(self) -> None:
+        """The store process of this host has ended: its descriptor (pidfd) says so."""
+        self.later(self.world.random.randrange(MILLISECOND_NS), self.end_lease)
+
+    def end_lease(self) -> None:
+        """End the host's lease, and say so."""
+        self.store_ended = self.table.end_lease() or 0
+        self.talk.tell()
 
     # ---- the loop -----------------------------------------------------------------------------------------------------
 
@@ -221,12 +215,14 @@ class InstanceHost(Actor):
     def turn(self) -> None:
         """Carry out orders, as between two bursts, and take a turn of the loop."""
         self.is_due = False
+        if not self.is_met and self.now() - self.began_ns < MET_NS:
+            return
         while self.heard:
             self.orders.carry_out(self.heard.popleft(), self.now(), self.leave)
-            self.tell()
+            self.talk.tell()
         self.loop()
         if self.orders.look(self.now()):
-            self.tell()
+            self.talk.tell()
         control = self.engine.control
         if control[QUEUES] or control[PUT_OFF] or self.orders.watches():
             self.nap()
@@ -246,6 +242,7 @@ class InstanceHost(Actor):
         if self.store.alive and self.store.table is self.table and self.store.changes_total() != before:
             self.store.pump_later(self.world.random.randrange(10_000, 100_000))
         self.check()
+        self.world.watch_instance(self)
 
     def receive(self, frame: bytes) -> None:
         """A frame arrives from inside; the ring is filled whether or not the process runs."""
@@ -255,13 +252,14 @@ class InstanceHost(Actor):
 
     # ---- life and death -----------------------------------------------------------------------------------------------
 
-    def crash(self) -> None:
+    def crash(self, how: str = "close") -> None:
+        """Die. how: see `datastore/verification/lines.py`."""
+        self.talk.end(how)
         self.alive, self.life = False, self.life + 1
         self.end()
 
     def end(self) -> None:
-        """Close everything."""
-        self.hang_up()
+        """Close every connection to a store."""
         for number in list(self.connections):
             self.disconnect(number)
 
@@ -288,6 +286,11 @@ class InstanceHost(Actor):
         unaccounted = 2 * int(self.engine.ledger[RECEIVED]) - int(self.engine.ledger.sum())
         if missing or unaccounted:
             self.world.violated(f"{self.name}: {missing} frames are missing, {unaccounted} packets unaccounted for")
+
+    def rules(self, partition: int) -> bool:
+        """Tell whether this process works on records of a partition in place, by the lease of its table."""
+        words = self.table.words
+        return bool(self.alive and lease_holds(words, self.now()) and ship.role(words, partition) == ship.PRIMARY)
 
     def longest_wait_ns(self, partition: int) -> int:
         """Return for how long the oldest packet of a partition has waited here, not counting until `bad_ns`."""

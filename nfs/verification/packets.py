@@ -3,6 +3,7 @@
     order         no packet of a flow leaves after a later one
     once          each number that `counted` gave is given once; a packet that had left before another came has the lower one
     conservation  a flow's record has counted at least every packet that left, and at most every packet that came
+    claims        where flows have names (`claimed.py`): no two flows have the same, and a flow keeps its own
 
 A chain of fetch-and-add on one word is linearizable exactly if the second holds: sorted by number, no later one may have been
 over before an earlier one began (M. Herlihy, J. Wing: Linearizability, TOPLAS 1990). So it is checked without a search.
@@ -40,6 +41,7 @@ class Flow:
     came: int = 0
     last_left: int = 0
     last_way: str = ""
+    name: int = 0
     passed: list[tuple[int, int, int]] = field(default_factory=list)
     came_ns: dict[int, int] = field(default_factory=dict)
 
@@ -76,12 +78,23 @@ class Packets:
             return
         flow.passed.append((struct.unpack_from(">I", frame, DESTINATION_AT)[0], came_ns, self.world.now))
         self.world.log(f"{instance.name} lets flow {number} packet {sequence} go as number {flow.passed[-1][0]}")
+        if self.world.has_claims:
+            self.named(flow, struct.unpack_from(">I", frame, SOURCE_AT)[0])
         if sequence < flow.last_left and not instance.was_troubled(came_ns):
             self.world.violated(f"packet {sequence} of flow {number} (partition {flow.partition}) left {instance.name} "
                                 f"{(self.world.now - came_ns) / 1e6:.1f} ms after it came, overtaken by packet "
                                 f"{flow.last_left}, which left {flow.last_way}")  # fmt: skip
         if sequence > flow.last_left:
             flow.last_left, flow.last_way = sequence, instance.name
+
+    def named(self, flow: Flow, name: int) -> None:
+        """A packet has left with a name. Raises Violation when it is another flow's, or not the one that the flow had."""
+        others = [other.number for other in self.flows if other is not flow and other.name == name]
+        if others or flow.name not in (0, name):
+            self.world.violated(
+                f"flow {flow.number}, which had name {flow.name}, leaves as {name}; others of that name: {others}"
+            )
+        flow.name = name
 
     def gaps(self, flow: Flow) -> list[tuple[int, int]]:
         """Return when each packet of a flow left, and when the next one did, in nanoseconds."""

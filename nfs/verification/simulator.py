@@ -4,8 +4,8 @@
     world.play(1.0)          seconds of imagined time, then all heals; raises Violation
 
 The product's code runs: stores, coordinator and clients as in `datastore/verification/simulator.py`, and an NF process beside
-each store (`instance.py`). An imagined switch steers packets to it as the coordinator's `Switchover` wishes. An NF process and
-its store die together or apart.
+each store (`instance.py`), in every third seed one that claims a name for each flow. An imagined switch steers packets to it as
+the coordinator's `Switchover` wishes. An NF process and its store die together or apart.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from datastore.replication.maps import ClusterMap
 from datastore.verification.hosts import COORDINATOR, PARTITIONS, InPlaceWriter, StoreHost
 from datastore.verification.imagined import CALM, Violation
 from datastore.verification.simulator import SETTLED_S, World
+from nfs.verification.claimed import NAME_HIGH
 from nfs.verification.instance import InstanceHost
-from nfs.verification.packets import Packets
+from nfs.verification.packets import Flow, Packets
 from nfs.verification.steering import ImaginedSwitch, SteeringCoordinator
 
 LINK_NS = 100_000
@@ -36,6 +37,17 @@ class RackStore(StoreHost):
     def work_in_place(self) -> None:
         self.function: InPlaceWriter | None = None
 
+    def start(self) -> None:
+        super().start()
+        self.table.claim_server()
+
+    def crash(self, how: str = "close") -> None:
+        super().crash(how)
+        self.table.leave_server()
+        instance = self.world.instance(self.name)
+        if how != "vanish" and instance.table is self.table:
+            instance.see_end()
+
     def close(self) -> None:
         self.world.tables.append(self.table)
 
@@ -48,10 +60,14 @@ class Rack(World):
     patience_ns: int = 300 * MILLISECOND_NS
     flows: int = 6
 
+    def speaks_over_lines(self) -> bool:
+        return True
+
     def build(self, first: ClusterMap) -> None:
         self.tables: list[Any] = []
         self.switch = ImaginedSwitch(self, [str(group.primary) for group in first.groups], self.flows)
         self.packets = Packets(self, PARTITIONS, self.flows)
+        self.has_claims = self.seed % 3 == 2
         SteeringCoordinator(self, first)
         for name in self.store_names:
             RackStore(self, name)
@@ -93,25 +109,37 @@ class Rack(World):
         name, what = self.random.choice(self.store_names), self.random.choice(("host", "store", "nf"))
         self.lose(name, what)
 
-    def lose(self, name: str, what: str) -> None:
-        """Let `what` of a host die (host, store, nf), unless too few stores would be left; it comes back after a while."""
+    def lose(self, name: str, what: str, how: str = "") -> None:
+        """Let `what` of a host die (host, store, nf), unless too few stores would be left; it comes back after a while.
+
+        how: as in `datastore/verification/lines.py`, by default any.
+        """
         store, instance = self.actors[name], self.instance(name)
         dead = sum(not self.actors[other].alive for other in self.store_names)
         if what != "nf" and (dead >= 2 or not store.alive):
             return
         if what == "nf" and not instance.alive:
             return
-        self.count(f"{what} crash", f"{what} of {name} dies" if what != "host" else f"{name} dies")
+        how = how or ("vanish" if what == "host" and self.random.random() < 0.5 else self.some_end())
+        self.count(f"{what} crash", (f"{what} of {name} dies" if what != "host" else f"{name} dies") + f" ({how})")
         self.trouble()
         if what != "nf":
-            store.crash(says_so=what == "store")
+            store.crash(how)
             self.at(self.now + self._away_ns(), lambda: self.revive(store))
         if what != "store" and instance.alive:
-            instance.crash()
+            instance.crash(how)
             self.at(self.now + self._away_ns(), lambda: self.revive(instance))
 
     def _away_ns(self) -> int:
         return int(1e9 * self.random.choice((self.random.uniform(0.002, 0.06), self.random.uniform(0.05, 0.8))))
+
+    def some_end(self) -> str:
+        """Return how a process dies whose host lives on."""
+        return self.random.choices(("close", "reset", "part"), (4, 1, 1))[0]
+
+    def strike_main_thread(self) -> None:
+        super().strike_main_thread()
+        self.trouble()
 
     def strike_pause(self) -> None:
         names = [*self.store_names, *(f"{name}/nf" for name in self.store_names), COORDINATOR]
@@ -139,9 +167,6 @@ class Rack(World):
             host.coordinator.move([partition], target)
 
     def strike_coordinator(self) -> None:
-        host = self.actors[COORDINATOR]
-        for name in self.store_names if host.alive and (host.coordinator.moves or host.switchover.under_way) else ():
-            self.trouble(name, self.now + int(0.6e9))  # the next one does not know how far a move had come
         super().strike_coordinator()
         self.trouble()
 
@@ -159,6 +184,15 @@ class Rack(World):
         self.note(f"!!! {what}")
         raise Violation(f"seed {self.seed}: at {self.now / 1e6:.3f} ms {what}")
 
+    def watch_instance(self, instance: InstanceHost) -> None:
+        """After each turn of a packet loop: no other store may be primary of what it works on in place, with a lease."""
+        for partition in (p for p in range(PARTITIONS) if instance.rules(p)):
+            for name in self.store_names:
+                store = self.actors[name]
+                if store.alive and store.table is not instance.table and self.rules(store, partition):
+                    self.violated(f"both {instance.name}, on the table of its host, and {name} are primary of partition "
+                                  f"{partition} and may answer")  # fmt: skip
+
     def look(self) -> None:
         """See whether a packet waits for too long."""
         self.at(self.now + LOOK_NS, self.look)
@@ -169,7 +203,8 @@ class Rack(World):
             instance.note_oldest()
             for partition, group in enumerate(self.newest_map().groups):
                 stores = [self.actors[name] for name in group.members]
-                reached = is_whole and any(store.alive and self.now >= store.paused_until for store in stores)
+                reached = is_whole and any(store.alive and self.now >= max(store.paused_until, store.busy_until)
+                                           for store in stores)  # fmt: skip
                 if not reached or self.now < instance.paused_until:
                     instance.bad_ns[partition] = instance.now()
                 elif instance.longest_wait_ns(partition) > self.longest_ns():
@@ -192,6 +227,7 @@ class Rack(World):
         for flow in self.packets.flows:
             group = groups[flow.partition]
             self.packets.check(flow, self.counted(flow.port, flow.partition, str(group.primary)) if group.members else None)
+            self.check_claim(flow)
         for instance in self.instances():
             instance.check()
             if instance.counts()["waiting"]:
@@ -202,13 +238,24 @@ class Rack(World):
     def counted(self, port: int, partition: int, primary: str) -> int:
         """Return what the record of a flow has counted, at its primary."""
         found = [record for record in self.actors[primary].table.records(partition) if record.low >> 48 == port]
-        return int.from_bytes(found[0].value[:8], "little") if found else 0
+        return int.from_bytes(found[0].value[: 4 if self.has_claims else 8], "little") if found else 0
+
+    def check_claim(self, flow: Flow) -> None:
+        """Raise Violation unless the record of a flow's name says that the flow has it."""
+        group = self.newest_map().groups[flow.name % PARTITIONS]
+        if flow.name and group.members:
+            records = self.actors[str(group.primary)].table.records(flow.name % PARTITIONS)
+            holders = [int.from_bytes(record.value[:8], "little") for record in records
+                       if record.high == NAME_HIGH and record.low >> 24 == flow.name]  # fmt: skip
+            if holders != [flow.port]:
+                self.violated(f"flow {flow.number} has left as {flow.name}, which ports {holders} have claimed, not {flow.port}")
 
     def close(self) -> None:
         for instance in self.instances():
             instance.end()
         super().close()
         for table in self.tables:
+            table.leave_server()
             table.close()
 
 
@@ -219,8 +266,11 @@ def simulate(seed: int, seconds: float = 0.6, **options: Any) -> Rack:
     return world
 
 
-def lose_one(seed: int, what: str) -> Rack:
-    """Run a calm rack in which `what` (store, nf, host) of nf1 dies, or all partitions move (move); raises Violation."""
+def lose_one(seed: int, what: str, how: str = "", coordinator: bool = False) -> Rack:
+    """Run a calm rack in which `what` (store, nf, host) of nf1 dies, or all partitions move (move); raises Violation.
+
+    how: see `Rack.lose`. coordinator: it crashes while packets follow, and another one goes on.
+    """
     world = Rack(seed, CALM, keep_trace=False, replicas=2)
     try:
         world.run(0.15)
@@ -228,7 +278,10 @@ def lose_one(seed: int, what: str) -> Rack:
             for partition in range(PARTITIONS):
                 world.actors[COORDINATOR].coordinator.move([partition], world.random.choice(world.store_names))
         else:
-            world.lose("nf1", what)
+            world.lose("nf1", what, how)
+        if coordinator:
+            world.run(world.random.uniform(0.0, 0.06))
+            world.lose_coordinator(world.random.choice((world.random.uniform(0.002, 0.02), world.random.uniform(0.01, 0.2))))
         world.run(0.45)
         world.heal()
         world.settle(SETTLED_S)

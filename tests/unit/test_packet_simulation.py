@@ -11,8 +11,11 @@ import os
 import pytest
 
 from datastore.native import INTERPRETED
-from datastore.replication.coordinator import Timing
+from datastore.replication.coordinator import MILLISECOND_NS, Timing
 from datastore.replication.switchover import Switchover
+from datastore.store import lives
+from datastore.store.layout import INCARNATION, SERVER_LIFE
+from datastore.store.table import Table
 from datastore.verification.imagined import CALM, Violation
 from nfs.dataplane.orders import Orders
 from nfs.verification.packets import PAYLOAD, PAYLOAD_AT, Flow, checksum
@@ -21,7 +24,9 @@ from nfs.verification.simulator import PATIENCE_NS, lose_one, simulate
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the packet loop runs compiled")
 LONG = os.environ.get("NEARSTATE_LONG") == "1"
 SEEDS = 10_000 if LONG else 40
-LOSSES = 100 if LONG else 3
+LOSSES = 100 if LONG else 2
+KNOWN_NS = 50 * MILLISECOND_NS
+"""No packet waits longer for what is known to have ended: well below a lease."""
 
 
 def test_nothing_promised_of_packets_is_broken_in_any_seed():
@@ -33,16 +38,38 @@ def test_nothing_promised_of_packets_is_broken_in_any_seed():
         for what, times in world.happened.items():
             happened[what] = happened.get(what, 0) + times
     assert left > 200 * SEEDS
-    assert set(happened) == {"host crash", "store crash", "nf crash", "pause", "cut", "move", "coordinator crash"}
+    assert set(happened) == {
+        "host crash", "store crash", "nf crash", "pause", "cut", "move", "coordinator crash", "line", "busy",
+    }  # fmt: skip
 
 
+@pytest.mark.parametrize(("how", "longest_ns"), [("close", KNOWN_NS), ("", PATIENCE_NS)])
 @pytest.mark.parametrize("what", ["store", "nf", "host"])
-def test_a_loss_alone_delays_packets_by_a_failover_at_most(what):
-    """The store process of a host dies while its NF process lives, and the other losses: nobody waits, nobody is overtaken."""
+def test_a_loss_alone_delays_packets_by_a_failover_at_most(what, how, longest_ns):
+    """The store process of a host dies while its NF process lives, and the other losses: no packet is overtaken, and none waits
+    for a lease where the end of the process is known."""
     for seed in range(LOSSES):
-        world = lose_one(seed, what)
+        world = lose_one(seed, what, how)
         gaps = [after - before for flow in world.packets.flows for before, after in world.packets.gaps(flow)]
-        assert max(gaps) <= PATIENCE_NS
+        assert max(gaps) <= longest_ns
+
+
+@pytest.mark.parametrize("what", ["move", "store"])
+def test_a_coordinator_that_crashes_while_packets_follow_lets_none_be_overtaken(what):
+    for seed in (1, 7) if what == "move" and not LONG else range(LOSSES):
+        lose_one(seed, what, "close" if what == "store" else "", coordinator=True)
+
+
+def test_a_name_that_two_flows_have_and_one_that_changes_are_noticed():
+    world = lose_one(2, "nf", "close")
+    first, second = world.packets.flows[:2]
+    assert first.name != second.name
+    for flow, name in ((first, second.name), (first, 99)):
+        with pytest.raises(Violation, match="leaves as"):
+            world.packets.named(flow, name)
+    first.name = second.name
+    with pytest.raises(Violation, match="have claimed"):
+        world.check_claim(first)
 
 
 def test_without_faults_every_packet_leaves():
@@ -108,7 +135,7 @@ def without_park(sound):
 
 def fails_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packets of a failed partition are sent to the new primary at once, though the old instance has some (as it was once)."""
-    monkeypatch.setattr(Switchover, "_find_followers", lambda self, coordinator, dead: None)
+    monkeypatch.setattr(Switchover, "_find_followers", lambda self, coordinator, dead, unknown: None)
 
 
 def holds_for_a_dead_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +149,20 @@ def holds_for_a_dead_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Orders, "_adopt", adopt)
 
 
+def leaves_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NF process says that the store process of its host has ended, and goes on by its lease."""
+    monkeypatch.setattr(Table, "end_lease", lambda self: None if lives.is_held(self.words, SERVER_LIFE) else int(self.words[INCARNATION]))
+
+
+def steers_to_the_primaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that goes on after another one sends packets to the primaries of the map, as it did once."""
+    monkeypatch.setattr(Switchover, "learn", lambda self, found: setattr(self, "is_blind", False))
+    monkeypatch.setattr(Switchover, "_may_be_under_way", lambda self, partition, coordinator, unknown: False)
+
+
 MUTANTS = {
+    "goes on by the lease of a store that has ended": (leaves_the_lease, "store"),
+    "steers to the primaries after a crash of the coordinator": (steers_to_the_primaries, "move"),
     "ignores an order to park": (ignores_park, "move"),
     "says that it is quiet before it is": (ends_before_drained, "move"),
     "does not wait for the switch to settle": (does_not_wait_for_the_switch, "move"),
@@ -132,13 +172,21 @@ MUTANTS = {
 }
 
 
+FIRST_SEED = {
+    "steers to the primaries after a crash of the coordinator": 1,
+    "lets a failover overtake": 10,
+    "holds packets for a dead store": 1,
+}
+"""Seeds known to catch a mutant, tried first to save time."""
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_every_mutant_is_caught(mutant, monkeypatch):
     patch, what = MUTANTS[mutant]
     patch(monkeypatch)
-    for seed in range(20):
+    for seed in (FIRST_SEED.get(mutant, 0), *range(20)):
         try:
-            lose_one(seed, what)
+            lose_one(seed, what, "close" if what == "store" else "", coordinator=patch is steers_to_the_primaries)
         except Violation:
             return
     pytest.fail(f"nobody noticed a system that {mutant}")

@@ -139,7 +139,7 @@ def test_an_nf_process_that_was_never_heard_may_work_on_the_table(tmp_path: Path
     hosts = Hosts(tmp_path, STEERING)
     try:
         hosts.process.switchover.instances["nf1"].heard_ns = 0  # type: ignore[union-attr]
-        hosts.process._instances.pop("nf1")
+        hosts.process.attendance.instances.pop("nf1")
         hosts.end(hosts.stores, "nf1")
         assert hosts.process.coordinator.map.ended == {}
     finally:
@@ -212,7 +212,7 @@ def test_a_process_that_is_known_to_have_ended_is_refused(hosts: Hosts) -> None:
 @pytest.mark.parametrize("hosts", [None], indirect=True)
 def test_a_reset_that_a_send_was_told_of_is_no_end(hosts: Hosts) -> None:
     """The kernel tells one call of a reset; to the next `recv` the connection looks closed."""
-    nf1 = hosts.process._hosts["nf1"]
+    nf1 = hosts.process.attendance.stores["nf1"]
     with contextlib.suppress(BlockingIOError):
         while hosts.stores["nf1"].connection.recv(1 << 16):
             pass
@@ -220,13 +220,13 @@ def test_a_reset_that_a_send_was_told_of_is_no_end(hosts: Hosts) -> None:
     hosts.stores["nf1"].close()
     hosts.process._tell(nf1, {"heard": True})
     hosts.turn()
-    assert "nf1" not in hosts.process._hosts
+    assert "nf1" not in hosts.process.attendance.stores
     assert hosts.process.coordinator.map.ended == {}
 
 
 @pytest.mark.parametrize("hosts", [None], indirect=True)
 def test_a_stream_that_ended_before_something_was_sent_is_an_end(hosts: Hosts) -> None:
-    nf1 = hosts.process._hosts["nf1"]
+    nf1 = hosts.process.attendance.stores["nf1"]
     with contextlib.suppress(BlockingIOError):
         while hosts.stores["nf1"].connection.recv(1 << 16):
             pass

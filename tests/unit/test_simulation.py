@@ -36,7 +36,7 @@ def test_nothing_promised_is_broken_in_any_seed():
         for what, times in world.happened.items():
             happened[what] = happened.get(what, 0) + times
     assert operations > 100 * SEEDS
-    assert set(happened) == {"crash", "pause", "cut", "move", "coordinator crash"}
+    assert set(happened) == {"crash", "pause", "cut", "move", "coordinator crash", "line", "busy"}
     assert min(happened.values()) > SEEDS // 4
 
 
@@ -51,6 +51,27 @@ def test_without_faults_everything_is_answered(replicas):
     assert len(world.history) > 300
     assert all(operation.status != 255 for operation in world.history)
     assert world.actors["control"].coordinator.map.epoch == 1
+
+
+@pytest.mark.parametrize(("how", "least_leases", "most_leases"), [
+    ("close", 0, 0.2), ("part", 0.5, 1.5), ("reset", 0.5, 1.5), ("vanish", 0.5, 1.5),
+])  # fmt: skip
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_an_end_that_is_known_costs_no_lease(replicas, how, least_leases, most_leases):
+    """The next primary answers at once when the kernel has closed the connection of the process, and only then."""
+    world = World(2, faults=CALM, replicas=replicas)
+    assert world.has_lines
+    world.run(0.3)
+    first, others = world.actors["nf1"], [world.actors[name] for name in ("nf2", "nf3", "nf4")]
+    assert world.rules(first, 0)
+    first.crash(how)
+    began_ns = world.now
+    while not any(world.rules(other, 0) for other in others):
+        world.run(0.0005)
+        assert world.now - began_ns < 10**9
+    outage_ns = world.now - began_ns
+    assert least_leases <= outage_ns / world.timing.lease_ns <= most_leases
+    world.close()
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])

@@ -366,7 +366,7 @@ def test_a_report_takes_over_the_orders_of_nobody_else(steered: coordination.Coo
     other = instance(steered, "nf1", key_of="nf2")
     other.send(report("nf1"))
     assert "client nf2 may not speak as client nf1" in messages(other)[0]["error"]
-    (mine,) = steered._instances.values()
+    (mine,) = steered.attendance.instances.values()
     assert mine.connection.getpeername() == line.connection.getsockname()
     line.close()
     other.close()

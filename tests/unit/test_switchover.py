@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import select
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from datastore.native.errors import NearstateError
+from datastore.replication.attendance import Attendance
 from datastore.replication.coordinator import Coordinator, Heartbeat, HostState, Timing
 from datastore.replication.maps import ClusterMap
+from datastore.replication.switch import Switch
 from datastore.replication.switchover import BATCH, Instance, Switchover, check_steering
 
 HOSTS = ("nf1", "nf2")
@@ -145,6 +151,104 @@ def test_a_coordinator_that_begins_anew_steers_to_the_primaries_not_to_where_pac
     cluster.switchover.resume(cluster.coordinator)
     cluster.plan()  # nobody was heard yet
     assert cluster.switchover.steering == ["nf2", "nf2", "nf1", "nf2"]
+
+
+def after_a_crash(steering: list[str], **cluster: Any) -> Cluster:
+    """Return a cluster whose coordinator began after another one, and has heard of nobody; the switch says `steering`."""
+    begun = Cluster(heard=False, **cluster)
+    begun.switchover.resume(begun.coordinator)
+    begun.plan()
+    begun.switchover.learn(steering)
+    return begun
+
+
+def test_packets_that_an_earlier_coordinator_steered_ahead_stay_there():
+    """They wait at the target: back at the source, later ones would overtake them."""
+    cluster = after_a_crash(["nf2", "nf2", "nf1", "nf2"], moves={0: "nf2"})
+    cluster.plan()
+    assert cluster.switchover.steering[0] == "nf2"
+    cluster.report("nf2", parked=(0,))
+    assert cluster.orders("nf2")["park"] == [0]  # before any plan knows of it, too
+    cluster.report("nf1")
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]
+    assert cluster.switchover.steering[0] == "nf2"
+
+
+def test_a_failover_of_an_earlier_coordinator_is_followed_in_order():
+    """The switch sends packets to nf1, whose store is gone; nf1 lives, and has some."""
+    cluster = after_a_crash(["nf1", "nf2", "nf1", "nf2"], handed_over=True)
+    cluster.plan()
+    assert cluster.switchover.steering[0] == "nf1"
+    for host in HOSTS:
+        cluster.report(host)
+    cluster.plan()
+    assert cluster.switchover.following == {0: "nf2"}
+    assert cluster.orders("nf2")["park"] == [0]
+
+
+def test_who_parks_after_a_failover_goes_on_until_the_others_are_drained():
+    """An earlier coordinator has steered the packets to nf2 by now; nf1 may have some."""
+    cluster = after_a_crash(["nf2", "nf2", "nf1", "nf2"], handed_over=True)
+    cluster.report("nf2", parked=(0,))
+    cluster.report("nf1")
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]
+    cluster.switchover.confirmed = list(cluster.switchover.steering)
+    cluster.plan()
+    cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
+    cluster.report("nf1", quiet=(0,))
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == []
+
+
+class SilentSwitch:
+    """A switch that says nothing until it is given something to say, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.found: list[str] | None = None
+        self.confirmed: list[str] | None = None
+        self.settled_ns, self.down = 0, frozenset[str]()
+        self.said: list[Any] = []
+
+    def hear(self) -> None:
+        pass
+
+    def ask(self) -> None:
+        self.said.append("where")
+
+    def tell(self, steering: list[str], unsettled: bool) -> None:
+        self.said.append(list(steering))
+
+
+def test_nothing_is_steered_before_the_switch_has_said_what_it_does():
+    cluster, switch = Cluster(moves={0: "nf2"}, heard=False), SilentSwitch()
+    cluster.switchover.resume(cluster.coordinator)
+    attendance: Attendance[Any] = Attendance(
+        cluster.coordinator, cluster.switchover, switch, lambda line, message: None, cluster.now_ns
+    )
+    cluster.report("nf2", parked=(0,))
+    attendance.advance(cluster.now_ns)
+    assert switch.said == ["where"]
+    switch.found = ["nf2", "nf2", "nf1", "nf2"]
+    attendance.advance(cluster.now_ns)
+    assert switch.said == ["where", switch.found]
+
+
+def test_the_controller_says_what_the_switch_does(tmp_path: Path):
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "controller"))
+        door.listen()
+        switch = Switch(tmp_path / "controller")
+        switch.ask()
+        controller, _ = door.accept()
+        with controller:
+            assert json.loads(controller.recv(1000)) == {"command": "where"}
+            controller.sendall(b'{"instances": ["nf1", "nf2"], "returns": ["nf1", "nf2"]}\n')
+            select.select([*switch.filenos()], [], [], 5)
+            switch.hear()
+        switch.close()
+    assert (switch.found, switch.confirmed) == (["nf1", "nf2"], None)
 
 
 def test_who_dies_within_a_move_is_not_waited_for():

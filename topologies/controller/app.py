@@ -254,13 +254,17 @@ class Steering(OSKenApp):
     def _show(self, _: dict[str, Any]) -> dict[str, Any]:
         counted = self._refused_packets() if self.datapath else None
         return {
-            **self._where({}),
+            **self._ways(),
             "rules": len(self._all_rules()),
             "refused_packets": counted,
             "connected": self.datapath is not None,
         }
 
     def _where(self, _: dict[str, Any]) -> dict[str, Any]:
+        with self.changing:  # what was told before is done
+            return self._ways()
+
+    def _ways(self) -> dict[str, Any]:
         return {"instances": ["|".join(way) for way in self.forward], "returns": ["|".join(way) for way in self.back]}
 
     def _ports(self, _: dict[str, Any]) -> dict[str, Any]:
