@@ -151,7 +151,11 @@ def holds_for_a_dead_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leaves_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """An NF process says that the store process of its host has ended, and goes on by its lease."""
-    monkeypatch.setattr(Table, "end_lease", lambda self: None if lives.is_held(self.words, SERVER_LIFE) else int(self.words[INCARNATION]))
+
+    def end_lease(self: Table) -> int | None:
+        return None if lives.is_held(self.words, SERVER_LIFE) else int(self.words[INCARNATION])
+
+    monkeypatch.setattr(Table, "end_lease", end_lease)
 
 
 def steers_to_the_primaries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,22 +179,18 @@ def _stand_in(bench: Bench, victim: str, survivor: str, carried: list[int], lost
 
 
 def _watched(bench: Bench, victim: str, survivor: str, carried: list[int], lost_ns: int) -> tuple[int, int]:
-    """Watch a coordinator notice, and have the switch follow; returns when its status said the one and the other.
+    """Watch a coordinator notice, and have the switch follow; returns when it gave the victim up, and when it steered away.
 
-    It has noticed when the host's lease is over, or, of a host that has no store, when its map or its steering changes. It is
-    asked every few milliseconds: seldom enough not to keep it from its work, and no closer are the times known. Busy with the
-    failover it may answer late; a loss that packets show to be mended was noticed by then.
+    The first it tells by its clock, which is that of all processes here; the second is known to a few milliseconds: it is asked
+    seldom enough not to be kept from its work, and busy with the failover it may answer late. A loss that packets show to be
+    mended was noticed by then.
     """
     noticed_ns, now_ns, deadline = 0, lost_ns, lost_ns + int(PATIENCE_S * 1e9)
-    epoch = None
     while now_ns < deadline:
         status, now_ns = bench.status(), time.monotonic_ns()
-        epoch = epoch or status["map"]["epoch"]
-        over = status["hosts"].get(victim, {"lease_ms": 1.0})["lease_ms"] <= 0
-        steered = all(status["steering"][partition] != victim for partition in carried)
-        if over or steered or status["map"]["epoch"] != epoch:
-            noticed_ns = noticed_ns or now_ns
-        if steered:
-            return noticed_ns, now_ns
+        told_ns = [each["at_ns"] for each in status["failovers"] if each["host"] == victim and each["at_ns"] >= lost_ns]
+        noticed_ns = noticed_ns or min(told_ns, default=0)
+        if all(status["steering"][partition] != victim for partition in carried):
+            return noticed_ns or now_ns, now_ns
         time.sleep(ASKED_EVERY_S)
     return noticed_ns or now_ns, now_ns
