@@ -47,38 +47,49 @@ tests() {  # tests PYTEST-ARGUMENT...; where the arguments choose no test of a p
 }
 chosen=$#
 
-# Beside the other checks, on the second core: it compiles the packet loop once more, and no test without root is timed.
-start_bounds_checked() {
-  beside=$(mktemp --tmpdir nearstate-bounds.XXXXXX)
+# Beside the other checks, on the second core: no test without root is timed.
+start_beside() {
+  beside=$(mktemp -d --tmpdir nearstate-beside.XXXXXX)
   trap 'end_beside' EXIT
   trap 'exit 130' INT TERM HUP
-  NUMBA_BOUNDSCHECK=1 setsid .venv/bin/python -m pytest tests/unit -m bounds -o cache_dir=.pytest_cache/bounds "$@" \
-    >"$beside" 2>&1 </dev/null &
-  bounds_checked=$!
+  setsid bash -c '
+    beside() {  # beside NAME SETTING MARK PYTEST-ARGUMENT...
+      local name=$1 setting=$2 mark=$3 status=0
+      shift 3
+      env "$setting" .venv/bin/python -m pytest tests/unit -m "$mark" -o cache_dir=".pytest_cache/$name" "$@" || status=$?
+      echo "$status" >"$folder/$name.status"
+    }
+    folder=$1
+    shift
+    beside bounds NUMBA_BOUNDSCHECK=1 bounds "$@" >"$folder/bounds" 2>&1
+    beside uncompiled NUMBA_DISABLE_JIT=1 python_mode "$@" >"$folder/uncompiled" 2>&1
+  ' beside "$beside" "$@" </dev/null &
 }
 
 end_beside() {  # it is a process group of its own, or about to be one, which ends with this script
   [[ -z ${!:-} || -n ${ended:-} ]] || kill -TERM -- "-$!" "$!" 2>/dev/null || true
-  rm -f "$beside"
+  rm -rf "$beside"
 }
 
-end_bounds_checked() {
-  local status=0
-  wait "$bounds_checked" || status=$?
-  ended=1
-  cat "$beside"
+wait_beside() { wait "$!" || true; ended=1; }
+
+tests_beside() {  # tests_beside NAME: tell what came of it
+  local status
+  cat "$beside/$1"
+  status=$(cat "$beside/$1.status" 2>/dev/null || echo 1)
   ((status == 5 && chosen)) || return "$status"
 }
 
 case $part in
   all | unit)
-    start_bounds_checked "$@"
+    start_beside "$@"
     check "lint" .venv/bin/python -m ruff check .
     check "format (mend: .venv/bin/python -m ruff format .)" .venv/bin/python -m ruff format --check --quiet .
     check "types" .venv/bin/python -m mypy
-    NUMBA_DISABLE_JIT=1 check "unit tests, uncompiled" tests tests/unit -m python_mode "$@"
     check "unit tests" tests tests/unit "$@"
-    check "unit tests, bounds checked" end_bounds_checked
+    wait_beside
+    check "unit tests, bounds checked" tests_beside bounds
+    check "unit tests, uncompiled" tests_beside uncompiled
     ;;
 esac
 case $part in

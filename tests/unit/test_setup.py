@@ -374,9 +374,9 @@ def test_run_tests_runs_every_check_and_fails_when_an_early_one_fails(tree: Tree
         "jit= bounds= -m ruff check .",
         "jit= bounds= -m ruff format --check --quiet .",
         "jit= bounds= -m mypy",
-        "jit=1 bounds= -m pytest tests/unit -m python_mode -k steering",
         "jit= bounds= -m pytest tests/unit -k steering",
-        "jit= bounds=1 -m pytest tests/unit -m bounds -o cache_dir=.pytest_cache/bounds -k steering",  # it ran beside the others
+        "jit= bounds=1 -m pytest tests/unit -m bounds -o cache_dir=.pytest_cache/bounds -k steering",  # beside the others, as
+        "jit=1 bounds= -m pytest tests/unit -m python_mode -o cache_dir=.pytest_cache/uncompiled -k steering",  # is this one
     ]
     assert output.endswith("-k steering\n")  # so pytest's closing line is the last
     for broken, name in (("mypy", "types"), ("-m bounds", "unit tests, bounds checked"), ("tests/emulation", "emulation tests")):
@@ -390,7 +390,7 @@ def test_arguments_may_choose_no_test_of_a_part_but_a_part_without_tests_fails(t
     assert tree.run("./run_tests.sh unit -k nothing")[0] == 0
     status, output, _ = tree.run("./run_tests.sh unit")
     assert status == 1
-    assert output.endswith("failed: unit tests, uncompiled; unit tests; unit tests, bounds checked\n")
+    assert output.endswith("failed: unit tests; unit tests, bounds checked; unit tests, uncompiled\n")
 
 
 def test_an_end_of_the_tests_ends_those_beside_them(tree: Tree) -> None:
