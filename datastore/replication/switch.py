@@ -16,8 +16,6 @@ from typing import Any
 from datastore.replication.messages import LONGEST_TOLD, LineSocket
 
 AGAIN_S = 0.05
-PORTS_S = 0.03
-"""How often the controller is asked for links that are down."""
 
 
 class Line:
@@ -94,18 +92,19 @@ class Switch:
     """
 
     def __init__(self, controller: Path) -> None:
-        self._rules, self._flows = Line(controller), Line(controller)
+        self._rules, self._flows, self._links = Line(controller), Line(controller), Line(controller)
         self._asked: list[str] | None = None
-        self._refused_s = self._looked_s = 0.0
+        self._refused_s = self._missed_s = 0.0
         self._settling_ns = 0
         self.found: list[str] | None = None
         self.confirmed: list[str] | None = None
         self.settled_ns = 0
         self.down: frozenset[str] = frozenset()
+        self._watched: dict[str, list[str]] = {}
 
     def filenos(self) -> set[int]:
         """Return the descriptors that are readable when the controller answered."""
-        return {line.fileno() for line in (self._rules, self._flows)} - {-1}
+        return {line.fileno() for line in (self._rules, self._flows, self._links)} - {-1}
 
     def hear(self) -> None:
         """Take what the switch has said."""
@@ -113,6 +112,12 @@ class Switch:
         told = self._flows.answer()
         if told and "settled" in told:
             self.settled_ns = self._settling_ns
+        links = self._links.answer()
+        if links and "down" in links:
+            self._watched = {"known": list(links["down"])}
+            self.down = frozenset(interface.partition(".")[0] for interface in links["down"])
+        elif links:
+            self._watched, self._missed_s = {}, time.monotonic()
 
     def ask(self) -> None:
         """Have it say what it does, in `found`: another coordinator told it."""
@@ -121,23 +126,24 @@ class Switch:
 
     def tell(self, steering: list[str], unsettled: bool) -> None:
         """Have it steer as `steering` says. unsettled: it is to say when packets have settled."""
-        now_s = time.monotonic()
-        if steering != self.confirmed and now_s - self._refused_s > AGAIN_S:
-            if self._rules.ask({"command": "follow", "instances": list(steering)}):
-                self._asked = list(steering)
-        elif now_s - self._looked_s > PORTS_S and self._rules.ask({"command": "ports"}):
-            self._looked_s = now_s
+        may_ask = steering != self.confirmed and time.monotonic() - self._refused_s > AGAIN_S
+        if may_ask and self._rules.ask({"command": "follow", "instances": list(steering)}):
+            self._asked = list(steering)
+        self._watch_links()
         asked_ns = time.monotonic_ns()
         if unsettled and self._flows.ask({"command": "settled"}):
             self._settling_ns = asked_ns
 
+    def _watch_links(self) -> None:
+        """Have the controller tell of links: at once of those that are down, later of every change."""
+        if time.monotonic() - self._missed_s > AGAIN_S:
+            self._links.ask({"command": "ports", **self._watched})
+
     def _take(self, answer: dict[str, Any] | None) -> None:
-        """Take the answer to a wish, or of whose links are down."""
+        """Take the answer to a wish."""
         if answer is None:
             return
-        if "down" in answer:
-            self.down = frozenset(interface.partition(".")[0] for interface in answer["down"])
-        elif "instances" in answer:
+        if "instances" in answer:
             self.found = list(answer["instances"])
         elif "steered" in answer:
             self.confirmed = self._asked
@@ -146,5 +152,5 @@ class Switch:
 
     def close(self) -> None:
         """Close the lines; what was asked is asked again."""
-        self._rules.close()
-        self._flows.close()
+        for line in (self._rules, self._flows, self._links):
+            line.close()

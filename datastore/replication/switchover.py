@@ -15,8 +15,8 @@ each begun when the one before is known to be done, the two in a line side by si
 So each packet is processed by one instance, and those of the source before those of the target. What comes the old way after the
 state has gone waits at the source for the new map, and is then processed there on the state at the target: any instance can
 process any packet. That is why nobody waits for the two one after the other. An instance that is silent for a
-lease, or one of whose links the switch sees down for as long, is dead: its packets go to another one at once, and its host's
-partitions move after them.
+lease, or one of whose links the switch sees down for two heartbeats, is dead: its packets go to another one at once, and its
+host's partitions move after them.
 
 A failover takes the same way from `park` on where the instance that had the packets lives (its store process alone is gone):
 that instance drops what waits for commits of its store, and asks the new primary for the rest, in order.
@@ -41,6 +41,8 @@ What a batch waits for (a command to the switch, its second look at every flow, 
 one partition as for many: half of 256 partitions moved in 42 ms in one batch, in 130 ms in four, and no packet waited longer.
 """
 
+LINK_HEARTBEATS = 2
+"""So many heartbeats a link may be down. That it is down is known, unlike why a host is silent: this spares what flaps."""
 UNHEARD_SPANS = 8
 """For so many leases with their margins a coordinator that went on after another one waits for instances that it never heard.
 They leave a silent coordinator after five leases, and must find this one."""
@@ -154,12 +156,14 @@ class Switchover:
         for name, instance in self.instances.items():
             instance.cut_ns = (instance.cut_ns or now_ns) if name in down else 0
 
-    def dead(self, now_ns: int, span_ns: int) -> set[str]:
-        """Return the instances that ended, were heard once and then not for `span_ns`, or had a link down for as long."""
-        since = now_ns - span_ns
+    def dead(self, now_ns: int, timing: Timing) -> set[str]:
+        """Return the instances that ended, were heard once and then not for a lease and its margin, or had a link down for longer
+        than one that is set up anew."""
+        span_ns = timing.lease_ns + timing.margin_ns
+        since, cut_since = now_ns - span_ns, now_ns - LINK_HEARTBEATS * timing.heartbeat_ns
         missed = self._has_resumed and self._began_ns and now_ns - self._began_ns > UNHEARD_SPANS * span_ns
         return {name for name, instance in self.instances.items()
-                if instance.has_ended or 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= since
+                if instance.has_ended or 0 < instance.heard_ns <= since or 0 < instance.cut_ns <= cut_since
                 or (missed and not instance.heard_ns)}  # fmt: skip
 
     def _why_dead(self, name: str) -> str:
@@ -168,14 +172,15 @@ class Switchover:
 
     def next_lapse_ns(self, now_ns: int, timing: Timing) -> int:
         """Return when the next instance will be dead, if nothing is heard of it; a heartbeat from now if that is earlier."""
-        span_ns = timing.lease_ns + timing.margin_ns
-        due = [since_ns + span_ns for instance in self.instances.values() for since_ns in (instance.heard_ns, instance.cut_ns)]
+        span_ns, cut_span_ns = timing.lease_ns + timing.margin_ns, LINK_HEARTBEATS * timing.heartbeat_ns
+        due = [at_ns for instance in self.instances.values()
+               for at_ns in (instance.heard_ns + span_ns, instance.cut_ns + cut_span_ns)]  # fmt: skip
         return min([now_ns + timing.heartbeat_ns, *(at_ns for at_ns in due if at_ns > now_ns)])
 
     def plan(self, now_ns: int, coordinator: Coordinator) -> None:
         """Bring every move one step further and work out the steering; tells the coordinator which primaries may hand over."""
         self._began_ns = self._began_ns or now_ns
-        dead = self.dead(now_ns, coordinator.timing.lease_ns + coordinator.timing.margin_ns)
+        dead = self.dead(now_ns, coordinator.timing)
         if now_ns < coordinator.judges_ns:
             dead &= self._planned[1] | {name for name in dead if self.instances[name].has_ended}
         coordinator.failovers.extend(Failover(now_ns, name, self._why_dead(name)) for name in sorted(dead - self._planned[1]))

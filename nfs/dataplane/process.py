@@ -87,6 +87,7 @@ class Process:
         self._number = time.time_ns() & (1 << 62) - 1
         self._store_ended = 0
         """The incarnation of this host's store process, once it has ended."""
+        self._knows_end = False
 
     def _find_state(self) -> tuple[Table, list[dict[str, Any]], np.ndarray, int]:
         """Return the table on this host, the remote stores, the primaries by partition, and the map's epoch."""
@@ -189,11 +190,15 @@ class Process:
     def end_lease(self) -> None:
         """The store process of this host has ended: end the host's lease, so that nobody waits until it runs out."""
         self._store_ended = self.table.end_lease() or 0
+        self.call()
 
     def follow(self) -> None:
         """Carry out the coordinator's orders."""
         self.engine.control[CALLED] = 0
         self._followed_ns = time.monotonic_ns()
+        if self._store_ended and not self._knows_end:
+            self._knows_end = True
+            self.orders.lose_own_store()
         while self.follower and self.follower.orders:
             self.orders.quiet = []
             self.orders.carry_out(self.follower.orders.popleft(), time.monotonic_ns(), self._leave)

@@ -192,6 +192,8 @@ class InstanceHost(Actor):
     def end_lease(self) -> None:
         """End the host's lease, and say so."""
         self.store_ended = self.table.end_lease() or 0
+        if self.store_ended:
+            self.orders.lose_own_store()
         self.talk.tell()
 
     # ---- the loop -----------------------------------------------------------------------------------------------------

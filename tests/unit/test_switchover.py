@@ -452,7 +452,7 @@ def test_an_instance_whose_link_is_down_is_left_until_it_is_up_again():
     assert cluster.coordinator.moves == {0: "nf2", 2: "nf2"}  # the store lives: its partitions follow, with all that they hold
     switchover.see(cluster.now_ns, frozenset(), 0)
     cluster.beat()
-    assert not switchover.dead(cluster.now_ns, SPAN_NS)
+    assert not switchover.dead(cluster.now_ns, TIMING)
 
 
 def test_packets_of_a_dead_instance_stay_where_they_were_sent_when_others_come_back():

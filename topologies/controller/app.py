@@ -14,6 +14,7 @@ Commands, one JSON object a line, each answered by one line:
                              "connected": true}                                with stages "nf1|nf2", from inside to outside
     {"command": "where"} -> {"instances": [...], "returns": [...]}           without asking the switch, which takes half a second
     {"command": "ports"} -> {"down": ["nf1.inside", ...]}                    instances' interfaces whose link the switch sees down
+        "known": ["nf1.inside", ...] waits for an answer that differs, for a second at most
     {"command": "settled"} -> {"settled": true}                     once no flow's packets go as before the last change confirmed
     {"command": "ready"} -> {"rules": 3107}                                          once all rules are confirmed
 A command that is wrong is answered {"error": reason} and changes nothing.
@@ -47,6 +48,8 @@ from topologies.controller import revalidation, steering
 
 CONFIRM_S = 5.0
 """Longest wait for a barrier reply: 3,100 rules are confirmed in 0.4 s on two busy cores."""
+WATCH_S = 1.0
+"""Longest wait for a link to go up or down."""
 OUTPUT_AT = -12
 """Where the output port is in a group's message: the action is type, length, port, longest packet-in and 6 bytes of padding
 (OpenFlow 1.3.5, section 7.2.5)."""
@@ -72,6 +75,7 @@ class Steering(OSKenApp):
         self.forward = steering.evenly(self.stages)
         self.back = list(self.forward)
         self.datapath: Any = None
+        self.links = threading.Condition()  # notified when one goes up or down
         self.changing = threading.Lock()  # one change of rules at a time
         self.installed = threading.Event()
         self.barriers: dict[int, threading.Event] = {}
@@ -97,6 +101,12 @@ class Steering(OSKenApp):
         if event.datapath is self.datapath:
             self.datapath = None
             self.installed.clear()
+            self.changed()
+
+    @set_ev_cls(ofp_event.EventOFPPortStateChange, MAIN_DISPATCHER)
+    def changed(self, _: Any = None) -> None:
+        with self.links:
+            self.links.notify_all()
 
     @set_ev_cls(ofp_event.EventOFPBarrierReply, MAIN_DISPATCHER)
     def confirmed(self, event: Any) -> None:
@@ -267,16 +277,22 @@ class Steering(OSKenApp):
     def _ways(self) -> dict[str, Any]:
         return {"instances": ["|".join(way) for way in self.forward], "returns": ["|".join(way) for way in self.back]}
 
-    def _ports(self, _: dict[str, Any]) -> dict[str, Any]:
+    def _ports(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "known" in request:
+            with self.links:
+                self.links.wait_for(lambda: self._down() != request["known"], WATCH_S)
+        return {"down": self._down()}
+
+    def _down(self) -> list[str]:
         datapath = self.datapath
         if datapath is None:
             raise ValueError("the switch is not connected")
         with warnings.catch_warnings():  # os-ken keeps its picture by OFPPortStatus, and advises against it since OpenFlow 1.3
             warnings.simplefilter("ignore")
             known = datapath.ports
-        return {"down": [f"{name}.{side}" for name, numbers in self.ports.instances.items()
-                         for side, number in zip(("inside", "outside"), numbers, strict=True)
-                         if number not in known or known[number].state & ofproto_v1_3.OFPPS_LINK_DOWN]}  # fmt: skip
+        return [f"{name}.{side}" for name, numbers in self.ports.instances.items()
+                for side, number in zip(("inside", "outside"), numbers, strict=True)
+                if number not in known or known[number].state & ofproto_v1_3.OFPPS_LINK_DOWN]  # fmt: skip
 
     def _settled(self, _: dict[str, Any]) -> dict[str, Any]:
         revalidation.settle(self._nudge)

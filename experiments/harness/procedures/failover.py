@@ -11,8 +11,8 @@ only its NF process, its store process, or the link by which packets reach it.
 Who notices. A coordinator does so by its leases, gives the host's partitions to a survivor and has the switch follow; here one
 only watches. Where none runs (state local, on a store host without replicas, in a peer) the procedure stands in for the
 detector, with the same timing: a lease and the coordinator's margin after the last heartbeat before the loss, whose age is
-drawn from the seed, or at once where the kernel tells of a process' end; then the peer's `take_over`, then the switch is told.
-So no placement is faster for a better detector.
+drawn from the seed; two heartbeats for a link; at once where the kernel tells of a process' end. Then the peer's `take_over`,
+then the switch is told. So no placement is faster for a better detector.
 
 Synthetic flows are UDP, which every NAT takes up again: one that lost its state breaks those that it gives another port than
 they had. Ports are kept where they are free, so the workload's clients share few of them (`client_ports`).
@@ -31,6 +31,7 @@ import numpy as np
 
 from datastore.native.errors import NearstateError
 from datastore.replication.coordinator import Timing
+from datastore.replication.switchover import LINK_HEARTBEATS
 from datastore.store.partitions import FlowKey
 from datastore.store.table import Record
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
@@ -157,12 +158,14 @@ def ends(bench: Bench) -> tuple[str, str]:
 def detection_ns(seed: int, timing: Timing | None = None, lost: str = "host") -> int:
     """Return how long after a loss a coordinator knows of it.
 
-    Of a host or a link when its lease is over, which began with the last heartbeat, up to one interval ago; of a process at once,
-    since the kernel tells of its end.
+    Of a host when its lease is over, which began with the last heartbeat, up to one interval ago; of a link when it is down for
+    long enough; of a process at once, since the kernel tells of its end.
     """
     if lost in ("function", "store"):
         return 0
     timing = timing or Timing()
+    if lost == "link":
+        return LINK_HEARTBEATS * timing.heartbeat_ns
     age_ns = random.Random(seed).uniform(0, timing.heartbeat_ns)
     return timing.lease_ns + timing.margin_ns - int(age_ns)
 
