@@ -23,6 +23,8 @@ from datastore.security.secret import COORDINATOR, Credential
 
 SILENCE_LEASES = 5
 """A coordinator that is silent for so many leases is left for the next one: it is stopped, or its machine is gone."""
+STOPPED_PAUSES = 4
+"""Who comes by after so many heartbeats only was stopped itself, with its machine perhaps, and has not listened to a silence."""
 CHALLENGE_S = 0.001
 """How soon an answer to a challenge is looked for."""
 
@@ -99,8 +101,12 @@ class Reporter:
     def _converse(self, line: LineSocket) -> None:
         """Speak on a connection until it is lost, which is an OSError, or the reporter is closed."""
         due_s, heard_s = 0.0, time.monotonic()
+        looked_s = heard_s
         while not self._closed.is_set():
             now_s = time.monotonic()
+            if now_s - looked_s > STOPPED_PAUSES * self._pause_s:
+                heard_s = now_s
+            looked_s = now_s
             if now_s - heard_s > self._silence_s:
                 raise TimeoutError
             if now_s >= due_s:

@@ -8,11 +8,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from datastore.native.threads import take_precedence
+from datastore.replication import reporter as module
 from datastore.replication.coordinator import Timing
 from datastore.replication.reporter import Reporter
 from datastore.security.challenge import Listener
@@ -113,6 +115,17 @@ def test_a_connection_that_is_left_is_parted_from_and_made_again(ear: Ear) -> No
         time.sleep(0.005)
     said = len(ear.heard)
     ear.wait_for(said + 1)
+    telling.close()
+
+
+def test_a_machine_that_stood_still_takes_nobody_for_silent(ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes stop and go on together, 10 s later by the clock: the connection stays."""
+    telling = reporter(ear)
+    ear.wait_for(3)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 10))
+    ear.wait_for(len(ear.heard) + 3)
+    assert {"parting": True} not in [message for _, message in ear.heard]
+    assert len(ear.connections) == 1
     telling.close()
 
 
