@@ -103,6 +103,8 @@ class Attendance(Generic[Line]):
         """
         assert self.switchover
         name = self.switchover.hear(now_ns, report)
+        if name is None:
+            return
         if ended := self.switchover.instances[name].store_ended:
             self.coordinator.end(now_ns, name, ended)
         if self.instances.get(name) is not line:

@@ -134,6 +134,7 @@ class Coordination:
         self._switch_descriptors: set[int] = set()
         self._saved = self.coordinator.save()
         self._failovers: list[Failover] = []
+        self._given_up: set[str] = set()
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._lines: dict[int, Caller] = {}
         listener = socket.create_server((config["address"], config["port"]), backlog=BACKLOG)
@@ -153,6 +154,8 @@ class Coordination:
 
     def pause_s(self) -> float:
         """Return for how long there is nothing to do if no message comes. Each turn costs the stores' host some 0.1 ms."""
+        if any(caller.unheard for caller in self._lines.values()):
+            return 0.0
         now_ns, coordinator = time.monotonic_ns(), self.coordinator
         due_ns = coordinator.next_lapse_ns(now_ns)
         if coordinator.moves:
@@ -211,6 +214,8 @@ class Coordination:
         line, caller.heard_ns = caller.line, now_ns
         try:
             for message in caller.messages():
+                if self._lines.get(line.fileno()) is not caller:  # it was left meanwhile
+                    return
                 if "parting" in message:
                     self.attendance.part(line)
                     continue
@@ -323,10 +328,10 @@ class Coordination:
                     print(error, file=sys.stderr, flush=True)
                 self.trouble = str(error)
                 coordinator.restore(self._saved)
-                coordinator.failovers = list(self._failovers)
+                coordinator.failovers, coordinator.given_up = list(self._failovers), set(self._given_up)
                 return False
             self._saved, self.trouble = document, ""
-            self._failovers = list(coordinator.failovers)
+            self._failovers, self._given_up = list(coordinator.failovers), set(coordinator.given_up)
         self.attendance.announce()
         if len(coordinator.moves) != len(self._saved["moves"]):  # some have ended: nobody waits until that is saved
             coordinator.dirty = True
@@ -349,7 +354,8 @@ class Coordination:
             for message in caller.line.receive():
                 caller.unheard.append(message)
                 if "instance" in message:
-                    self._tell(caller.line, {"heard": True})
+                    if caller.line in self.attendance.instances.values():  # else it would begin before it is known
+                        self._tell(caller.line, {"heard": True})
                 elif "beat" in message and (grant := self._renewal(caller, message["beat"])):
                     self._tell(caller.line, grant_message(grant))
         except OSError as error:

@@ -193,8 +193,8 @@ class Coordinator:
     def renew(self, now_ns: int, beat: Heartbeat, epoch: int) -> Grant | None:
         """Return a lease for the map of `epoch`, which all were told, while the next one is being saved; None: not for this one.
 
-        Only who has a lease is given more of it. Who acts by that map does so until its lease is over, which `granted_until_ns`
-        tells whoever takes a right from it. What else the heartbeat says is heard later.
+        Only a host that has a lease is given more of it. It acts by that map until the lease is over, and `granted_until_ns` says
+        when that is: no right is taken from it before. The rest of the heartbeat is heard later.
         """
         state = self.hosts.get(beat.host)
         if state is None or (beat.cluster, beat.incarnation, beat.epoch) != (self.cluster, state.incarnation, epoch):

@@ -35,7 +35,7 @@ TTL_S = 2
 MARGIN_S = 0.2
 """For clocks that drift by up to a tenth between them."""
 REQUEST_S = 0.25
-"""The coordinator stands still meanwhile; a lease of 80 ms may lapse, which the stores' promises bridge."""
+"""Decisions wait meanwhile; leases are renewed."""
 CAMPAIGN_S, KEEP_ALIVE_S = 0.1, 0.4
 
 
@@ -208,7 +208,7 @@ class EtcdState:
         raise Unavailable("etcd had done what it was thought not to have: once more")
 
     def _unless_away(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Ask, but not again right after nobody answered: each attempt keeps heartbeats waiting."""
+        """Ask, but not again right after nobody answered: each attempt keeps decisions waiting."""
         if now_s() < self._pause_s:
             raise Unavailable("etcd did not answer a moment ago: the decision is taken back")
         try:

@@ -24,7 +24,7 @@ from datastore.security.secret import COORDINATOR, Credential
 SILENCE_LEASES = 5
 """A coordinator that is silent for so many leases is left for the next one: it is stopped, or its machine is gone."""
 STOPPED_PAUSES = 4
-"""Who comes by after so many heartbeats only was stopped itself, with its machine perhaps, and has not listened to a silence."""
+"""A reporter that did not run for so many heartbeats was stopped itself, perhaps with its machine. It has heard no silence."""
 CHALLENGE_S = 0.001
 """How soon an answer to a challenge is looked for."""
 

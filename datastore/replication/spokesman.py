@@ -39,7 +39,7 @@ class Spokesman:
 
     def end_function(self, number: int) -> None:
         """Take that NF process `number` on this host's table has ended."""
-        self._function_ended = number
+        self._function_ended = max(self._function_ended, number)  # numbers grow with time
 
     def hear(self, message: dict[str, Any]) -> bool:
         """Take a grant: the lease at once, the rest for the main thread; tell whether that has something to do.

@@ -48,17 +48,20 @@ class Line:
 
     def answer(self) -> dict[str, Any] | None:
         """Return the answer to the command asked last, once; None: not yet. One that was lost is {"error": why}."""
-        if self._line is None or not self.is_waiting:
+        if self._line is None:
             return None
+        was_waiting = self.is_waiting
         try:
             for answer in self._line.receive():
+                if not was_waiting:
+                    raise ConnectionAbortedError("an answer to nothing")
                 self.is_waiting = False
                 if "error" in answer:
                     print(f"controller: {answer['error']}", file=sys.stderr, flush=True)
                 return answer
-        except OSError as error:
+        except OSError as error:  # also where nothing was asked, or the descriptor would stay readable
             self._lose(error)
-            return {"error": str(error)}
+            return {"error": str(error)} if was_waiting else None
         return None
 
     def _connected(self) -> LineSocket | None:
@@ -100,7 +103,7 @@ class Switch:
         self.confirmed: list[str] | None = None
         self.settled_ns = 0
         self.down: frozenset[str] = frozenset()
-        self._watched: dict[str, list[str]] = {}
+        self._known_links: dict[str, list[str]] = {}
 
     def filenos(self) -> set[int]:
         """Return the descriptors that are readable when the controller answered."""
@@ -114,10 +117,10 @@ class Switch:
             self.settled_ns = self._settling_ns
         links = self._links.answer()
         if links and "down" in links:
-            self._watched = {"known": list(links["down"])}
+            self._known_links = {"known": list(links["down"])}
             self.down = frozenset(interface.partition(".")[0] for interface in links["down"])
         elif links:
-            self._watched, self._missed_s = {}, time.monotonic()
+            self._known_links, self._missed_s = {}, time.monotonic()
 
     def ask(self) -> None:
         """Have it say what it does, in `found`: another coordinator told it."""
@@ -137,7 +140,7 @@ class Switch:
     def _watch_links(self) -> None:
         """Have the controller tell of links: at once of those that are down, later of every change."""
         if time.monotonic() - self._missed_s > AGAIN_S:
-            self._links.ask({"command": "ports", **self._watched})
+            self._links.ask({"command": "ports", **self._known_links})
 
     def _take(self, answer: dict[str, Any] | None) -> None:
         """Take the answer to a wish."""

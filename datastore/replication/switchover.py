@@ -124,8 +124,8 @@ class Switchover:
             if self.aligned and name in self.instances:
                 self.steering[partition] = name
 
-    def hear(self, now_ns: int, report: dict[str, Any]) -> str:
-        """Take what an instance says of itself (`nfs/dataplane/process.py`) and return its name.
+    def hear(self, now_ns: int, report: dict[str, Any]) -> str | None:
+        """Take what an instance says of itself (`nfs/dataplane/process.py`) and return its name; None: these are its last words.
 
         Raises NearstateError for an unknown instance, ValueError for a report that is none.
         """
@@ -133,8 +133,8 @@ class Switchover:
         if name not in self.instances:
             raise unknown("instance", name, self.instances)
         instance, number = self.instances[name], whole(report.get("number", 0), LARGEST_TIME)
-        if number and number == instance.ended:  # its last words
-            return name
+        if number and number == instance.ended:
+            return None
         epoch, most = whole(report["epoch"], LARGEST_EPOCH), len(self.steering)
         parked, quiet = (frozenset(whole(partition, most - 1) for partition in members(report[kind], most))
                          for kind in ("parked", "quiet"))  # fmt: skip
@@ -224,7 +224,8 @@ class Switchover:
 
         While the switch has not said what it does, none is known: to which partitions an instance matters depends on it.
         """
-        is_young = now_ns < self._began_ns + timing.lease_ns + timing.margin_ns
+        spans = UNHEARD_SPANS if self._has_resumed else 1
+        is_young = now_ns < self._began_ns + spans * (timing.lease_ns + timing.margin_ns)
         return {name for name, instance in self.instances.items() if self.is_blind or (is_young and not instance.heard_ns)}
 
     def _may_be_under_way(self, partition: int, coordinator: Coordinator, unknown: set[str]) -> bool:

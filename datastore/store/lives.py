@@ -13,9 +13,11 @@ A thread whose word is marked runs no more: it changes nothing, and sends nothin
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -27,8 +29,8 @@ _WAITERS, _OWNER_DIED, _THREAD = 0x8000_0000, 0x4000_0000, 0x3FFF_FFFF
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 _EVERYBODY = 0x7FFF_FFFF
+LOOK_AGAIN_NS = 50_000_000
 _libc = ctypes.CDLL(None, use_errno=True)
-_attributes = (ctypes.c_char * 64)()
 _kept = threading.local()
 """The tables in which a thread holds lives: the C library has a list of these mutexes, so their memory must stay."""
 
@@ -38,19 +40,20 @@ def hold(words: np.ndarray, at: int) -> None:
 
     Raises OSError where the C library keeps its mutexes otherwise than described above.
     """
-    mutex = ctypes.c_void_p(words.ctypes.data + at * words.itemsize)
+    mutex, attributes = ctypes.c_void_p(words.ctypes.data + at * words.itemsize), (ctypes.c_char * 64)()
     words[at : at + LIFE_WORDS] = 0
     for step in (
-        _libc.pthread_mutexattr_init(_attributes),
-        _libc.pthread_mutexattr_setpshared(_attributes, _SHARED),
-        _libc.pthread_mutexattr_setrobust(_attributes, _ROBUST),
-        _libc.pthread_mutex_init(mutex, _attributes),
+        _libc.pthread_mutexattr_init(attributes),
+        _libc.pthread_mutexattr_setpshared(attributes, _SHARED),
+        _libc.pthread_mutexattr_setrobust(attributes, _ROBUST),
+        _libc.pthread_mutex_init(mutex, attributes),
         _libc.pthread_mutex_lock(mutex),
     ):
         if step:
             raise OSError(step, f"no robust mutex: {os.strerror(step)}")
     lock = _lock_word(words, at)
     if int(lock[0]) & _THREAD != threading.get_native_id():
+        words[at : at + LIFE_WORDS] = 0
         raise OSError(0, "the C library's mutexes do not begin with the number of their thread")
     lock[0] = int(lock[0]) | _WAITERS  # the kernel wakes only where somebody may wait
     _kept.tables = [*getattr(_kept, "tables", []), words]
@@ -79,13 +82,14 @@ def watch(words: np.ndarray, lives: Sequence[int], begin: Callable[[], None] = l
         raise OSError(0, f"futex(2) has no known number on {platform.machine()}")
     if not any(is_held(words, at) for at in lives):
         return None
+    seen = [int(_lock_word(words, at)[0]) for at in lives]
     descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     told = os.dup(descriptor)
 
     def wait() -> None:
         begin()
-        while held := [at for at in lives if is_held(words, at)]:
-            _wait(number, words, held[0])
+        for at, lock in zip(lives, seen):
+            _wait(number, words, at, lock)
         os.eventfd_write(told, 1)
         os.close(told)
 
@@ -93,14 +97,22 @@ def watch(words: np.ndarray, lives: Sequence[int], begin: Callable[[], None] = l
     return descriptor
 
 
-def _wait(number: int, words: np.ndarray, at: int) -> None:
-    """Wait until the life at `at` is another than it was, and wake the others that wait for it: the kernel wakes one."""
+def _wait(number: int, words: np.ndarray, at: int, seen: int) -> None:
+    """Wait until the thread that held the life at `at` when its lock word was `seen` has ended; who held none then, by now.
+
+    The kernel wakes one of those that wait, and nobody where the thread ended before it had said that somebody may wait. So this
+    wakes the others, and looks again after a while by itself.
+    """
     lock = _lock_word(words, at)
-    address, seen = ctypes.c_void_p(lock.ctypes.data), int(lock[0])
-    if seen & _THREAD and not seen & _OWNER_DIED:
-        _libc.syscall(ctypes.c_long(number), address, _FUTEX_WAIT, ctypes.c_uint32(seen), None, None, 0)
-    if int(lock[0]) != seen:
-        _libc.syscall(ctypes.c_long(number), address, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+    address, look_again = ctypes.c_void_p(lock.ctypes.data), (ctypes.c_long * 2)(0, LOOK_AGAIN_NS)
+    if not seen & _THREAD:
+        seen = int(lock[0])
+    while is_held(words, at) and (int(lock[0]) ^ seen) & _THREAD == 0:
+        ctypes.set_errno(0)
+        _libc.syscall(ctypes.c_long(number), address, _FUTEX_WAIT, ctypes.c_uint32(int(lock[0])), look_again, None, 0)
+        if ctypes.get_errno() not in (0, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT):  # a sandbox without futex(2)
+            time.sleep(LOOK_AGAIN_NS / 1e9)
+    _libc.syscall(ctypes.c_long(number), address, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
 
 
 def _lock_word(words: np.ndarray, at: int) -> np.ndarray:

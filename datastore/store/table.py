@@ -607,16 +607,18 @@ class Table:
         for claim in claims:
             self._owners.remove(claim)
             os.close(claim >> 16)
-            lives.leave(self.words, SERVER_LIFE)
+            for at in (SERVER_LIFE, LEASE_LIFE):
+                lives.leave(self.words, at)
 
     def renews_lease(self) -> None:
         """Say that the calling thread renews the host's lease: that is not over before it has ended, too."""
         self._live(LEASE_LIFE)
 
     def begin_function(self, number: int) -> None:
-        """Say that the calling thread works on this table as NF process `number`."""
-        self._live(FUNCTION_LIFE)
-        self.words[FUNCTION] = number
+        """Say that the calling thread works on this table as NF process `number`; a second one there is not watched."""
+        if not lives.is_held(self.words, FUNCTION_LIFE):
+            self._live(FUNCTION_LIFE)
+            self.words[FUNCTION] = number
 
     def _live(self, at: int) -> None:
         with contextlib.suppress(OSError):  # then nobody can watch it, and its connection or the lease says that it is gone
@@ -647,7 +649,8 @@ class Table:
 
         None: it has not, or nobody knows, and nothing is changed.
         """
-        if not self.words[SERVER_LIFE] or any(lives.is_held(self.words, at) for at in (SERVER_LIFE, LEASE_LIFE)):
+        threads = (SERVER_LIFE, LEASE_LIFE)
+        if not all(self.words[at] for at in threads) or any(lives.is_held(self.words, at) for at in threads):
             return None
         self.words[LEASE_NS] = self.words[PROMISE_NS] = 1
         return int(self.words[INCARNATION])

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from datastore.replication.coordinator import MILLISECOND_NS
+from datastore.replication.reporter import SILENCE_LEASES
 from datastore.verification.imagined import Actor, Stream
 
 CLOSED: dict[str, Any] = {}
 """The end of a stream, in place of a message."""
-SILENCE_LEASES = 5
-"""As in `replication/reporter.py`."""
 COORDINATOR = "control"
 
 

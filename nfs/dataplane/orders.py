@@ -20,7 +20,7 @@ import numpy as np
 from datastore.replication.maps import ClusterMap
 from datastore.store.client import EPOCH as CLIENT_EPOCH
 from datastore.store.client import ClientState
-from nfs.dataplane.engine import DOWN, EPOCH, HERE, NEVER, Engine
+from nfs.dataplane.engine import EPOCH, HERE, NEVER, Engine
 from nfs.dataplane.passage import note_oldest
 from nfs.dataplane.port import Port, has_passed, mark
 
@@ -145,11 +145,11 @@ class Orders:
     def _unfinished(self) -> list[Drain]:
         return [drain for drain in {id(drain): drain for drain in self._drains.values()}.values() if not drain.passed_ns]
 
-    def lose_own_store(self) -> None:
+    def leave_own_store(self, leave: Callable[[int], None]) -> None:
         """The store process whose table this process shares has ended: packets wait until a map says whom to ask, even before the
-        connection to it is closed. What ran on its table without a lease could not be let go."""
+        connection to it is closed. What ran on its table without a lease could not be let go. leave: as in `carry_out`."""
         if self.here in self.numbers:
-            self.engine.control[DOWN] |= 1 << self.numbers[self.here]
+            leave(self.numbers[self.here])
 
     def forsake(self) -> None:
         """The store process whose table this process shares is gone, and another one is in its place: its table is that of no

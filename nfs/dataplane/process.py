@@ -87,7 +87,7 @@ class Process:
         self._number = time.time_ns() & (1 << 62) - 1
         self._store_ended = 0
         """The incarnation of this host's store process, once it has ended."""
-        self._knows_end = False
+        self._has_left_store = False
 
     def _find_state(self) -> tuple[Table, list[dict[str, Any]], np.ndarray, int]:
         """Return the table on this host, the remote stores, the primaries by partition, and the map's epoch."""
@@ -134,15 +134,23 @@ class Process:
             if dialling.done():
                 del self._dialling[host]
                 if dialling.exception() is None:
-                    self.client.take_connection(host, *dialling.result())
-                    if self.stores[host]["host"] == self.orders.here and not self.table.is_named():
-                        self.orders.forsake()
-                    self.engine.control[DOWN] &= ~(1 << host)
+                    self._take_connection(host, *dialling.result())
         if down and time.monotonic() - self.tried_at > RECONNECT_S:
             self.tried_at = time.monotonic()
             for host in range(len(self.stores)):
                 if self.engine.control[DOWN] >> host & 1 and host not in self._dialling:
                     self._dialling[host] = self._dialler.submit(self.client.dial, host)
+
+    def _take_connection(self, host: int, *connection: Any) -> None:
+        """Use a connection to a store, unless that is the one of this host and has ended by now."""
+        is_own, is_named = self.stores[host]["host"] == self.orders.here, self.table.is_named()
+        if is_own and is_named and self._store_ended:
+            connection[0].close()
+            return
+        self.client.take_connection(host, *connection)
+        if is_own and not is_named:
+            self.orders.forsake()
+        self.engine.control[DOWN] &= ~(1 << host)
 
     # ---- following the map --------------------------------------------------------------------------------------------
 
@@ -196,9 +204,9 @@ class Process:
         """Carry out the coordinator's orders."""
         self.engine.control[CALLED] = 0
         self._followed_ns = time.monotonic_ns()
-        if self._store_ended and not self._knows_end:
-            self._knows_end = True
-            self.orders.lose_own_store()
+        if self._store_ended and not self._has_left_store:
+            self._has_left_store = True
+            self.orders.leave_own_store(self._leave)
         while self.follower and self.follower.orders:
             self.orders.quiet = []
             self.orders.carry_out(self.follower.orders.popleft(), time.monotonic_ns(), self._leave)

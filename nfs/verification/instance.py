@@ -29,6 +29,7 @@ from nfs.dataplane.ledger import RECEIVED, to_counts
 from nfs.dataplane.loop import turn_at, waiting
 from nfs.dataplane.orders import Orders
 from nfs.dataplane.passage import note_oldest
+from nfs.dataplane.process import MET_S
 from nfs.dataplane.steps import make_chain
 from nfs.verification.claimed import claimed
 from nfs.verification.counted import counted
@@ -37,8 +38,7 @@ from nfs.verification.rings import arrive, departed, memory_port
 FRAMES = 512
 FLIGHTS = 48
 """Fewer than the client's window, as `make_engine` asks."""
-MET_NS = 1_000 * MILLISECOND_NS
-"""As in `nfs/dataplane/process.py`."""
+MET_NS = int(MET_S * 1_000) * MILLISECOND_NS
 RECONNECT_NS = 50 * MILLISECOND_NS
 
 
@@ -186,14 +186,14 @@ class InstanceHost(Actor):
             self.heard.append(orders)
 
     def see_end(self) -> None:
-        """The store process of this host has ended: its descriptor (pidfd) says so."""
+        """The store process of this host has ended: its threads' lives in the table say so."""
         self.later(self.world.random.randrange(MILLISECOND_NS), self.end_lease)
 
     def end_lease(self) -> None:
         """End the host's lease, and say so."""
         self.store_ended = self.table.end_lease() or 0
         if self.store_ended:
-            self.orders.lose_own_store()
+            self.orders.leave_own_store(self.leave)
         self.talk.tell()
 
     # ---- the loop -----------------------------------------------------------------------------------------------------

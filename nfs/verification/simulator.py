@@ -40,6 +40,7 @@ class RackStore(StoreHost):
     def start(self) -> None:
         super().start()
         self.table.claim_server()
+        self.table.renews_lease()
 
     def crash(self, how: str = "close") -> None:
         super().crash(how)

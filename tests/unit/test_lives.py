@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,17 +17,19 @@ import pytest
 
 from datastore.native import ROOT
 from datastore.store import lives
-from datastore.store.layout import INCARNATION, LEASE_NS
+from datastore.store.layout import FUNCTION_LIFE, INCARNATION, LEASE_LIFE, LEASE_NS, SERVER_LIFE
 from datastore.store.table import Table
 
 FIRST, SECOND = 0, lives.LIFE_WORDS
 SOON_S, NEVER_S = 10.0, 0.1
 STORE = """
-import sys, time
+import sys, threading, time
 from datastore.store.table import Table
-table = Table.attach(sys.argv[1])
+table, there = Table.attach(sys.argv[1]), threading.Event()
 table.claim_server()
 table.begin_function(7)
+threading.Thread(target=lambda: (table.renews_lease(), there.set(), time.sleep(60)), daemon=True).start()
+there.wait()
 print("there", flush=True)
 time.sleep(60)
 """
@@ -47,8 +50,13 @@ class Holder(threading.Thread):
         self.over.wait()
 
     def end(self) -> None:
+        """End, and return once the kernel has ended the thread, which is a moment after Python has."""
         self.over.set()
         self.join()
+        deadline = time.monotonic() + SOON_S
+        while lives.is_held(self.words, self.at):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
 
 def is_told(descriptor: int, timeout_s: float) -> bool:
@@ -133,6 +141,42 @@ def test_a_killed_store_process_ends_the_lease_and_a_stopped_one_does_not(served
     assert table.watch_function() is None
     os.close(watched)
     os.close(function[1])
+
+
+@pytest.mark.parametrize(("first", "second"), [(SERVER_LIFE, LEASE_LIFE), (LEASE_LIFE, SERVER_LIFE)])
+def test_a_lease_ends_with_the_last_of_the_threads_that_could_answer_or_renew_it(first: int, second: int) -> None:
+    table = Table.anonymous("lives", 60, 8, 1)
+    table.words[LEASE_NS], table.words[INCARNATION] = 1 << 62, 5
+    holders = [Holder(table.words, first)]
+    assert table.end_lease() is None
+    holders.append(Holder(table.words, second))
+    for holder in holders:
+        assert table.end_lease() is None
+        holder.end()
+    assert table.end_lease() == 5
+    table.close()
+
+
+def test_a_thread_of_which_nothing_is_known_may_live() -> None:
+    """Where one of the two could not say that it lives, the lease runs out."""
+    table = Table.anonymous("lives", 60, 8, 1)
+    table.words[INCARNATION] = 5
+    Holder(table.words, SERVER_LIFE).end()
+    assert table.end_lease() is None
+    table.close()
+
+
+def test_a_second_nf_process_on_a_table_does_not_hide_the_end_of_the_first() -> None:
+    table = Table.anonymous("lives", 60, 8, 1)
+    first = Holder(table.words, FUNCTION_LIFE)
+    watched = table.watch_function()
+    table.begin_function(9)
+    assert watched is not None
+    assert not is_told(watched[1], NEVER_S)
+    first.end()
+    assert is_told(watched[1], SOON_S)
+    os.close(watched[1])
+    table.close()
 
 
 def test_a_table_that_nobody_serves_has_no_lease_to_end() -> None:

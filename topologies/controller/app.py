@@ -101,10 +101,10 @@ class Steering(OSKenApp):
         if event.datapath is self.datapath:
             self.datapath = None
             self.installed.clear()
-            self.changed()
+            self.links_changed()
 
     @set_ev_cls(ofp_event.EventOFPPortStateChange, MAIN_DISPATCHER)
-    def changed(self, _: Any = None) -> None:
+    def links_changed(self, _: Any = None) -> None:
         with self.links:
             self.links.notify_all()
 
