@@ -21,6 +21,9 @@ host's partitions move after them.
 A failover takes the same way from `park` on where the instance that had the packets lives (its store process alone is gone):
 that instance drops what waits for commits of its store, and asks the new primary for the rest, in order.
 
+A move that breaks off when the switch sends packets to the target already (the target's store is gone) turns back. First what had
+come the old way goes: the target keeps what it parked until the others are drained. Then packets follow to the primary.
+
 A coordinator that goes on after another one knows of moves only that they were asked for. So it changes nothing before the switch
 has said what it does, and the instances of a partition what they park; then it takes the way from where it was left.
 """
@@ -84,6 +87,9 @@ class Switchover:
     under_way: dict[int, str] = field(default_factory=dict)
     following: dict[int, str] = field(default_factory=dict)
     """Partitions that have failed over to another host while the instance that had their packets lives: where they are to go."""
+    draining: dict[int, str] = field(default_factory=dict)
+    """Partitions of moves that broke off when their packets went to the target already: the target, which keeps them until what
+    had come the old way is gone."""
     watched: dict[int, int] = field(default_factory=dict)
     """Partitions whose packets go to their new place: since when."""
     settled_ns: int = 0
@@ -187,9 +193,10 @@ class Switchover:
         stores = frozenset(name for name in coordinator.alive(now_ns) if name not in dead or self._outlived(name, coordinator))
         unknown = self._unheard(now_ns, coordinator.timing)
         planned = (coordinator.map.epoch, frozenset(dead), stores, frozenset(unknown))
-        if planned == self._planned and not coordinator.moves and not self.under_way and not self.following:
+        busy = coordinator.moves or self.under_way or self.following or self.draining
+        if planned == self._planned and not busy:
             return
-        everything, before = planned != self._planned, set(self.under_way)
+        everything, before = planned != self._planned, self.under_way.keys() | self.draining
         self._planned = planned
         if self.aligned:
             self._end(coordinator, dead)
@@ -201,7 +208,11 @@ class Switchover:
             if partition in self.under_way:
                 target = self.under_way[partition]
                 wanted = target if partition in self.instances[target].parked else here
-            elif partition in self.following or self._may_be_under_way(partition, coordinator, unknown):
+            elif (
+                partition in self.following
+                or partition in self.draining
+                or self._may_be_under_way(partition, coordinator, unknown)
+            ):
                 wanted = here  # until it is under way
             else:
                 wanted = group.primary if self.aligned and group.primary in self.instances else here
@@ -267,6 +278,12 @@ class Switchover:
         for partition, target in list(self.under_way.items()):
             if wanted.get(partition) != target or target in dead or target not in groups[partition].members:
                 del self.under_way[partition]
+                if self.steering[partition] == target != groups[partition].primary:
+                    self.draining[partition] = target
+        for partition, target in list(self.draining.items()):
+            others = [name for name in self.instances if name != target and self._speaks(name, dead)]
+            if not self._speaks(target, dead) or self._is_drained(partition, others):
+                del self.draining[partition]
         for target in dead & set(coordinator.moves.values()):
             coordinator.give_up(target)
 
@@ -292,14 +309,18 @@ class Switchover:
         for partition, target in (coordinator.moves | self.following).items():
             if len(self.under_way) >= BATCH:
                 return
-            if self._speaks(target, dead) and target in groups[partition].members:
+            if self._speaks(target, dead) and target in groups[partition].members and partition not in self.draining:
                 self.under_way.setdefault(partition, target)
 
     def _watch(self, now_ns: int) -> None:
         """Watch the partitions whose packets go to their new place: what others said of them before does not count."""
-        self.watched = {p: self.watched.get(p, now_ns) for p, target in self.under_way.items() if self.confirmed[p] == target}
+        self.watched = {p: self.watched.get(p, now_ns) for p, target in self._turning().items() if self.confirmed[p] == target}
         for instance in self.instances.values():
             instance.quiet &= self.watched.keys()
+
+    def _turning(self) -> dict[int, str]:
+        """Return the partitions whose packets are on their way to another instance, with that."""
+        return self.under_way | self.draining
 
     def unsettled(self) -> bool:
         """Tell whether anybody waits for packets to go their new way."""
@@ -328,8 +349,11 @@ class Switchover:
             return True
         others = [name for name in self.instances
                   if name != target and (name in unknown or self._speaks(name, dead))]  # fmt: skip
-        is_drained = self._is_settled(partition) and all(partition in self.instances[name].quiet for name in others)
-        return partition in self.under_way and (is_drained or not others)
+        return partition in self.under_way and (not others or self._is_drained(partition, others))
+
+    def _is_drained(self, partition: int, others: list[str]) -> bool:
+        """Tell whether no packet of a partition goes to any of these instances, or is there."""
+        return self._is_settled(partition) and all(partition in self.instances[name].quiet for name in others)
 
     def _is_settled(self, partition: int) -> bool:
         """Tell whether the switch sends no packet of a partition to its old place any more."""
@@ -347,10 +371,11 @@ class Switchover:
     def orders(self, name: str, coordinator: Coordinator) -> dict[str, Any]:
         """Return what an instance is to do."""
         ended = coordinator.may_end or ()
-        park = {p for p, target in self.under_way.items() if target == name and p not in ended}
+        turning = self._turning()
+        park = {p for p, target in turning.items() if target == name and p not in ended}
         if name in self._unknown:  # it goes on with what an earlier coordinator ordered until a plan knows of that
             park |= self.instances[name].parked
-        watch = [p for p in self.watched if self.under_way[p] != name and self._is_settled(p) and p not in ended]
+        watch = [p for p in self.watched if turning[p] != name and self._is_settled(p) and p not in ended]
         newest = coordinator.map if self.instances[name].epoch != coordinator.map.epoch else None
         return {"map": newest.to_json() if newest else None, "park": sorted(park), "watch": sorted(watch)}
 

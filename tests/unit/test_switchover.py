@@ -323,13 +323,33 @@ def test_a_move_of_what_has_failed_over_begins_when_its_packets_have_followed():
 
 
 def test_packets_go_where_they_can_be_served_when_the_targets_store_is_gone():
+    """What had come to the source before goes first, then what the target kept, then what comes to the source from now on."""
     cluster = steered()
     live_without_a_store(cluster, "nf2")
     assert cluster.coordinator.map.groups[0].members == ("nf1",)
+    assert cluster.orders("nf2")["park"] == [0]
+    assert cluster.orders("nf1")["park"] == [1, 3]  # of 0 it has some from before
+    cluster.report("nf2", parked=(0,))
+    cluster.report("nf1", parked=(1, 3))
+    cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
+    cluster.plan()
+    assert cluster.switchover.steering[0] == "nf2"
+    assert cluster.orders("nf1")["watch"] == [0]
+    cluster.report("nf1", parked=(1, 3), quiet=(0,))
+    cluster.plan()
     assert cluster.orders("nf2")["park"] == []
     assert cluster.orders("nf1")["park"] == [0, 1, 3]
     cluster.report("nf1", parked=(0, 1, 3))
     cluster.plan()
+    assert cluster.switchover.steering[0] == "nf1"
+
+
+def test_a_target_that_dies_after_its_store_keeps_nothing_back():
+    cluster = steered()
+    live_without_a_store(cluster, "nf2")
+    cluster.switchover.instances["nf2"].has_ended = True
+    cluster.plan()
+    assert cluster.switchover.draining == {}
     assert cluster.switchover.steering[0] == "nf1"
 
 
