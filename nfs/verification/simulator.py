@@ -197,7 +197,9 @@ class Rack(World):
     def look(self) -> None:
         """See whether a packet waits for too long."""
         self.at(self.now + LOOK_NS, self.look)
-        is_whole = not self.cuts and all(actor.alive and self.now >= actor.paused_until for actor in (self.actors[COORDINATOR],))
+        coordinator = self.actors[COORDINATOR]
+        is_whole = (not self.cuts and coordinator.alive and self.now >= coordinator.paused_until
+                    and not coordinator.waits_for_unheard())  # fmt: skip
         for instance in self.instances():
             if not instance.alive:
                 continue

@@ -110,6 +110,10 @@ class SteeringCoordinator(CoordinatorHost):
         self.first = [str(group.primary) for group in first.groups]
         super().__init__(world, first)
 
+    def waits_for_unheard(self) -> bool:
+        """Tell whether this coordinator has gone on after another one and waits for instances that it has not heard yet."""
+        return bool(self.life and self.switchover._unheard(self.now(), self.coordinator.timing))
+
     def attend(self) -> Attendance[Line]:
         self.switchover = Switchover.of(self.world.store_names, self.first, True)
         self.switchover.take_charge(self.coordinator)
