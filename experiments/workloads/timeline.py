@@ -152,6 +152,12 @@ def packed(start_ms: float, bin_ms: float, columns: Mapping[str, list[Any]]) -> 
     return base64.b64encode(zlib.compress(json.dumps(content).encode())).decode()
 
 
+AFTERMATH_NS = 300_000_000
+"""Within this time of a loss a silence is of its making."""
+HICCUP_NS = 50_000_000
+"""A later one is, too, if it is as long as this."""
+
+
 @dataclass(frozen=True)
 class Told:
     """A time line as the sink told it. bin_ns, origin_ns and all times in ns of CLOCK_MONOTONIC; arrays int64, by bin: received,
@@ -194,10 +200,26 @@ class Told:
             return self.last_ns, until_ns, False
         return begin, end, True
 
+    def outage_after(self, lost_ns: int, until_ns: int) -> tuple[int, int, bool]:
+        """Return the outage that a loss at `lost_ns` made, as `outage` does.
+
+        A loss may silence packets for less than a process of the box waits for a core now and then. So where the longest silence
+        is before the loss, or is short and begins long after it, the longest one within AFTERMATH_NS is meant, to a bin.
+        """
+        begin, end, ended = self.outage(until_ns)
+        is_hiccup = begin - lost_ns > AFTERMATH_NS and end - begin < HICCUP_NS
+        if not ended or not (end <= lost_ns or is_hiccup):
+            return begin, end, ended
+        first, last = self.bin_of(lost_ns), self.bin_of(min(lost_ns + AFTERMATH_NS, until_ns))
+        arrived = np.flatnonzero(np.concatenate(([1], self.watched[first:last], [1]))) - 1  # in bins from the loss on
+        longest = int(np.diff(arrived).argmax())
+        begin, end = int(arrived[longest]) + 1, int(arrived[longest + 1])
+        return lost_ns + begin * self.bin_ns, lost_ns + end * self.bin_ns, True
+
     def broken(self, lost_ns: int, until_ns: int) -> tuple[int, int]:
         """Return how many watched flows were seen before `lost_ns`, and how many of these broke: came from another source later,
         or were not seen again after the outage. A flow must send about 20 packets after it for that to be no chance."""
-        _, end, _ = self.outage(until_ns)
+        _, end, _ = self.outage_after(lost_ns, until_ns)
         known = self.flows_watched()
         known = known[known[:, FIRST] < lost_ns]
         gone = known[:, LAST] < max(end, lost_ns)

@@ -70,6 +70,25 @@ def regular(until_ms: int, silent: range, flows: int = 4) -> list[tuple[float, i
 
 
 @pytest.mark.python_mode
+@pytest.mark.parametrize(
+    ("silent", "found"),
+    [
+        ([range(130, 170)], (129, 170)),  # of the loss's making, to the nanosecond
+        ([range(20, 60), range(130, 140)], (130, 140)),  # the longest was before the loss: what follows is known to a bin
+        ([range(130, 140), range(450, 480)], (130, 140)),  # a process waited for a core, long after
+        ([range(130, 140), range(450, 510)], (449, 510)),  # as long as that nothing may be silent
+        ([range(20, 60)], (120, 120)),  # nothing was silent after the loss
+    ],
+)
+def test_an_outage_is_of_the_loss_or_too_long_to_be_anything_else(silent: list[range], found: tuple[int, int]) -> None:
+    gone = [ms for span in silent for ms in span]
+    line = told([(ms, ms % 4, 7, 1000) for ms in range(600) if ms not in gone], seconds=0.6)
+    begin, end, ended = line.outage_after(ORIGIN_NS + 120 * MS, ORIGIN_NS + 600 * MS)
+    assert ended
+    assert ((begin - ORIGIN_NS) // MS, (end - ORIGIN_NS) // MS) == found
+
+
+@pytest.mark.python_mode
 def test_an_outage_ends_with_the_first_packet_or_not_at_all() -> None:
     line = told(regular(100, range(30, 60)))
     assert line.outage(ORIGIN_NS + 100 * MS) == (ORIGIN_NS + 29 * MS, ORIGIN_NS + 60 * MS, True)

@@ -86,7 +86,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     noticed_ns, steered_ns = watch(bench, victim, survivor, carried, lost_ns)
     point = bench.finish()
     line = bench.time_line()
-    begin, end, ended = line.outage(until_ns)
+    begin, end, ended = line.outage_after(lost_ns, until_ns)
     flows, broken = line.broken(lost_ns, until_ns)
     noticed_ns = min(noticed_ns, end)
     restored_ns = max(line.restored_ns(lost_ns, until_ns) or until_ns, end)
