@@ -68,8 +68,7 @@ def leave(words: np.ndarray, at: int) -> None:
 
 def is_held(words: np.ndarray, at: int) -> bool:
     """Tell whether a thread holds the life at word `at`, and runs."""
-    lock = int(_lock_word(words, at)[0])
-    return bool(lock & _THREAD) and not lock & _OWNER_DIED
+    return _runs(int(_lock_word(words, at)[0]))
 
 
 def watch(words: np.ndarray, lives: Sequence[int], begin: Callable[[], None] = lambda: None) -> int | None:
@@ -107,12 +106,17 @@ def _wait(number: int, words: np.ndarray, at: int, seen: int) -> None:
     address, look_again = ctypes.c_void_p(lock.ctypes.data), (ctypes.c_long * 2)(0, LOOK_AGAIN_NS)
     if not seen & _THREAD:
         seen = int(lock[0])
-    while is_held(words, at) and (int(lock[0]) ^ seen) & _THREAD == 0:
+    while _runs(now := int(lock[0])) and (now ^ seen) & _THREAD == 0:
         ctypes.set_errno(0)
-        _libc.syscall(ctypes.c_long(number), address, _FUTEX_WAIT, ctypes.c_uint32(int(lock[0])), look_again, None, 0)
+        _libc.syscall(ctypes.c_long(number), address, _FUTEX_WAIT, ctypes.c_uint32(now), look_again, None, 0)
         if ctypes.get_errno() not in (0, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT):  # a sandbox without futex(2)
             time.sleep(LOOK_AGAIN_NS / 1e9)
     _libc.syscall(ctypes.c_long(number), address, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+
+
+def _runs(lock: int) -> bool:
+    """Tell whether the thread of a lock word runs."""
+    return bool(lock & _THREAD) and not lock & _OWNER_DIED
 
 
 def _lock_word(words: np.ndarray, at: int) -> np.ndarray:

@@ -30,6 +30,13 @@ PARTITIONS = 4
 STEERING = {"instances": HOSTS, "steering": ["nf1", "nf2"] * 2, "aligned": True, "controller": ""}
 
 
+def read_all(line: LineSocket) -> None:
+    """Take all that has arrived: to close a connection with something unread resets it."""
+    with contextlib.suppress(BlockingIOError):
+        while line.connection.recv(1 << 16):
+            pass
+
+
 class Hosts:
     """A coordinator, and what the processes of two hosts would say to it."""
 
@@ -68,9 +75,7 @@ class Hosts:
 
     def end(self, lines: dict[str, LineSocket], host: str) -> None:
         """End a process: the kernel closes its connection, in which it had read everything."""
-        with contextlib.suppress(BlockingIOError):
-            while lines[host].connection.recv(1 << 16):
-                pass
+        read_all(lines[host])
         lines[host].close()
         self.turn()
 
@@ -213,9 +218,7 @@ def test_a_process_that_is_known_to_have_ended_is_refused(hosts: Hosts) -> None:
 def test_a_reset_that_a_send_was_told_of_is_no_end(hosts: Hosts) -> None:
     """The kernel tells one call of a reset; to the next `recv` the connection looks closed."""
     nf1 = hosts.process.attendance.stores["nf1"]
-    with contextlib.suppress(BlockingIOError):
-        while hosts.stores["nf1"].connection.recv(1 << 16):
-            pass
+    read_all(hosts.stores["nf1"])
     hosts.stores["nf1"].connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     hosts.stores["nf1"].close()
     hosts.process._tell(nf1, {"heard": True})
@@ -227,9 +230,7 @@ def test_a_reset_that_a_send_was_told_of_is_no_end(hosts: Hosts) -> None:
 @pytest.mark.parametrize("hosts", [None], indirect=True)
 def test_a_stream_that_ended_before_something_was_sent_is_an_end(hosts: Hosts) -> None:
     nf1 = hosts.process.attendance.stores["nf1"]
-    with contextlib.suppress(BlockingIOError):
-        while hosts.stores["nf1"].connection.recv(1 << 16):
-            pass
+    read_all(hosts.stores["nf1"])
     hosts.stores["nf1"].close()
     for _ in range(3):
         hosts.process._tell(nf1, {"heard": True})

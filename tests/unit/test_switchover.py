@@ -66,6 +66,14 @@ class Cluster:
         self.coordinator.hear(self.now_ns, Heartbeat("nf1", 1, 1, epoch, self.now_ns, released=(partition,)))
         self.plan()
 
+    def drain(self, host: str) -> None:
+        """Have the switch do what it was told, packets settle, and an instance say that none of partition 0 is there."""
+        self.switchover.confirmed = list(self.switchover.steering)
+        self.plan()
+        self.switchover.see(self.now_ns, frozenset(), self.now_ns + 1)
+        self.report(host, quiet=(0,))
+        self.plan()
+
     def orders(self, host: str) -> dict[str, Any]:
         return self.switchover.orders(host, self.coordinator)
 
@@ -136,11 +144,7 @@ def test_a_coordinator_that_ends_within_a_move_is_followed_by_one_that_ends_it()
     cluster.report("nf2", parked=(0,))
     cluster.plan()
     assert cluster.orders("nf2")["park"] == [0]  # packets of before may be at nf1
-    cluster.switchover.confirmed = list(cluster.switchover.steering)
-    cluster.plan()
-    cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
-    cluster.report("nf1", quiet=(0,))
-    cluster.plan()
+    cluster.drain("nf1")
     assert cluster.orders("nf2")["park"] == []
     assert cluster.coordinator.moves == {}
 
@@ -194,11 +198,7 @@ def test_who_parks_after_a_failover_goes_on_until_the_others_are_drained():
     cluster.report("nf1")
     cluster.plan()
     assert cluster.orders("nf2")["park"] == [0]
-    cluster.switchover.confirmed = list(cluster.switchover.steering)
-    cluster.plan()
-    cluster.switchover.see(cluster.now_ns, frozenset(), cluster.now_ns + 1)
-    cluster.report("nf1", quiet=(0,))
-    cluster.plan()
+    cluster.drain("nf1")
     assert cluster.orders("nf2")["park"] == []
 
 
