@@ -47,12 +47,19 @@ tests() {  # tests PYTEST-ARGUMENT...; where the arguments choose no test of a p
 }
 chosen=$#
 
-# Beside the other checks, on the second core: no test without root is timed.
+workers() {  # one for each core, but no more than four: each takes up to a gigabyte
+  local cores
+  cores=$(nproc)
+  echo "$((cores < 4 ? cores : 4))"
+}
+
+# Beside the other checks, in what they leave of the cores: with the lowest priority, also as a group of tasks of its own
+# (sched(7), "The autogroup feature"). No test without root is timed, and emulations must stand much more.
 start_beside() {
   beside=$(mktemp -d --tmpdir nearstate-beside.XXXXXX)
   trap 'end_beside' EXIT
   trap 'exit 130' INT TERM HUP
-  setsid bash -c '
+  setsid chrt --idle 0 bash -c '
     beside() {  # beside NAME SETTING MARK PYTEST-ARGUMENT...
       local name=$1 setting=$2 mark=$3 status=0
       shift 3
@@ -61,8 +68,10 @@ start_beside() {
     }
     folder=$1
     shift
-    beside bounds NUMBA_BOUNDSCHECK=1 bounds "$@" >"$folder/bounds" 2>&1
+    echo 19 2>/dev/null >/proc/$$/autogroup || true
+    beside bounds NUMBA_BOUNDSCHECK=1 bounds "$@" >"$folder/bounds" 2>&1 &
     beside uncompiled NUMBA_DISABLE_JIT=1 python_mode "$@" >"$folder/uncompiled" 2>&1
+    wait
   ' beside "$beside" "$@" </dev/null &
 }
 
@@ -86,15 +95,19 @@ case $part in
     check "lint" .venv/bin/python -m ruff check .
     check "format (mend: .venv/bin/python -m ruff format .)" .venv/bin/python -m ruff format --check --quiet .
     check "types" .venv/bin/python -m mypy
-    check "unit tests" tests tests/unit "$@"
-    wait_beside
-    check "unit tests, bounds checked" tests_beside bounds
-    check "unit tests, uncompiled" tests_beside uncompiled
+    check "unit tests" tests tests/unit --numprocesses "$(workers)" --dist loadfile "$@"
     ;;
 esac
 case $part in
   all | emulation) check "emulation tests" tests tests/emulation "$@" ;;
   arguments) check "tests" tests "$@" ;;
+esac
+case $part in
+  all | unit)
+    wait_beside
+    check "unit tests, bounds checked" tests_beside bounds
+    check "unit tests, uncompiled" tests_beside uncompiled
+    ;;
 esac
 if ((${#failed[@]})); then
   printf 'run_tests.sh: failed:'; printf ' %s;' "${failed[@]}" | sed 's/;$/\n/'

@@ -111,8 +111,10 @@ class Member:
         is_due = now_ns - self._spokesman.looked_ns >= self._spokesman.pause_ns() - self._slack_ns()
         if changed or is_due:
             self._watch_function()
-        if (changed or is_due) and self._spokesman.look(time.monotonic_ns()):
-            self.reporter.tell()
+        if changed or is_due:
+            if self._spokesman.look(time.monotonic_ns()):
+                self.reporter.tell()
+            self._spokesman.looked_ns = time.monotonic_ns()  # on busy cores looking takes longer than its pause is
 
     def _ping(self, now_ns: int, after_ns: int) -> None:
         """Ping the peers whose last ping is at least `after_ns` ago."""

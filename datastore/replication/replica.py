@@ -187,14 +187,14 @@ class Replica:
     def beat(self, now_ns: int) -> Heartbeat:
         """Return what to tell the coordinator now."""
         synchronised, released = [], []
+        has_all, joined = ship.synchronised(self.shipping).tolist(), self.shipping.links[:, :, ship.LINK_JOINED].tolist()
         for partition in self.map.unsettled:
             group = self.map.groups[partition]
             if group.primary != self.host:
                 continue
             for host in group.learners:
                 peer = self.peers.index(host)
-                is_new = self.shipping.links[peer, partition, ship.LINK_JOINED] == group.joined[host]  # else what it had before
-                if is_new and ship.is_synchronised(self.shipping, peer, partition):
+                if has_all[peer][partition] and joined[peer][partition] == group.joined[host]:  # else it has what it had before
                     synchronised.append((partition, host))
             if group.successor and self.is_drained(partition):
                 self._drained[partition] = int(ship.reign(self.words, partition))
@@ -241,15 +241,9 @@ class Replica:
 
     def _unreachable(self, now_ns: int) -> list[str]:
         """Return the peers that owe an acknowledgment for too long."""
-        found = []
-        for peer, host in enumerate(self.peers):
-            links = self.shipping.links[peer]
-            for mode, patience in ((ship.COUNTED, 1), (ship.LEARNING, LEARNERS_PATIENCE)):
-                owing = (links[:, ship.MODE] == mode) & (links[:, ship.OWING_NS] != 0)
-                if np.any(now_ns - links[owing, ship.OWING_NS] > patience * self.timing.unreachable_ns):
-                    found.append(host)
-                    break
-        return found
+        patience_ns = self.timing.unreachable_ns
+        before_ns = now_ns - patience_ns, now_ns - LEARNERS_PATIENCE * patience_ns
+        return [host for peer, host in enumerate(self.peers) if ship.owes_since(self.shipping, peer, *before_ns)]
 
     # ---- maps ---------------------------------------------------------------------------------------------------------
 

@@ -644,11 +644,14 @@ def recommit(shipping: Shipping, words: np.ndarray, partition: int) -> None:
     shipping.control[COMMITTED_MORE] = 1
 
 
-@inline
-def is_synchronised(shipping: Shipping, peer: int, partition: int) -> Any:
-    """Tell whether a peer has all that was ever committed, and will have all that ever is."""
-    link = shipping.links[peer, partition]
-    return link[MODE] == COUNTED and link[CHANGES_ACKED] >= link[COUNTED_FROM]
+def synchronised(shipping: Shipping) -> np.ndarray:
+    """Return bool[peers, partitions], whether a peer has all that was ever committed, and will have all that ever is.
+
+    For all at once: asked one by one, while 256 were filled, it took two thirds of the store's time from filling them.
+    """
+    links = shipping.links
+    found: np.ndarray = (links[:, :, MODE] == COUNTED) & (links[:, :, CHANGES_ACKED] >= links[:, :, COUNTED_FROM])
+    return found
 
 
 @jit
@@ -676,6 +679,17 @@ def lose(shipping: Shipping, peer: int, before_ns: int, refused_before_ns: int) 
         link[UNDER_WAY], link[CHANGES_SENT] = 0, -1
         lost += 1
     return lost
+
+
+@jit
+def owes_since(shipping: Shipping, peer: int, counted_ns: int, learning_ns: int) -> bool:
+    """Tell whether a peer owes an acknowledgment since before `counted_ns` for a partition that it counts for, since before
+    `learning_ns` for one that it learns."""
+    for partition in range(shipping.done_end.size):
+        link = shipping.links[peer, partition]
+        if link[OWING_NS] != 0 and link[MODE] != OUT and link[OWING_NS] < (counted_ns if link[MODE] == COUNTED else learning_ns):
+            return True
+    return False
 
 
 # ---- at the backup ----------------------------------------------------------------------------------------------------

@@ -456,14 +456,13 @@ def wait(server: ServerState, timeout_ns: int) -> int:
 def serve(server: ServerState, owner: int, until_ns: int) -> int:
     """Serve clients until `until_ns` of CLOCK_MONOTONIC; return 1 earlier when door or waker have input or a peer is lost.
 
-    Else 0. A signal also ends it early, so that Python can handle it. Sleeps in ppoll whenever there is nothing to do.
+    Else 0. A signal also ends it early, so that Python can handle it. Sleeps in ppoll whenever there is nothing to do. However
+    late it is, everybody is served once: where Python is always late for its next turn, nobody would be.
     """
     polled, connections = server.polled, server.connections
+    now = now_ns(server.scratch)
     while True:
-        now = now_ns(server.scratch)
-        if now >= until_ns:
-            return 0
-        ready = wait(server, until_ns - now)
+        ready = wait(server, max(until_ns - now, 0))
         if ready < 0:
             return 0
         now = now_ns(server.scratch)
@@ -477,6 +476,9 @@ def serve(server: ServerState, owner: int, until_ns: int) -> int:
         sweep_step(server, owner, now, SWEEP_BUCKETS_BUSY if ready > 0 else SWEEP_BUCKETS_IDLE)
         if polled[0] >> 48 != 0 or polled[1] >> 48 != 0 or must_return(server):
             return 1
+        now = now_ns(server.scratch)
+        if now >= until_ns:
+            return 0
 
 
 @jit

@@ -173,8 +173,8 @@ class InstanceHost(Actor):
     def report(self) -> dict[str, Any]:
         """Return what the coordinator is told now."""
         quiet = [] if self.heard else list(self.orders.quiet)
-        return {"instance": {"host": self.host, "cluster": CLUSTER, "epoch": self.orders.epoch, "parked": self.orders.parked(),
-                             "quiet": quiet, "store_ended": self.store_ended}}  # fmt: skip
+        return {"instance": {"host": self.host, "number": self.client_id, "cluster": CLUSTER, "epoch": self.orders.epoch,
+                             "parked": self.orders.parked(), "quiet": quiet, "store_ended": self.store_ended}}  # fmt: skip
 
     def hear(self, message: dict[str, Any]) -> None:
         """Take orders, for the loop to carry out. The loop begins when the coordinator knows of this process."""
@@ -258,6 +258,8 @@ class InstanceHost(Actor):
         """Die. how: see `datastore/verification/lines.py`."""
         self.talk.end(how)
         self.alive, self.life = False, self.life + 1
+        if how != "vanish" and self.store.alive and self.store.table is self.table:
+            self.store.see_function_end(self.client_id)
         self.end()
 
     def end(self) -> None:

@@ -49,6 +49,16 @@ class RackStore(StoreHost):
         if how != "vanish" and instance.table is self.table:
             instance.see_end()
 
+    def see_function_end(self, number: int) -> None:
+        """The NF process on this table has ended: its thread's life there says so."""
+
+        def tell() -> None:
+            self.spokesman.end_function(number)
+            if self.talk:
+                self.talk.tell()
+
+        self.later(self.world.random.randrange(MILLISECOND_NS), tell)
+
     def close(self) -> None:
         self.world.tables.append(self.table)
 

@@ -79,7 +79,7 @@ def test_who_knows_the_map_is_not_waited_for(primary: Replica, new: Group) -> No
 
 
 def test_what_a_former_backup_had_is_not_taken_for_the_copy_that_it_is_to_get(primary: Replica) -> None:
-    assert ship.is_synchronised(primary.shipping, 0, 0)
+    assert ship.synchronised(primary.shipping)[0, 0]
     follow(primary, 4, WITHOUT["to join anew"], PROMISED_NS + 10)
     assert primary.beat(PROMISED_NS + 20).synchronised == ()
 

@@ -23,10 +23,10 @@ from datastore.replication.shipping import (
     changes,
     committed,
     feed,
-    is_synchronised,
     lose,
     make_shipping,
     ship_all,
+    synchronised,
     take_ack,
 )
 from datastore.store import layout
@@ -130,7 +130,7 @@ def test_an_image_then_what_changed_then_what_is_committed(pair):
     assert changes(primary.table.words, 0) == 20
     exchange(primary, backup)
     assert primary.shipping.links[0, 0, ship.MODE] == COUNTED
-    assert is_synchronised(primary.shipping, 0, 0)
+    assert synchronised(primary.shipping)[0, 0]
     assert backup.records() == primary.records()
     assert len(backup.records()) == 20
     primary.write(3, 77)

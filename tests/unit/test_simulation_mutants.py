@@ -147,6 +147,11 @@ def takes_a_reset_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attendance, "lose", lambda self, now_ns, line, is_closed: sound(self, now_ns, line, True))
 
 
+def counts_all_learners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever learns is said to have a copy."""
+    monkeypatch.setattr(shipping, "synchronised", lambda state: np.ones(state.links.shape[:2], bool))
+
+
 def takes_a_parting_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that closes its connection by itself is given up at once."""
     monkeypatch.setattr(Attendance, "part", lambda self, line: None)
@@ -193,7 +198,7 @@ MUTANTS: dict[str, Patch] = {
     "believes to have as many changes as it is told": believes_any_count,
     "obeys maps for an earlier process": obeys_maps_for_others,
     "promotes before the lease is over": promotes_early,
-    "counts learners that know nothing": without("is_synchronised", True, shipping),
+    "counts learners that know nothing": counts_all_learners,
     "breaks its promises": lambda m: m.setattr(Replica, "may_not_know", lambda self, peer, now_ns: False),
     "promises whatever map others follow": promises_anybody,
     "goes on reading when it is no backup any more": ignores_removal,

@@ -251,6 +251,28 @@ def test_a_process_that_was_stopped_finds_its_lease_over():
     table.close()
 
 
+def test_who_is_too_late_for_the_next_turn_serves_everybody_once_nevertheless():
+    name = f"nearstate-test-{os.getpid()}-late{next(_numbers)}"
+    table = Table.create(name, 64, VALUE_BYTES, epoch=1, cluster=CLUSTER, clients=4)
+    ours, theirs = socket.socketpair()
+    try:
+        table.set_role(0, True, 1)
+        state = server.new_state(table.words, -1)
+        theirs.setblocking(False)
+        server.occupy(state, 0, theirs.detach(), CLIENT)
+        request = np.zeros(FRAME_HEADER_WORDS + OPERATION_VALUE + VALUE_BYTES // 8, np.uint64)
+        write_frame_header(request, 0, 1, request.size - FRAME_HEADER_WORDS, 0, 1, np.uint64(7), np.uint64(CLUSTER))
+        request[FRAME_HEADER_WORDS] = operation_word(GET, 0, 0, 0)
+        ours.send(request.tobytes())
+        server.serve(state, table.register_owner(), time.monotonic_ns() - 1_000_000)
+        ours.settimeout(0)
+        assert ours.recv(65536)
+    finally:
+        ours.close()
+        table.close()
+        table.unlink()
+
+
 def test_records_expire_and_are_swept_while_idle(start):
     store = start()
     with store.client() as client:
