@@ -18,9 +18,11 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+
+from datastore.native.threads import take_precedence
 
 LIFE_WORDS = 8
 """Room for a `pthread_mutex_t`: 40 bytes on x86-64, 48 on arm64."""
@@ -71,10 +73,10 @@ def is_held(words: np.ndarray, at: int) -> bool:
     return _runs(int(_lock_word(words, at)[0]))
 
 
-def watch(words: np.ndarray, lives: Sequence[int], begin: Callable[[], None] = lambda: None) -> int | None:
+def watch(words: np.ndarray, lives: Sequence[int]) -> int | None:
     """Return a descriptor that is readable once no thread holds any of `lives`; None if none does. The caller closes it.
 
-    begin: called in the thread that waits, which ends then. Raises OSError where it cannot wait.
+    A thread waits for that, before all others. Raises OSError where it cannot wait.
     """
     number = _SYS_FUTEX.get(platform.machine())
     if number is None:
@@ -86,7 +88,7 @@ def watch(words: np.ndarray, lives: Sequence[int], begin: Callable[[], None] = l
     told = os.dup(descriptor)
 
     def wait() -> None:
-        begin()
+        take_precedence()
         for at, lock in zip(lives, seen):
             _wait(number, words, at, lock)
         os.eventfd_write(told, 1)

@@ -34,7 +34,6 @@ from datastore.native import allocating, inline, jit
 from datastore.native.errors import NearstateError
 from datastore.native.memory import fence, fetch_add, load_acquire, trailing_zeros
 from datastore.native.pages import private_memory
-from datastore.native.threads import take_precedence
 from datastore.store import lives, locking
 from datastore.store.bells import Bell
 from datastore.store.layout import (
@@ -633,7 +632,7 @@ class Table:
 
         By then it changes nothing any more, and renews no lease. Raises OSError where it cannot be watched.
         """
-        return lives.watch(self.words, (SERVER_LIFE, LEASE_LIFE), take_precedence)
+        return lives.watch(self.words, (SERVER_LIFE, LEASE_LIFE))
 
     def watch_function(self) -> tuple[int, int] | None:
         """Return the number of the NF process on this table, and a descriptor that is readable once it has ended.
@@ -641,7 +640,7 @@ class Table:
         None if there is none. Raises OSError where it cannot be watched.
         """
         number = self.function()
-        descriptor = lives.watch(self.words, (FUNCTION_LIFE,), take_precedence)
+        descriptor = lives.watch(self.words, (FUNCTION_LIFE,))
         return None if descriptor is None else (number, descriptor)
 
     def end_lease(self) -> int | None:

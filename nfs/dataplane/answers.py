@@ -130,7 +130,10 @@ def run_batch(engine: Engine, flight: int) -> bool:
 @jit
 def drive(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState, flight: int,
           state: int) -> None:  # fmt: skip
-    """Go on with a flight from `state` until it ends or waits for an answer."""
+    """Go on with a flight from `state` until it ends or waits for an answer.
+
+    state: an int64. For each constant in its place this would be compiled once more, which takes seconds.
+    """
     flights = engine.flights
     while True:
         if state == RUN:
@@ -223,7 +226,7 @@ def ask_again(engine: Engine, inside: Port, outside: Port, frames: Frames, words
             flights[flight, AGAIN] = 0
             control[PUT_OFF] -= 1
             if phase == CLAIMING:
-                drive(engine, inside, outside, frames, words, client, flight, CLAIM)
+                drive(engine, inside, outside, frames, words, client, flight, np.int64(CLAIM))
             else:
                 flights[flight, HOST] = host
                 ask_flight(engine, client, flight, host)
@@ -280,13 +283,13 @@ def take_answer(engine: Engine, inside: Port, outside: Port, frames: Frames, wor
     if phase == COMMITTING and status == statuses.OK:
         engine.flight_keys[flight, 2] = answer_stamp(client, host, slot)
         flights[flight, ABSENT] = 0
-        drive(engine, inside, outside, frames, words, client, flight, COMMITTED)
+        drive(engine, inside, outside, frames, words, client, flight, np.int64(COMMITTED))
         return
     take_record(engine, client, host, slot, flight)
     if phase == COMMITTING:
         engine.control[CONFLICTS] += 1
         run_again(engine, flight)
-    drive(engine, inside, outside, frames, words, client, flight, RUN)
+    drive(engine, inside, outside, frames, words, client, flight, np.int64(RUN))
 
 
 @jit

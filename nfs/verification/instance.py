@@ -92,9 +92,9 @@ class Connection:
 
 
 class InstanceHost(Actor):
-    """The NF process of a host; `store` is the store process there. It lives and dies apart from it."""
+    """The NF process of a host; `store` is the store process there (`RackStore`). It lives and dies apart from it."""
 
-    def __init__(self, world: Any, store: StoreHost) -> None:
+    def __init__(self, world: Any, store: Any) -> None:
         super().__init__(world, f"{store.name}/nf", store.clock)
         self.store, self.host = store, store.name
         self.chain = make_chain([claimed if world.has_claims else counted], {}, VALUE_BYTES)
