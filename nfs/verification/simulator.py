@@ -210,19 +210,28 @@ class Rack(World):
         coordinator = self.actors[COORDINATOR]
         is_whole = (not self.cuts and coordinator.alive and self.now >= coordinator.paused_until
                     and not coordinator.waits_for_unheard())  # fmt: skip
+        groups = self.newest_map().groups
+        reached = [is_whole and any(self.serves(self.actors[name]) for name in group.members) for group in groups]
+        if self.has_claims:  # the name that a packet claims may be of any partition
+            reached = [all(reached)] * PARTITIONS
         for instance in self.instances():
             if not instance.alive:
                 continue
             instance.note_oldest()
-            for partition, group in enumerate(self.newest_map().groups):
-                stores = [self.actors[name] for name in group.members]
-                reached = is_whole and any(store.alive and self.now >= max(store.paused_until, store.busy_until)
-                                           for store in stores)  # fmt: skip
-                if not reached or self.now < instance.paused_until:
+            for partition in range(PARTITIONS):
+                if not reached[partition] or self.now < instance.paused_until:
                     instance.bad_ns[partition] = instance.now()
                 elif instance.longest_wait_ns(partition) > self.longest_ns():
                     self.violated(f"a packet of partition {partition} waits in {instance.name} for "
                                   f"{instance.longest_wait_ns(partition) / 1e6:.0f} ms")  # fmt: skip
+
+    def serves(self, store: StoreHost) -> bool:
+        """Tell whether a store process lives and runs."""
+        return store.alive and self.now >= max(store.paused_until, store.busy_until)
+
+    def lost(self) -> list[int]:
+        """Return the partitions of which no copy is left."""
+        return [partition for partition, group in enumerate(self.newest_map().groups) if not group.members]
 
     def longest_ns(self) -> int:
         """Return how long a packet may wait: messages that come late hold up leases and frames."""
@@ -243,10 +252,8 @@ class Rack(World):
             self.check_claim(flow)
         for instance in self.instances():
             instance.check()
-            if instance.counts()["waiting"]:
-                lost = [p for p, group in enumerate(groups) if not group.members]
-                if not lost:
-                    self.violated(f"packets wait in {instance.name} at the end")
+            if instance.counts()["waiting"] and not self.lost():
+                self.violated(f"packets wait in {instance.name} at the end")
 
     def counted(self, port: int, partition: int, primary: str) -> int:
         """Return what the record of a flow has counted, at its primary."""
