@@ -291,7 +291,8 @@ class Switchover:
         """Let packets follow a partition that has failed over as they follow a move, where the instance that has them lives: it
         holds some, and packets that the switch sends elsewhere at once would overtake them.
 
-        After another coordinator they may have followed already, up to the target, which parks them until the others are drained.
+        After another coordinator they may have followed already, up to the target, which parks them until the others are drained;
+        a move away from there begins after that.
         """
         for partition, group in enumerate(coordinator.map.groups):
             source, target = self.steering[partition], group.primary
@@ -299,7 +300,7 @@ class Switchover:
                 continue
             moves_on = coordinator.moves.get(partition) == source and source in group.members
             is_elsewhere = source != target and not moves_on
-            is_parked = target in self._unknown and partition not in coordinator.moves and (
+            is_parked = target in self._unknown and coordinator.moves.get(partition) != target and (
                 partition in self.instances[target].parked)  # fmt: skip
             if (is_elsewhere or is_parked) and self._speaks(source, dead) and self._speaks(target, dead):
                 self.following[partition] = target

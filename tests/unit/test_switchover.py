@@ -202,6 +202,21 @@ def test_who_parks_after_a_failover_goes_on_until_the_others_are_drained():
     assert cluster.orders("nf2")["park"] == []
 
 
+def test_who_parks_after_a_failover_does_so_before_a_move_away_from_there_begins():
+    """The move was ordered before the failover. Packets that nf2 let go on would overtake those that are at nf1."""
+    cluster = after_a_crash(["nf2", "nf2", "nf1", "nf2"], handed_over=True, moves={0: "nf1"})
+    cluster.report("nf2", parked=(0,))
+    cluster.report("nf1")
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == [0]
+    assert cluster.orders("nf1")["park"] == []
+    cluster.drain("nf1")
+    cluster.report("nf2")
+    cluster.plan()
+    assert cluster.orders("nf2")["park"] == []
+    assert cluster.orders("nf1")["park"] == [0]
+
+
 class SilentSwitch:
     """A switch that says nothing until it is given something to say, and notes what it is told."""
 
