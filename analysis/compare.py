@@ -20,7 +20,7 @@ from analysis.metrics import HIGHER, NEITHER, better
 from analysis.results import measurements, read_run
 from analysis.style import PLACEMENTS, order_nfs, order_topologies
 from analysis.summary import summarize
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 
 SETTING = ["experiment", "topology", "nf", "replicas", "sweep", "metric", "unit"]
 

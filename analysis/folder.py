@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 
 NAMES = ("trial", "experiment", "topology", "placement")
 """What every trial says of itself, as text."""

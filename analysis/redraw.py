@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.figures import Definition, definitions
 from analysis.results import measurements, read_run
 from analysis.sheet import Sheet, paper
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 
 
 def draw_figures(run: Path, names: Sequence[str] | None = None) -> list[Path]:

@@ -15,7 +15,7 @@ import pandas as pd
 from hdrh.histogram import HdrHistogram
 
 from analysis.folder import Run, read_run
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 
 __all__ = ["Run", "read_run"]
 

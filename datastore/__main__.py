@@ -6,7 +6,7 @@ a lock and copied again when someone was at work on them (`Table.records`).
 
 from __future__ import annotations
 
-from datastore import surroundings
+from datastore.base import surroundings
 
 if __name__ == "__main__":
     surroundings.start_anew()  # before a library is imported
@@ -24,10 +24,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Sheet
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
+from datastore.base.partitioning import PARTITIONS
 from datastore.security.secret import Credential, Secret, forget_key, key_file
-from datastore.store.partitions import PARTITIONS, PartitionMap
-from datastore.store.table import SHARED_MEMORY, Record, Table
+from datastore.store.inspection import Record
+from datastore.store.partitions import PartitionMap
+from datastore.store.table import SHARED_MEMORY, Table
 from datastore.verification.history import read_history
 from datastore.verification.linearizability import LINEARIZABLE, MAX_WIDTH, check_history
 
@@ -154,7 +156,7 @@ def as_json(record: Record) -> dict[str, Any]:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run a store process in the foreground until SIGTERM or Ctrl-C."""
-    from datastore.store.server import StoreProcess, stop_at_signals
+    from datastore.process.store import StoreProcess, stop_at_signals
 
     stopping = stop_at_signals()
     path = arguments.secret or secret_file(arguments.table)
@@ -258,8 +260,8 @@ def coordinator_address(text: str) -> tuple[str, int]:
 
 def status(arguments: argparse.Namespace) -> None:
     """Print what a coordinator knows: the map, leases, who is missing, what is under way."""
-    from datastore.replication.report import host_sheet, troubles
-    from datastore.replication.routed import ask
+    from datastore.coordination.report import host_sheet, troubles
+    from datastore.coordination.routed import ask
 
     answer = ask(arguments.coordinator, {"status": True}, administrator(arguments.secret))["status"]
     if arguments.json:
@@ -272,7 +274,7 @@ def status(arguments: argparse.Namespace) -> None:
 
 def move(arguments: argparse.Namespace) -> None:
     """Make a host the primary of partitions, losing nothing; it goes on in the background, `status` shows how far."""
-    from datastore.replication.routed import ask
+    from datastore.coordination.routed import ask
 
     first, _, last = arguments.partitions.partition("-")
     if not first.isdecimal() or not (last or first).isdecimal():

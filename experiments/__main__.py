@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datastore import surroundings
+from datastore.base import surroundings
 
 if __name__ == "__main__":
     surroundings.start_anew()  # before a library is imported
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 
 EXAMPLES = """examples:
   python -m experiments list

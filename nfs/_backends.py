@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
+from datastore.compiled import jit
 
 MOST, MOST_PORTS, MOST_WEIGHT = 16, 16, 0xFFFF
 NAME_BITS = (1 << 48) - 1

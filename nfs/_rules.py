@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.compiled import inline
 from nfs.dataplane.ipv6 import low_word
 
 MAX_RULES, WORDS = 32, 10

@@ -14,7 +14,7 @@ sides (firewall.py).
 
 import numpy as np
 
-from datastore.native import inline
+from datastore.compiled import inline
 from nfs.dataplane import ACK, FIN, RST, SYN
 
 MODULUS = 0xFFFFFFFF

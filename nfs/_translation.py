@@ -34,8 +34,8 @@ from ipaddress import IPv4Address, IPv4Network
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.compiled import inline, jit
 from datastore.store.partitions import flow_partition, key_high, key_low
 from nfs._tcp import CLOSING, ESTABLISHED, NONE, OPENING, control_flags, end_of, next_state
 from nfs.dataplane import (

@@ -23,7 +23,7 @@ Later fragments have no sequence numbers and are not looked at, so what they car
 
 import numpy as np
 
-from datastore.native import inline
+from datastore.compiled import inline
 from nfs._tcp import MODULUS, behind, end_of
 from nfs.dataplane import ACK, RST, SYN
 

@@ -36,7 +36,7 @@ is listed in docs/network_functions.md.
 
 import numpy as np
 
-from datastore.native import inline
+from datastore.compiled import inline
 from nfs._rules import ACCEPT, MAX_RULES, REFUSE, WORDS, first_match, parsed_rules
 from nfs._tcp import MEANINGFUL, contradicts_fin, control_flags, end_of
 from nfs._window import REOPENING_SCALE, begin_again, forget_windows, in_window

@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
+from datastore.compiled import inline
 from datastore.store.partitions import hashed_partition, key_high, key_low
 from nfs.dataplane import FORWARD, NONE, add, kind_of, network_function
 from nfs.dataplane.ipv6 import destination_word, named, source_word

@@ -48,7 +48,7 @@ import math
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.compiled import inline, jit
 from datastore.store.partitions import flow_partition, hashed_partition, key_high, key_low
 from nfs._backends import DIRECT, MOST, MOST_PORTS, NAME_BITS, REWRITTEN, place_in, prepare
 from nfs._tcp import CLOSING, ESTABLISHED, NONE, OPENING, WAS_RESET, end_of, next_state

@@ -35,8 +35,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
+from datastore.compiled import inline
 from nfs.dataplane import (
     ACK,
     BLOCKED_SOURCE,

@@ -23,8 +23,8 @@ nobody passes uncounted. The defaults are above what the testbed's generator off
 
 import numpy as np
 
-from datastore.native import inline
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
+from datastore.compiled import inline
 from nfs.dataplane import DROP, FORWARD, RATE_EXCEEDED, SOURCE, network_function, record
 
 BUCKET = record(packets_owed="i8", bytes_owed="i8", updated_ns="i8")

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datastore.replication.coordinator import Timing
-from datastore.replication.routed import RoutedClient, ask
+from datastore.coordination.heartbeats import Timing
+from datastore.coordination.routed import RoutedClient, ask
 from tests.secrets_of_tests import SECRET, client, key_of
 from topologies.emulation.journal import Journal
 from topologies.emulation.processes import Launcher, RunningProcess
@@ -25,7 +25,7 @@ CLUSTER, VALUE_BYTES, PARTITIONS = 0xC7, 16, 256
 HOSTS = ("nf1", "nf2", "nf3")
 LEASE_MS = Timing.lease_ns / 1e6
 """The product's default: what holds for users holds here."""
-STORE, COORDINATOR = "datastore.store.server:main", "datastore.replication.coordination:main"
+STORE, COORDINATOR = "datastore.process.store:main", "datastore.coordination.process:main"
 READY_S = 400.0
 """Longest wait for a process, which compiles what it runs when its sources have changed."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from datastore.native import ROOT
+from datastore.base import ROOT
 
 README_FILES = (
     "nfs/syn_counter.py",

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from datastore.native.errors import NearstateError
-from datastore.store.partitions import PARTITIONS
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
 from experiments.harness.bench import Bench
 from tests.conftest import wait_for
 from topologies.emulation import system

@@ -1,6 +1,6 @@
 """Imported by the launcher of `tests/cluster.py` before its first fork: stores and coordinators inherit what is compiled."""
 
-from datastore.replication import coordination  # noqa: F401
-from datastore.store import server
+from datastore.coordination import process as coordination  # noqa: F401
+from datastore.process import server
 
 server.warm()

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from nfs.dataplane import declaration
 from nfs.dataplane.headers import ACK, FIN, ICMP, INSIDE, OUTSIDE, PACKET, RST, SYN, TCP
 from nfs.dataplane.ledger import MALFORMED, TRUNCATED

@@ -50,7 +50,7 @@ from scapy.layers.ipsec import AH  # noqa: E402
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether  # noqa: E402
 from scapy.packet import Packet  # noqa: E402
 
-from datastore.native.errors import NearstateError  # noqa: E402
+from datastore.base.errors import NearstateError  # noqa: E402
 from nfs.dataplane import declaration, headers  # noqa: E402
 from nfs.dataplane.headers import INSIDE, OUTSIDE  # noqa: E402
 from nfs.dataplane.keys import make_key  # noqa: E402

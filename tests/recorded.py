@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from datastore.replication.routed import RoutedClient
+from datastore.coordination.routed import RoutedClient
 from datastore.store.client import Answer
 from datastore.store.operations import ADD, ANY_VERSION, DELETE, GET, INSERT, PUT
 from datastore.store.statuses import OK

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.memory import copy, store_release
+from datastore.base.partitioning import PARTITIONS
+from datastore.compiled import jit
+from datastore.compiled.memory import copy, store_release
 from datastore.store.client import Client, ClientState
-from datastore.store.partitions import PARTITIONS
-from datastore.store.table import VALUE, Table, abort_record, open_record
+from datastore.store.layout import VALUE
+from datastore.store.records import abort_record, open_record
+from datastore.store.table import Table
 from nfs.dataplane import steps
 from nfs.dataplane.declaration import MAX_RECORD_BYTES, NetworkFunction, load
 from nfs.dataplane.engine import EPOCH, HERE, NOW_NS, OWNER, Engine, make_engine

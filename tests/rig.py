@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from datastore.base.partitioning import PARTITIONS
 from datastore.store.client import Client
-from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from nfs.dataplane import NetworkFunction
 from nfs.dataplane.engine import HERE, make_engine

@@ -23,4 +23,4 @@ def key_of(target: str, config: dict[str, Any]) -> bytes:
     """Return the key that a process of this target gets from `Launcher.spawn`; nothing for those that reach nobody."""
     if target == "nfs.dataplane.process:main":
         return SECRET.credential(CLIENT, config["host"], config["client_id"]).key
-    return SECRET.key if target in ("datastore.store.server:main", "datastore.replication.coordination:main") else b""
+    return SECRET.key if target in ("datastore.process.store:main", "datastore.coordination.process:main") else b""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from nfs.dataplane.headers import ICMP, INSIDE, OUTSIDE, TCP, UDP
 from tests.traces import ICMP_ERRORS, IPV4, Trace
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from analysis.sheet import Sheet
 from analysis.style import TWO_COLUMNS_IN
-from datastore.native.errors import NearstateError, import_file
+from datastore.base.errors import NearstateError, import_file
 
 CARRIED_RATIO = 0.99  # a placement carries a load when it delivers this share of it
 

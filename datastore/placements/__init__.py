@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datastore.native.errors import NearstateError, import_file, unknown
-from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.base.errors import NearstateError, import_file, unknown
+from datastore.base.partitioning import PARTITIONS
+from datastore.store.partitions import PartitionMap
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.replication.shipping import Shipping, changes, committed, note_answers, reign, role, rules
+from datastore.compiled import jit
+from datastore.replication.completions import note_answers
+from datastore.replication.link import Shipping
 from datastore.store.layout import DIRTY_OFFSET, PARTITION_COUNT, U0, VALUE_WORDS, lease_holds, word
 from datastore.store.operations import KEY_LOW, OPERATION_VALUE
 from datastore.store.partitions import PARTITION_BITS
 from datastore.store.protocol import FRAME_HEADER_WORDS, answer_frame, frame_operations, refuse_operations
+from datastore.store.roles import changes, committed, reign, role, rules
 from datastore.store.statuses import ABSENT, EXISTS, LEASE_LAPSED, NOT_PRIMARY, OK, VERSION_MISMATCH
 
 # words of a held operation, and of a held frame

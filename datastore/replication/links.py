@@ -1,7 +1,7 @@
 """The store process' connections to the other stores: frames go out, acknowledgments come back.
 
 Each store connects to every other one and ships over its own connection; what a peer ships arrives at the server like a client's
-request (`store/server.py`). Python makes the connections, compiled code uses them.
+request (`process/server.py`). Python makes the connections, compiled code uses them.
 """
 
 from __future__ import annotations
@@ -13,21 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.libc import EAGAIN, POLLIN, POLLOUT, pollfd, recv, send
-from datastore.native.memory import copy
-from datastore.replication.dialer import Dialer
-from datastore.replication.shipping import (
-    ACK_WORDS,
-    ACKNOWLEDGES,
-    REFUSED_AGAIN_NS,
-    Shipping,
-    image_words,
-    is_news,
-    lose,
-    ship_all,
-    take_ack,
-)
+from datastore.compiled import inline, jit
+from datastore.compiled.libc import EAGAIN, POLLIN, POLLOUT, pollfd, recv, send
+from datastore.compiled.memory import copy
+from datastore.coordination.dialer import Dialer
+from datastore.replication.frames import ACK_WORDS, ACKNOWLEDGES, image_words, is_news
+from datastore.replication.link import Shipping
+from datastore.replication.shipping import REFUSED_AGAIN_NS, lose, ship_all, take_ack
 from datastore.security.secret import STORE, Credential
 from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC
 

@@ -13,16 +13,33 @@ life, so a failover takes no longer for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.coordination.heartbeats import Grant, Heartbeat, Ping, Pong, Timing
+from datastore.coordination.maps import ClusterMap, Group
 from datastore.replication import shipping as ship
-from datastore.replication.coordinator import Grant, Heartbeat, Timing
-from datastore.replication.maps import ClusterMap, Group
-from datastore.replication.shipping import Shipping
-from datastore.store import locking
+from datastore.replication.frames import CLAIM, IMAGE
+from datastore.replication.link import (
+    ASYNCHRONOUS,
+    CHANGES_ACKED,
+    COUNTED,
+    COUNTS,
+    EPOCH,
+    JOINED,
+    LEARNING,
+    LINK_JOINED,
+    MEMBER,
+    MODE,
+    OUT,
+    OWING_NS,
+    STANDING,
+    UNDER_WAY,
+    Shipping,
+    make_shipping,
+)
+from datastore.store import locking, roles
 from datastore.store.layout import (
     BACKUP,
     CHANGES_AT,
@@ -42,28 +59,6 @@ from datastore.store.table import Table
 FOR_EVER_NS = 1 << 62
 LEARNERS_PATIENCE = 5
 """By how much longer than a member a learner may owe an acknowledgment: no packet waits for it."""
-
-
-@dataclass(frozen=True)
-class Ping:
-    """What stores tell each other every while: whom, and which map they follow."""
-
-    host: str
-    cluster: int
-    incarnation: int
-    epoch: int
-    sent_ns: int
-
-
-@dataclass(frozen=True)
-class Pong:
-    """The answer: of host `host`, to the ping that process `incarnation` sent at `sent_ns`, with or without a promise."""
-
-    host: str
-    epoch: int
-    incarnation: int
-    sent_ns: int
-    promise: bool
 
 
 class Replica:
@@ -172,13 +167,13 @@ class Replica:
         """
         if not ignorant:
             return False
-        reigns = ship.reign(self.words, partition) == group.reign and ship.rules(ship.role(self.words, partition))
+        reigns = roles.reign(self.words, partition) == group.reign and roles.rules(roles.role(self.words, partition))
         return not (reigns and all(self._stays(partition, group, peer) for peer in ignorant))
 
     def _stays(self, partition: int, group: Group, peer: int) -> bool:
         """Tell whether a peer is to a partition what it was before: nothing, or the same replica."""
         host, link = self.peers[peer], self.shipping.links[peer, partition]
-        return bool(link[ship.MODE] == ship.OUT or (host in group.replicas() and link[ship.LINK_JOINED] == group.joined[host]))
+        return bool(link[MODE] == OUT or (host in group.replicas() and link[LINK_JOINED] == group.joined[host]))
 
     def has_lease(self, now_ns: int) -> bool:
         """Tell whether this host may answer."""
@@ -187,7 +182,7 @@ class Replica:
     def beat(self, now_ns: int) -> Heartbeat:
         """Return what to tell the coordinator now."""
         synchronised, released = [], []
-        has_all, joined = ship.synchronised(self.shipping).tolist(), self.shipping.links[:, :, ship.LINK_JOINED].tolist()
+        has_all, joined = ship.synchronised(self.shipping).tolist(), self.shipping.links[:, :, LINK_JOINED].tolist()
         for partition in self.map.unsettled:
             group = self.map.groups[partition]
             if group.primary != self.host:
@@ -197,7 +192,7 @@ class Replica:
                 if has_all[peer][partition] and joined[peer][partition] == group.joined[host]:  # else it has what it had before
                     synchronised.append((partition, host))
             if group.successor and self.is_drained(partition):
-                self._drained[partition] = int(ship.reign(self.words, partition))
+                self._drained[partition] = int(roles.reign(self.words, partition))
             if group.successor and self._has_stopped(partition):
                 released.append(partition)
         return Heartbeat(self.host, self.cluster, self.incarnation, self.map.epoch, now_ns, tuple(synchronised), tuple(released),
@@ -223,20 +218,20 @@ class Replica:
     def is_drained(self, partition: int) -> bool:
         """Tell whether all that this host did as a partition's primary is committed, and it does nothing more."""
         words = self.words
-        all_committed = ship.committed(words, partition) >= ship.changes(words, partition)
-        return bool(ship.role(words, partition) == RETIRING and all_committed and self._is_shipped(partition))
+        all_committed = roles.committed(words, partition) >= roles.changes(words, partition)
+        return bool(roles.role(words, partition) == RETIRING and all_committed and self._is_shipped(partition))
 
     def _is_shipped(self, partition: int) -> bool:
         """Tell whether whoever counts has all of a partition, also where nothing waits for that (asynchronous)."""
-        if not self.shipping.control[ship.ASYNCHRONOUS]:
+        if not self.shipping.control[ASYNCHRONOUS]:
             return True
-        links, changes = self.shipping.links[:, partition], ship.changes(self.words, partition)
-        return all(link[ship.UNDER_WAY] == 0 and link[ship.CHANGES_ACKED] >= changes
-                   for link in links if link[ship.MODE] == ship.COUNTED)  # fmt: skip
+        links, changes = self.shipping.links[:, partition], roles.changes(self.words, partition)
+        return all(link[UNDER_WAY] == 0 and link[CHANGES_ACKED] >= changes
+                   for link in links if link[MODE] == COUNTED)  # fmt: skip
 
     def was_stopped(self, now_ns: int) -> None:
         """This process did not run for a while: what peers owe it may be on its way. They get their time anew."""
-        owing_ns = self.shipping.links[:, :, ship.OWING_NS]
+        owing_ns = self.shipping.links[:, :, OWING_NS]
         owing_ns[owing_ns != 0] = now_ns
 
     def _unreachable(self, now_ns: int) -> list[str]:
@@ -265,7 +260,7 @@ class Replica:
                 self._rule(partition, group)
             else:
                 self._deferred[partition] = group
-                if ship.reign(self.words, partition) < group.reign:
+                if roles.reign(self.words, partition) < group.reign:
                     self._set_role(partition, NO_ROLE, group.reign)
 
     def _release_promises(self) -> None:
@@ -280,22 +275,22 @@ class Replica:
         The role comes last: a network function that sees it lets packets go when COMMITTED says so, of this reign.
         """
         words, shipping = self.words, self.shipping
-        if ship.reign(words, partition) > group.reign:
+        if roles.reign(words, partition) > group.reign:
             return  # a later primary has been here: the map that says so is on its way
-        fresh = ship.reign(words, partition) != group.reign or not ship.rules(ship.role(words, partition))
+        fresh = roles.reign(words, partition) != group.reign or not roles.rules(roles.role(words, partition))
         if fresh:
-            shipping.claims[partition] = max(int(shipping.followed[partition, ship.EPOCH]), 0), ship.changes(words, partition)
+            shipping.claims[partition] = max(int(shipping.followed[partition, EPOCH]), 0), roles.changes(words, partition)
             shipping.followed[partition] = (-1, 0, 0, 0)
             ship.leave_all(shipping, words, partition)
         for peer, host in enumerate(self.peers):
             link = shipping.links[peer, partition]
             if host not in group.replicas():
-                if link[ship.MODE] != ship.OUT:
+                if link[MODE] != OUT:
                     ship.starve(shipping, words, peer, partition)
-            elif link[ship.MODE] == ship.OUT or link[ship.LINK_JOINED] != group.joined[host]:
-                mode = ship.LEARNING if host in group.learners else ship.COUNTED
-                has_claim = fresh and mode == ship.COUNTED and shipping.claims[partition, 0] > 0
-                ship.feed(shipping, words, peer, partition, mode, group.joined[host], ship.CLAIM if has_claim else ship.IMAGE)
+            elif link[MODE] == OUT or link[LINK_JOINED] != group.joined[host]:
+                mode = LEARNING if host in group.learners else COUNTED
+                has_claim = fresh and mode == COUNTED and shipping.claims[partition, 0] > 0
+                ship.feed(shipping, words, peer, partition, mode, group.joined[host], CLAIM if has_claim else IMAGE)
         if fresh:
             ship.recommit(shipping, words, partition)
         if not group.successor:
@@ -305,22 +300,22 @@ class Replica:
     def _follow(self, partition: int, group: Group, before: Group) -> None:
         """This host is a backup, is learning, or has nothing to do with the partition. before: the group until now."""
         words, followed = self.words, self.shipping.followed[partition]
-        ruled, reign = ship.rules(ship.role(words, partition)), int(ship.reign(words, partition))
+        ruled, reign = roles.rules(roles.role(words, partition)), int(roles.reign(words, partition))
         has_handed_over = ruled and self._has_handed_over(partition, group, before)
         joined = group.joined[self.host] if self.host in group.members + group.learners else 0
         if has_handed_over:  # written down before the role, see `nfs/dataplane/held.py`
             words[int(words[ENDED_AT]) + partition] = reign
-        anew = ruled or followed[ship.JOINED] != joined
-        standing = (ship.MEMBER if self.host in group.members else 0) | int(followed[ship.STANDING]) & ship.COUNTS
-        if anew or joined == 0 or reign != group.reign or followed[ship.EPOCH] == -1:
+        anew = ruled or followed[JOINED] != joined
+        standing = (MEMBER if self.host in group.members else 0) | int(followed[STANDING]) & COUNTS
+        if anew or joined == 0 or reign != group.reign or followed[EPOCH] == -1:
             self._set_role(partition, NO_ROLE, max(group.reign, reign))
-        elif standing == ship.MEMBER | ship.COUNTS and followed[ship.EPOCH] == reign:
+        elif standing == MEMBER | COUNTS and followed[EPOCH] == reign:
             self._set_role(partition, BACKUP, reign)
         if ruled:  # after the role: a network function must not take for committed what nobody waits for any more
             ship.leave_all(self.shipping, words, partition)
-        followed[ship.STANDING] = standing
+        followed[STANDING] = standing
         if anew:
-            followed[:] = (reign if has_handed_over else -1, 0, joined, standing & ship.MEMBER)
+            followed[:] = (reign if has_handed_over else -1, 0, joined, standing & MEMBER)
 
     def _has_handed_over(self, partition: int, group: Group, before: Group) -> bool:
         """Tell whether the successor rules because this host said that all it had done is committed.
@@ -332,7 +327,7 @@ class Replica:
 
     def _has_stopped(self, partition: int) -> bool:
         """Tell whether this host said in its present reign that it changes nothing of a partition any more."""
-        return self._drained.get(partition) == int(ship.reign(self.words, partition))
+        return self._drained.get(partition) == int(roles.reign(self.words, partition))
 
     def _set_role(self, partition: int, role: int, reign: int) -> None:
         status = locking.set_role(self.words, self.owner, partition, role, reign)
@@ -346,7 +341,7 @@ def warm() -> None:
     Loaded by each store process instead, it took 60 ms of the first map's 80 ms lease, and hosts were replaced for it.
     """
     table = Table.anonymous("nearstate-warm", 64, 8, 1, epoch=0, cluster=1, clients=1, window=1, replication_secret=1)
-    shipping = ship.make_shipping(table.words, 1, np.zeros(1, np.uint8))
+    shipping = make_shipping(table.words, 1, np.zeros(1, np.uint8))
     replica = Replica("here", ["there"], table.words, shipping, table.register_owner(), 1, 1)
     here, both = ("here",), ("here", "there")
     for epoch, group in enumerate([

@@ -23,97 +23,71 @@ Why a claim can be trusted: within one reign the changes of a partition are one 
 it are alike (as entries of one term and index are in Raft: D. Ongaro, J. Ousterhout, 2014, section 5.3).
 
 Completion records travel in the frame of the changes they belong to: a retry after a failover finds both or neither.
-
-A frame, after the header of four words that all frames have (`store/protocol.py`):
-
-    0   partition (16) | kind and flags (16) | buckets that follow (32)
-    1   epoch of the primary (32) | epoch of the peer (32)    2  serial of the last frame acknowledged    3  serial
-        of a claim: epoch of the earlier primary
-    4   changes after this frame    5  changes committed    6  version floor    7  records (32) | completions that follow (32)
-                                       of a claim: the earlier primary's changes
-    8.. a bucket: number << 8 | bits; its first word; the slots of bits 0 to 6
-        a completion: client id, then the record of its ring
-
-and its acknowledgment: partition (16) | status (8 of 16); word 1 of the frame; serial.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.memory import fence, trailing_zeros
+from datastore.compiled import inline, jit
+from datastore.replication.completions import count_completions, write_all_completions, write_noted_completion
+from datastore.replication.frames import CLAIM, COUNTED_FLAG, GAP, IMAGE, LOW16, NEWS, REPLICATE_WORDS, REPLICATES
+from datastore.replication.link import (
+    ACKED,
+    ASYNCHRONOUS,
+    CHANGES_ACKED,
+    CHANGES_SENT,
+    COMMITTED_MORE,
+    COUNTED,
+    COUNTED_FROM,
+    DONE_ACKED,
+    DONE_QUEUE,
+    DONE_SENT,
+    FIRST,
+    LEARNING,
+    LINK_JOINED,
+    MODE,
+    NEWS_WAIT,
+    NEXT_FIRST,
+    OUT,
+    OWING_NS,
+    REFUSALS_WAIT,
+    REFUSED,
+    SENT,
+    SENT_FIRST,
+    SENT_NS,
+    TOLD,
+    UNDER_WAY,
+    Shipping,
+)
 from datastore.store.layout import (
-    BACKUP,
     BUCKET_DIRTY,
     BUCKET_WORDS,
     BUCKETS,
     BUCKETS_OFFSET,
-    CHANGES_AT,
-    CLIENT_ID,
-    CLIENT_STRIDE,
-    CLIENT_USED_S,
-    CLIENTS,
-    CLIENTS_AT,
     CLUSTER,
     COMMITTED_ALWAYS,
     COMMITTED_AT,
     COUNT,
     DIRTY_OFFSET,
-    DONE_SEQUENCE,
     DONE_VALUE,
     FLOOR,
-    NO_ROLE,
-    PARTITION_COUNT,
-    PRIMARY,
-    RETIRING,
-    ROLE,
-    ROLE_BITS,
-    ROLE_MASK,
     SLOT_WORDS,
     SLOTS,
     U0,
     U1,
     VALUE_WORDS,
-    WINDOW,
-    client_at,
-    completion_at,
     partition_at,
     word,
 )
 from datastore.store.layout import EPOCH as EPOCH_OF_MAP
-from datastore.store.locking import lock, release, role_word
-from datastore.store.operations import KEY_LOW, OPERATION_VALUE, SEQUENCE, done_partition
-from datastore.store.partitions import PARTITION_BITS
-from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC, find_client, frame_operations, write_frame_header
-from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, TOO_MANY_CLIENTS, UNKNOWN_PARTITION
+from datastore.store.locking import lock, release
+from datastore.store.protocol import FRAME_HEADER_WORDS, write_frame_header
+from datastore.store.roles import changes, committed, reign, role, rules
+from datastore.store.statuses import BAD_FRAME, OK
 
-GAP = 254
-"""Status of an acknowledgment: a frame before this one is missing, send an image."""
-DUPLICATE = 253
-"""`judge`: this frame, or a later one, was applied already; it is acknowledged again."""
-REPLICATE_WORDS, ACK_WORDS = 8, 3
-IMAGE, NEWS, COUNTED_FLAG, CLAIM = 1, 2, 4, 8
-
-# how a peer takes part in a partition
-OUT, LEARNING, COUNTED = range(3)
-"""COUNTED: nothing is committed without it. A learning one becomes that with the acknowledgment of its image."""
-# words of a link; those of the first cache line are looked at for all partitions whenever something may be due
-MODE, UNDER_WAY, FIRST, SENT_FIRST, CHANGES_SENT, CHANGES_ACKED, DONE_ACKED, TOLD = range(8)
-SENT, ACKED, DONE_SENT, SENT_NS, COUNTED_FROM, LINK_JOINED, OWING_NS, REFUSED = range(8, 16)
-LINK_WORDS = 16
-"""FIRST: IMAGE or CLAIM where one is to be sent, else 0; SENT_FIRST: what that was of the frame sent last. SENT, ACKED: serials.
-LINK_JOINED: the epoch at which the peer became a replica, this time. OWING_NS: when the first frame was sent that the peer owes
-an acknowledgment for; 0: it owes none. REFUSED: how often in a row the peer has refused the frame under way; negative: it has not
-answered the last time yet."""
-# words of `followed`
-EPOCH, SERIAL, JOINED, STANDING = range(4)
-"""JOINED: the epoch at which this host became a replica, this time; 0: it is none, and takes no frames. STANDING: bits."""
-MEMBER, COUNTS = 1, 2
-"""Standing: the map that this host follows names it a member; the primary said that nothing is committed without it. Who is both
-is a backup and may be read. Counting is not enough: a next primary waits for members, not for a learner that once counted."""
 REFUSED_AGAIN_NS = 1_000_000
 """A peer refuses frames for a map that it does not know yet; in a move both hear of it within a few milliseconds."""
 NEWS_AFTER_NS = 2_000_000
@@ -122,99 +96,6 @@ backups that find a record clean a little earlier."""
 IMAGES_AT_ONCE = 4
 """Under way to a peer that learns. Measured: a refill of 100,000 records under 60 kpps takes 250 to 370 ms with 16 at a time, and
 costs 4 to 29 % of the packets meanwhile; with 4 it takes 410 to 510 ms, and costs 7 to 11 %."""
-NO_BASE = 1 << 62
-"""Serial before a frame that needs a claim to be right: nobody has it."""
-DONE_QUEUE = 1024
-"""Completion records of a partition that can be on their way; more, and the peer gets an image."""
-LOW16, LOW32 = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF)
-
-
-class Shipping(NamedTuple):
-    """What the store process remembers; it ends with it, and then every peer gets images.
-
-    links: int64[peers, partitions, LINK_WORDS]. pending, unacked: uint64[peers, partitions, dirty words], as the table's dirty
-    bytes. done: int64[partitions, DONE_QUEUE], word indices of completion records, and done_end: int64[partitions], how many
-    there ever were. has_done: uint8[partitions], 0: the table has no completion record of the partition, and is not searched for
-    them, which takes 10 us. followed: int64[partitions, 4], the last frame applied. claims: int64[partitions, 2], the earlier
-    primary of a partition that this host rules, and how many of its changes there were; 0: none. connected: uint8[clients], for
-    `find_client`. control: int64[5].
-    """
-
-    links: np.ndarray
-    pending: np.ndarray
-    unacked: np.ndarray
-    done: np.ndarray
-    done_end: np.ndarray
-    has_done: np.ndarray
-    followed: np.ndarray
-    claims: np.ndarray
-    connected: np.ndarray
-    control: np.ndarray
-
-
-ASYNCHRONOUS, NEXT_FIRST, COMMITTED_MORE, NEWS_WAIT, REFUSALS_WAIT = range(5)
-"""COMMITTED_MORE: something was committed since somebody looked. NEWS_WAIT: there is news that is not old enough to be sent.
-REFUSALS_WAIT: there are refused frames that it is too early to send again."""
-REPLICATES, ACKNOWLEDGES = 2, 4
-"""Flags of the frames between stores."""
-
-
-def make_shipping(words: np.ndarray, peers: int, connected: np.ndarray, asynchronous: bool = False) -> Shipping:
-    """Return the state of a store process that replicates the table `words` to and from `peers` others."""
-    partitions, dirty_words = int(words[PARTITION_COUNT]), -(-int(words[BUCKETS]) // 8)
-    control = np.zeros(5, np.int64)
-    control[ASYNCHRONOUS] = asynchronous
-    return Shipping(
-        np.zeros((peers, partitions, LINK_WORDS), np.int64),
-        np.zeros((peers, partitions, dirty_words), np.uint64),
-        np.zeros((peers, partitions, dirty_words), np.uint64),
-        np.zeros((partitions, DONE_QUEUE), np.int64),
-        np.zeros(partitions, np.int64),
-        np.ones(partitions, np.uint8),
-        np.zeros((partitions, 4), np.int64),
-        np.zeros((partitions, 2), np.int64),
-        connected,
-        control,
-    )
-
-
-def image_words(words: np.ndarray) -> int:
-    """Return how long a frame of this table can be."""
-    completions = int(words[CLIENTS]) * int(words[WINDOW]) * (1 + DONE_VALUE + int(words[VALUE_WORDS]))
-    return FRAME_HEADER_WORDS + REPLICATE_WORDS + int(words[BUCKETS]) * (2 + SLOTS * int(words[SLOT_WORDS])) + completions
-
-
-@inline
-def changes(words: np.ndarray, partition: int) -> Any:
-    """Return how often a partition has changed."""
-    return word(words, word(words, CHANGES_AT) + partition)
-
-
-@inline
-def committed(words: np.ndarray, partition: int) -> Any:
-    """Return how many of a partition's changes every counted peer has."""
-    return word(words, word(words, COMMITTED_AT) + partition)
-
-
-@inline
-def reign(words: np.ndarray, partition: int) -> Any:
-    """Return since which epoch the partition's primary is primary, as far as this host knows."""
-    return word(words, partition_at(words, partition) + ROLE) >> ROLE_BITS
-
-
-@inline
-def role(words: np.ndarray, partition: int) -> Any:
-    """Return what this host is to a partition."""
-    return word(words, partition_at(words, partition) + ROLE) & ROLE_MASK
-
-
-@inline
-def rules(role: int) -> Any:
-    """Tell whether a role ships: a retiring primary does until all it has changed is committed."""
-    return role in (PRIMARY, RETIRING)
-
-
-# ---- at the primary ---------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -245,14 +126,6 @@ def leave_all(shipping: Shipping, words: np.ndarray, partition: int) -> None:
         link = shipping.links[peer, partition]
         link[MODE], link[UNDER_WAY], link[OWING_NS] = OUT, 0, 0
     words[word(words, COMMITTED_AT) + partition] = U0
-
-
-@jit
-def note_completion(shipping: Shipping, partition: int, done: int) -> None:
-    """Remember that a completion record belongs to the changes of a partition."""
-    shipping.done[partition, shipping.done_end[partition] % DONE_QUEUE] = done
-    shipping.done_end[partition] += 1
-    shipping.has_done[partition] = 1
 
 
 @inline
@@ -371,86 +244,6 @@ def write_buckets(shipping: Shipping, words: np.ndarray, peer: int, partition: i
     return count, at
 
 
-@inline
-def done_client(words: np.ndarray, done: int) -> Any:
-    """Return the word index of the client's slot that a completion record is in."""
-    return word(words, CLIENTS_AT) + (done - word(words, CLIENTS_AT)) // word(words, CLIENT_STRIDE) * word(words, CLIENT_STRIDE)
-
-
-@jit
-def write_completion(words: np.ndarray, done: int, out: np.ndarray, at: int) -> int:
-    """Write a completion record into a frame; return where it ends."""
-    out[at] = words[done_client(words, done) + CLIENT_ID]
-    for n in range(DONE_VALUE + word(words, VALUE_WORDS)):
-        out[at + 1 + n] = words[done + n]
-    return at + 1 + DONE_VALUE + word(words, VALUE_WORDS)
-
-
-@jit
-def write_noted_completion(words: np.ndarray, partition: int, done: int, out: np.ndarray, at: int) -> int:
-    """As `write_completion`, for a record that was a partition's when it was noted.
-
-    The client may have gone on a whole window since, with another partition: that one's changes carry what is there now, and
-    before them it must not arrive. An empty record takes its room.
-    """
-    end = write_completion(words, done, out, at)
-    if done_partition(words, done) != partition:
-        out[at + 1 + DONE_SEQUENCE] = U0
-    return end
-
-
-@jit
-def next_completion(words: np.ndarray, partition: int, place: int) -> int:
-    """Return the first place from `place` on (client * window + number) whose completion record is a partition's, or -1."""
-    window = word(words, WINDOW)
-    while place < word(words, CLIENTS) * window:
-        client = place // window
-        if words[client_at(words, client) + CLIENT_ID] == U0:
-            place = (client + 1) * window
-            continue
-        done = completion_at(words, client, place % window)
-        if words[done + DONE_SEQUENCE] != U0 and done_partition(words, done) == partition:
-            return place
-        place += 1
-    return -1
-
-
-@inline
-def first_completion(shipping: Shipping, words: np.ndarray, partition: int) -> Any:
-    """Return the first place whose completion record is a partition's, or -1."""
-    place = np.int64(-1)
-    if shipping.has_done[partition]:
-        place = next_completion(words, partition, 0)
-        shipping.has_done[partition] = place >= 0
-    return place
-
-
-@inline
-def completion_of(words: np.ndarray, place: int) -> Any:
-    """Return the word index of the completion record at a place."""
-    return completion_at(words, place // word(words, WINDOW), place % word(words, WINDOW))
-
-
-@jit
-def count_completions(shipping: Shipping, words: np.ndarray, partition: int) -> int:
-    """Return how many completion records a partition has."""
-    count, place = 0, first_completion(shipping, words, partition)
-    while place >= 0:
-        count += 1
-        place = next_completion(words, partition, place + 1)
-    return count
-
-
-@jit
-def write_all_completions(shipping: Shipping, words: np.ndarray, partition: int, out: np.ndarray, at: int) -> int:
-    """Write every completion record of a partition; return where they end."""
-    place = first_completion(shipping, words, partition)
-    while place >= 0:
-        at = write_completion(words, completion_of(words, place), out, at)
-        place = next_completion(words, partition, place + 1)
-    return at
-
-
 @jit
 def ship(
     shipping: Shipping, words: np.ndarray, owner: int, peer: int, partition: int, now_ns: int, out: np.ndarray, at: int,
@@ -561,47 +354,6 @@ def ship_all(
     return at
 
 
-@inline
-def is_peer_frame(buffer: np.ndarray, at: int) -> Any:
-    """Tell whether the frame at `at`, which has a header, is another store's."""
-    return np.int64(buffer[at + 1] >> np.uint64(16) & LOW16) == REPLICATES
-
-
-@inline
-def is_news(buffer: np.ndarray, at: int) -> Any:
-    """Tell whether the frame at `at`, a store's, is news: it is not acknowledged."""
-    return buffer[at + FRAME_HEADER_WORDS] >> np.uint64(16) & np.uint64(NEWS) != U0
-
-
-@jit
-def peer_frame_words(buffer: np.ndarray, at: int, end: int, longest: int) -> int:
-    """As `frame_words`, for a frame of another store, of at most `longest` words."""
-    if end - at < FRAME_HEADER_WORDS:
-        return 0 if end == at or buffer[at] & LOW32 == np.uint64(PROTOCOL_MAGIC) else -1
-    if buffer[at] & LOW32 != np.uint64(PROTOCOL_MAGIC) or not is_peer_frame(buffer, at):
-        return -1
-    frame_bytes = np.int64(buffer[at] >> np.uint64(32))
-    if frame_bytes & 7 or frame_bytes < (FRAME_HEADER_WORDS + REPLICATE_WORDS) * 8 or frame_bytes > longest * 8:
-        return -1
-    return frame_bytes >> 3 if end - at >= frame_bytes >> 3 else 0
-
-
-@jit
-def note_answers(shipping: Shipping, words: np.ndarray, client: int, answer: np.ndarray, at: int) -> None:
-    """Note the completion records of the answered frame at `answer[at]`, so that they are shipped with the changes."""
-    count = frame_operations(answer, at)
-    answer_words = OPERATION_VALUE + word(words, VALUE_WORDS)
-    if client < 0 or words[DIRTY_OFFSET] == U0:
-        return
-    for n in range(count):
-        operation = at + FRAME_HEADER_WORDS + n * answer_words
-        sequence = answer[operation + SEQUENCE]
-        done = completion_at(words, client, sequence)
-        partition = np.int64(answer[operation + KEY_LOW] & PARTITION_BITS)
-        if sequence != U0 and words[done + DONE_SEQUENCE] == sequence and partition == done_partition(words, done):
-            note_completion(shipping, partition, done)
-
-
 @jit
 def take_ack(shipping: Shipping, words: np.ndarray, peer: int, ack: np.ndarray, at: int) -> int:
     """Take an acknowledgment, three words; return its status, BAD_FRAME when it cannot be one."""
@@ -690,209 +442,3 @@ def owes_since(shipping: Shipping, peer: int, counted_ns: int, learning_ns: int)
         if link[OWING_NS] != 0 and link[MODE] != OUT and link[OWING_NS] < (counted_ns if link[MODE] == COUNTED else learning_ns):
             return True
     return False
-
-
-# ---- at the backup ----------------------------------------------------------------------------------------------------
-
-
-@inline
-def judge(is_first: bool, epoch: int, joined: int, base: int, serial: int, my_epoch: int, my_joined: int, my_serial: int) -> Any:
-    """Return what to do with a frame, given the last one applied: OK (apply it), DUPLICATE, STALE_EPOCH or GAP.
-
-    is_first: it needs none before it: an image, or a claim that is right. STALE_EPOCH is also the answer to a frame for a replica
-    that this host does not know to be; nobody joins in epoch 0.
-    """
-    if epoch < my_epoch or joined != my_joined or joined == 0:
-        return STALE_EPOCH
-    if epoch > my_epoch:
-        return OK if is_first else GAP
-    if serial <= my_serial:
-        return DUPLICATE
-    return OK if is_first or base <= my_serial else GAP
-
-
-@inline
-def is_right(shipping: Shipping, words: np.ndarray, frame: np.ndarray, at: int) -> Any:
-    """Tell whether a frame that claims how much this host has of the earlier primary is right, or one of this primary was before:
-    then all that changed since is in it."""
-    partition, epoch = np.int64(frame[at] & LOW16), np.int64(frame[at + 1] & LOW32)
-    if shipping.followed[partition, EPOCH] == epoch:
-        return reign(words, partition) == epoch
-    return shipping.followed[partition, EPOCH] == np.int64(frame[at + 2]) and changes(words, partition) == np.int64(frame[at + 5])
-
-
-@jit
-def check_body(words: np.ndarray, frame: np.ndarray, at: int, length: int) -> int:
-    """Return OK when a frame's buckets and completions fill its `length` words and name places that exist."""
-    buckets, completions = np.int64(frame[at] >> np.uint64(32)), np.int64(frame[at + 7] >> np.uint64(32))
-    end, slot_words = at + length, word(words, SLOT_WORDS)
-    to = at + REPLICATE_WORDS
-    for _ in range(buckets):
-        if to + 2 > end or frame[to] >> np.uint64(8) >= words[BUCKETS]:
-            return BAD_FRAME
-        bits = frame[to] & np.uint64(0x7F)
-        to += 2
-        while bits != U0:
-            to += slot_words
-            bits &= bits - U1
-    step = 1 + DONE_VALUE + word(words, VALUE_WORDS)
-    return OK if completions >= 0 and completions <= (end - to) // step and to + completions * step == end else BAD_FRAME
-
-
-@jit
-def apply(
-    shipping: Shipping, words: np.ndarray, owner: int, now_s: int, frame: np.ndarray, at: int, length: int, ack: np.ndarray,
-    ack_at: int,
-) -> int:  # fmt: skip
-    """Apply the frame, without its header, of `length` words at `frame[at]`; return the words of the acknowledgment, 0 or 3."""
-    if length < REPLICATE_WORDS:
-        ack[ack_at], ack[ack_at + 1], ack[ack_at + 2] = np.uint64(BAD_FRAME << 16), U0, U0
-        return ACK_WORDS
-    if np.int64(frame[at] & LOW16) >= shipping.done_end.size:
-        return acknowledge(frame, at, UNKNOWN_PARTITION, ack, ack_at)
-    partition = np.int64(frame[at] & LOW16)
-    status = check_body(words, frame, at, length)
-    if status != OK:
-        return acknowledge(frame, at, status, ack, ack_at)
-    flags = np.int64(frame[at] >> np.uint64(16) & LOW16)
-    if flags & NEWS:
-        hear_news(shipping, words, owner, frame, at)
-        return 0
-    epoch, joined = np.int64(frame[at + 1] & LOW32), np.int64(frame[at + 1] >> np.uint64(32))
-    followed = shipping.followed[partition]
-    my_epoch = reign(words, partition)
-    my_serial = followed[SERIAL] if my_epoch == followed[EPOCH] else -1
-    is_first, base = flags & IMAGE != 0, np.int64(frame[at + 2])
-    if flags & CLAIM:
-        is_first, base = is_right(shipping, words, frame, at), NO_BASE
-    status = judge(is_first, epoch, joined, base, np.int64(frame[at + 3]), my_epoch, followed[JOINED], my_serial)
-    if status == OK and my_epoch == epoch and rules(role(words, partition)):
-        status = STALE_EPOCH
-    if status == OK:
-        status = overwrite(shipping, words, owner, now_s, frame, at, length, partition)
-    return acknowledge(frame, at, OK if status == DUPLICATE else status, ack, ack_at)
-
-
-@inline
-def acknowledge(frame: np.ndarray, at: int, status: int, ack: np.ndarray, ack_at: int) -> Any:
-    """Write the acknowledgment of a frame; return its words."""
-    ack[ack_at] = frame[at] & LOW16 | np.uint64(status) << np.uint64(16)
-    ack[ack_at + 1], ack[ack_at + 2] = frame[at + 1], frame[at + 3]
-    return ACK_WORDS
-
-
-@jit
-def overwrite(
-    shipping: Shipping, words: np.ndarray, owner: int, now_s: int, frame: np.ndarray, at: int, length: int, partition: int,
-) -> int:  # fmt: skip
-    """Make the partition read as a frame, of `length` words, says it does; return OK. Or BUSY or TOO_MANY_CLIENTS: nothing is
-    done then."""
-    to, base = at + REPLICATE_WORDS, partition_at(words, partition)
-    flags, epoch = np.int64(frame[at] >> np.uint64(16) & LOW16), np.int64(frame[at + 1] & LOW32)
-    status = lock(words, owner, base)
-    if status != OK:
-        return status
-    completions = np.int64(frame[at + 7] >> np.uint64(32))
-    to_completions = at + length - completions * (1 + DONE_VALUE + word(words, VALUE_WORDS))
-    if not find_room(shipping, words, now_s, frame, to_completions, completions):
-        release(words, base)
-        return TOO_MANY_CLIENTS
-    words[base + ROLE] = role_word(epoch, NO_ROLE)  # a kill from here on leaves a partition that nobody may use
-    fence()
-    shipping.followed[partition, EPOCH] = -1
-    shipping.followed[partition, STANDING] &= ~COUNTS
-    if flags & IMAGE:
-        for bucket in range(word(words, BUCKETS)):
-            words[base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)] = U0
-        forget_completions(shipping, words, partition)
-    read_buckets(words, base, frame, to, np.int64(frame[at] >> np.uint64(32)))
-    shipping.has_done[partition] |= completions > 0
-    read_completions(shipping, words, now_s, frame, to_completions, completions)
-    words[base + FLOOR], words[base + COUNT] = frame[at + 6], frame[at + 7] & LOW32
-    words[word(words, CHANGES_AT) + partition] = frame[at + 4]
-    words[word(words, COMMITTED_AT) + partition] = U0 if flags & CLAIM else frame[at + 5]
-    shipping.followed[partition, EPOCH], shipping.followed[partition, SERIAL] = epoch, np.int64(frame[at + 3])
-    fence()
-    stand(shipping, words, partition, flags & COUNTED_FLAG)
-    release(words, base)
-    return OK
-
-
-@jit
-def stand(shipping: Shipping, words: np.ndarray, partition: int, counted: int) -> None:
-    """Make this host a backup if it counts, as the primary says with `counted`, and is a member; the lock is held."""
-    followed = shipping.followed[partition]
-    followed[STANDING] |= COUNTS if counted else 0
-    if followed[STANDING] == MEMBER | COUNTS:
-        words[partition_at(words, partition) + ROLE] = role_word(followed[EPOCH], BACKUP)
-    else:
-        words[partition_at(words, partition) + ROLE] = role_word(followed[EPOCH], NO_ROLE)
-
-
-@jit
-def read_buckets(words: np.ndarray, base: int, frame: np.ndarray, at: int, buckets: int) -> int:
-    """Copy buckets' first words and slots from a frame; return where they end."""
-    first, slot_words = base + word(words, BUCKETS_OFFSET), word(words, SLOT_WORDS)
-    for _ in range(buckets):
-        target = first + np.int64(frame[at] >> np.uint64(8)) * word(words, BUCKET_WORDS)
-        bits = frame[at] & np.uint64(0x7F)
-        words[target] = frame[at + 1]
-        at += 2
-        while bits != U0:
-            slot = target + 1 + np.int64(trailing_zeros(bits)) * slot_words
-            for n in range(slot_words):
-                words[slot + n] = frame[at + n]
-            at += slot_words
-            bits &= bits - U1
-    return at
-
-
-@jit
-def forget_completions(shipping: Shipping, words: np.ndarray, partition: int) -> None:
-    """Drop the completion records of a partition: an image brings those that hold."""
-    place = first_completion(shipping, words, partition)
-    while place >= 0:
-        words[completion_of(words, place) + DONE_SEQUENCE] = U0
-        place = next_completion(words, partition, place + 1)
-
-
-@jit
-def find_room(shipping: Shipping, words: np.ndarray, now_s: int, frame: np.ndarray, at: int, completions: int) -> bool:
-    """Give the clients of a frame's completion records slots, and note that they are in use; False when one finds none."""
-    for _ in range(completions):
-        client = find_client(words, frame[at], now_s, shipping.connected)
-        if client < 0:
-            return False
-        words[client_at(words, client) + CLIENT_USED_S] = np.uint64(now_s)
-        at += 1 + DONE_VALUE + word(words, VALUE_WORDS)
-    return True
-
-
-@jit
-def read_completions(shipping: Shipping, words: np.ndarray, now_s: int, frame: np.ndarray, at: int, completions: int) -> None:
-    """Copy completion records from a frame to the rings of their clients, unless a later one is there."""
-    step = DONE_VALUE + word(words, VALUE_WORDS)
-    for _ in range(completions):
-        client = find_client(words, frame[at], now_s, shipping.connected)
-        done = completion_at(words, client, frame[at + 1 + DONE_SEQUENCE])
-        if words[done + DONE_SEQUENCE] <= frame[at + 1 + DONE_SEQUENCE]:
-            for n in range(step):
-                words[done + n] = frame[at + 1 + n]
-        at += 1 + step
-
-
-@jit
-def hear_news(shipping: Shipping, words: np.ndarray, owner: int, frame: np.ndarray, at: int) -> None:
-    """Learn what is committed, and that this host counts, if nothing was missed before."""
-    partition = np.int64(frame[at] & LOW16)
-    base, epoch = partition_at(words, partition), np.int64(frame[at + 1] & LOW32)
-    followed = shipping.followed[partition]
-    if followed[EPOCH] != epoch or reign(words, partition) != epoch or followed[SERIAL] != np.int64(frame[at + 3]):
-        return
-    if followed[JOINED] != np.int64(frame[at + 1] >> np.uint64(32)):
-        return
-    if rules(role(words, partition)) or lock(words, owner, base) != OK:
-        return
-    words[word(words, COMMITTED_AT) + partition] = frame[at + 5]
-    stand(shipping, words, partition, np.int64(frame[at] >> np.uint64(16)) & COUNTED_FLAG)
-    release(words, base)

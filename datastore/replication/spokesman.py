@@ -10,8 +10,8 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
-from datastore.replication.coordinator import Grant, Heartbeat, Timing
-from datastore.replication.messages import beat_message, read_grant
+from datastore.coordination.heartbeats import Grant, Heartbeat, Timing
+from datastore.coordination.messages import beat_message, read_grant
 from datastore.replication.replica import Replica
 
 STUCK_LEASES = 5

@@ -22,7 +22,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 
 KEY_BYTES = 32
 CLIENT, STORE, ADMINISTRATOR, COORDINATOR = range(1, 5)

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.libc import MSG_DONTWAIT, MSG_NOSIGNAL, address, recv, sendto
-from datastore.native.memory import fetch_add
+from datastore.compiled import inline, jit
+from datastore.compiled.libc import MSG_DONTWAIT, MSG_NOSIGNAL, address, recv, sendto
+from datastore.compiled.memory import fetch_add
 from datastore.store.layout import COMMITS, IN_PLACE, OWNER_ASLEEP, OWNERS, STORE_ASLEEP, U0
 
 ADDRESS_BYTES = 110

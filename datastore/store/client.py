@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.errors import NearstateError
-from datastore.native.libc import EAGAIN, ECONNRESET, recv, send
-from datastore.native.memory import copy
+from datastore.base.errors import NearstateError
+from datastore.compiled import inline, jit
+from datastore.compiled.libc import EAGAIN, ECONNRESET, recv, send
+from datastore.compiled.memory import copy
 from datastore.security.challenge import Distrust, prove
 from datastore.security.secret import STORE, Credential
 from datastore.store.layout import EXPIRY_BITS, EXPIRY_MASK

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.memory import prefetch, trailing_zeros
+from datastore.compiled import inline, jit
+from datastore.compiled.memory import prefetch, trailing_zeros
 
 MAGIC_NUMBER = 0x656C_6261_7472_6165  # "eartable"
 LAYOUT_VERSION = 5

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from datastore.native.threads import take_precedence
+from datastore.base.threads import take_precedence
 
 LIFE_WORDS = 8
 """Room for a `pthread_mutex_t`: 40 bytes on x86-64, 48 on arm64."""

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.errors import NearstateError
-from datastore.native.libc import address, libc_fcntl, sched_yield
-from datastore.native.memory import compare_and_swap, fence, fetch_add, load_acquire, pause, store_release
+from datastore.base.errors import NearstateError
+from datastore.compiled import inline, jit
+from datastore.compiled.libc import address, libc_fcntl, sched_yield
+from datastore.compiled.memory import compare_and_swap, fence, fetch_add, load_acquire, pause, store_release
 from datastore.store.layout import (
     CHANGE,
     CHANGES_AT,

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.memory import fence, fetch_add, load_acquire, pause
+from datastore.compiled import inline, jit
+from datastore.compiled.memory import fence, fetch_add, load_acquire, pause
 from datastore.store.layout import (
     BACKUP,
     CHANGE,
@@ -64,6 +64,7 @@ from datastore.store.layout import (
 )
 from datastore.store.locking import OWNER_MASK, is_primary, lock, refuse, release, wrong_role
 from datastore.store.partitions import PARTITION_BITS
+from datastore.store.records import abort_record, base_of, begin, open_record, seal, take_out
 from datastore.store.statuses import (
     ABSENT,
     BAD_OPERATION,
@@ -74,7 +75,6 @@ from datastore.store.statuses import (
     UNKNOWN_PARTITION,
     VERSION_MISMATCH,
 )
-from datastore.store.table import abort_record, base_of, begin, open_record, seal, take_out
 
 HELLO, GET, PUT, INSERT, ADD, DELETE, PING = range(1, 8)
 """8 and up are left for replication."""

@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.errors import NearstateError, unknown
-from datastore.native.siphash import siphash
+from datastore.base.errors import NearstateError, unknown
+from datastore.base.partitioning import PARTITIONS, PORT_MASK
+from datastore.compiled import inline, jit
+from datastore.compiled.siphash import siphash
 
-PARTITIONS = 256
-PORT_MASK = 0x1FE
 PARTITION_BITS = np.uint64(0xFFFF)
 """The part of a key's low word that names its partition."""
 

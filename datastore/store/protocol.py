@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.compiled import inline, jit
 from datastore.store.layout import (
     CLIENT_HEADER_WORDS,
     CLIENT_ID,

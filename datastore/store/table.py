@@ -1,17 +1,4 @@
-"""How does a process of this host read and write records in place?
-
-A record access is `open_record`, work on the words of its value, `commit_record` (or `abort_record`):
-
-    slot = open_record(words, owner, low, high, epoch, now_s)     lock the partition; find the record or reserve a slot;
-                                                                  save stamp and value; set the undo word
-    words[slot + VALUE] += 1                                      the value starts at slot + VALUE, the stamp is before it
-    commit_record(words, owner, slot, expires_s)                  changed? version + 1; clear the undo word; unlock
-
-A version never goes back for a key, not even when its record is deleted or expires and a new one is made: the new one starts
-above the highest version that was ever removed from its partition (the partition's floor).
-
-An expired record counts as absent: opened, it is new (all zero) and becomes a record only by a commit that changes it.
-"""
+"""The table of a host: made, joined and looked at by its processes, in shared memory (`records.py` has single records)."""
 
 from __future__ import annotations
 
@@ -23,26 +10,24 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datastore.native import allocating, inline, jit
-from datastore.native.errors import NearstateError
-from datastore.native.memory import fence, fetch_add, load_acquire, trailing_zeros
-from datastore.native.pages import private_memory
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
+from datastore.compiled.pages import private_memory
 from datastore.store import lives, locking
 from datastore.store.bells import Bell
+from datastore.store.inspection import FAULTS, Record, check_partition, copy_bucket
 from datastore.store.layout import (
     ADDRESS,
     BUCKET_WORDS,
     BUCKETS,
     BUCKETS_OFFSET,
     CAPACITY,
-    CHANGE,
     CHANGES_AT,
     CLIENT_HEADER_WORDS,
     CLIENT_STRIDE,
@@ -51,44 +36,33 @@ from datastore.store.layout import (
     CLUSTER,
     COMMITTED_ALWAYS,
     COMMITTED_AT,
-    COMPLETION,
     COUNT,
     COUNTERS,
-    CURSOR,
     DIRTY_OFFSET,
     DONE_VALUE,
     ENDED_AT,
     EPOCH,
-    EXPIRED,
     EXPIRY_BITS,
     EXPIRY_MASK,
     FIRST,
-    FLOOR,
-    FULL_SWEEP,
     FUNCTION,
     FUNCTION_LIFE,
     HASH_SECRETS,
     HEADER_WORDS,
     INCARNATION,
-    INSERT,
     LAYOUT,
     LAYOUT_VERSION,
     LEASE_LIFE,
     LEASE_NS,
-    LOCK,
     LONGEST_LIFE_S,
     MAGIC,
     MAGIC_NUMBER,
     NO_ROLE,
-    ONE_VERSION,
-    OVERFLOW_SHIFT,
     OWNER_PIDS,
     PARTITION_COUNT,
     PORT,
     PRIMARY,
     PROMISE_NS,
-    REMOVE,
-    RENEW,
     ROLE,
     ROLE_MASK,
     SECRETS,
@@ -98,370 +72,19 @@ from datastore.store.layout import (
     STAMP,
     STATUS_COUNTS,
     STRIDE,
-    TAG_TOPS,
     TOTAL_WORDS,
-    U0,
-    U1,
-    UNDO,
     UNDO_COPY,
     VALUE,
     VALUE_WORDS,
     WINDOW,
-    count_change,
-    count_overflow,
-    expired,
-    expiry_field,
-    find_free,
-    find_place,
-    hash32,
-    home_bucket,
-    partition_at,
-    place_of,
-    prefetch_record,
-    set_tag,
-    slot_of,
-    tag_of,
-    word,
-)  # fmt: skip
-from datastore.store.locking import OWNER_MASK, is_primary, lock, refuse, release, role_word, wrong_role
-from datastore.store.partitions import PARTITION_BITS, PARTITIONS, FlowKey
-from datastore.store.statuses import NAMES, OK, STATUSES, TABLE_FULL, UNKNOWN_PARTITION, status_message
-
-__all__ = ["STAMP", "VALUE", "Record", "Table", "abort_record", "commit_record", "is_new", "open_record", "prefetch_record"]
+)
+from datastore.store.locking import role_word
+from datastore.store.statuses import NAMES, OK, STATUSES, status_message
 
 LARGEST_VALUE_BYTES = 1024
 CLIENT_SLOTS = 64
 """Remote clients whose answers a table remembers, so that none of their operations is done twice."""
 SHARED_MEMORY = Path("/dev/shm")
-
-
-# ---- one record, in place ---------------------------------------------------------------------------------------------
-
-
-@inline
-def base_of(words: np.ndarray, slot: int) -> Any:
-    """Return the word index of the partition that an open record belongs to; its key says which."""
-    return partition_at(words, np.int64(words[slot] & PARTITION_BITS))
-
-
-@inline
-def begin(words: np.ndarray, base: int, undo: int) -> None:
-    """Set the undo word: from here on a kill is rolled back. The undo copy is complete."""
-    words[base + COMPLETION] = U0
-    fence()
-    words[base + UNDO] = np.uint64(undo)
-    fence()
-
-
-@jit
-def open_record(words: np.ndarray, owner: int, key_low: int, key_high: int, epoch: int, now_s: int) -> int:
-    """Lock the key's partition and return the word index of its slot, or minus a status; then the lock is not held.
-
-    words: uint64[n], the table. owner: from `Table.register_owner`. key_low, key_high: uint64. epoch: of the caller's
-    partition map. now_s: seconds of CLOCK_MONOTONIC. A record that does not exist, or has expired, reads all zero.
-    Statuses: TABLE_FULL, UNKNOWN_PARTITION, NOT_PRIMARY, STALE_EPOCH, BUSY, ALREADY_OPEN.
-    """
-    low, high = np.uint64(key_low), np.uint64(key_high)
-    partition = np.int64(low & PARTITION_BITS)
-    if partition >= word(words, PARTITION_COUNT):
-        return -refuse(words, UNKNOWN_PARTITION)
-    base = partition_at(words, partition)
-    status = lock(words, owner, base)
-    if status != OK:
-        return -refuse(words, status)
-    if not is_primary(words, base, epoch):
-        status = wrong_role(words, base, epoch)
-        release(words, base)
-        return -refuse(words, status)
-    place = find_place(words, base, low, high, hash32(words, low, high))
-    if place == 0:
-        return reserve(words, base, low, high, now_s)
-    slot = slot_of(place)
-    for n in range(word(words, VALUE_WORDS) + 1):
-        words[base + UNDO_COPY + n] = words[slot + STAMP + n]
-    if expired(words[slot + STAMP], now_s):
-        begin(words, base, place | RENEW)
-        clear_value(words, slot)
-    else:
-        begin(words, base, place | CHANGE)
-    return slot
-
-
-@jit
-def clear_value(words: np.ndarray, slot: int) -> None:
-    for n in range(word(words, VALUE_WORDS)):
-        words[slot + VALUE + n] = U0
-
-
-@jit
-def reserve(words: np.ndarray, base: int, low: int, high: int, now_s: int) -> int:
-    """Write a key into a free slot, still without a tag, so nobody finds it before the commit; return the slot."""
-    hashed = hash32(words, low, high)
-    place = find_free(words, base, hashed)
-    if place == 0 and word(words, base + FULL_SWEEP) != now_s:  # at most once a second: a full table stays cheap
-        words[base + FULL_SWEEP] = np.uint64(now_s)
-        for bucket in range(word(words, BUCKETS)):
-            remove_expired(words, base, bucket, now_s)
-        place = find_free(words, base, hashed)
-    if place == 0:
-        release(words, base)
-        return -refuse(words, TABLE_FULL)
-    slot = slot_of(place)
-    begin(words, base, place | INSERT)
-    words[slot], words[slot + 1] = low, high
-    words[slot + STAMP] = words[base + FLOOR] << np.uint64(EXPIRY_BITS)
-    clear_value(words, slot)
-    return slot
-
-
-@inline
-def is_new(words: np.ndarray, slot: int) -> Any:
-    """Tell whether an open record did not exist, or had expired, when it was opened."""
-    kind = word(words, base_of(words, slot) + UNDO) & 0xFF
-    return kind in (INSERT, RENEW)
-
-
-@inline
-def changed(words: np.ndarray, base: int, slot: int, new: bool) -> Any:
-    """Tell whether an open record's value differs from the one it was opened with."""
-    difference = U0
-    if new:
-        for n in range(word(words, VALUE_WORDS)):
-            difference |= words[slot + VALUE + n]
-    else:
-        for n in range(word(words, VALUE_WORDS)):
-            difference |= words[slot + VALUE + n] ^ words[base + UNDO_COPY + 1 + n]
-    return difference != U0
-
-
-@inline
-def seal(words: np.ndarray, base: int, slot: int, field: int) -> None:
-    """Give an open record its next version and the expiry `field`; a new one becomes findable. The lock stays held."""
-    words[slot + STAMP] = (words[slot + STAMP] & ~EXPIRY_MASK) + ONE_VERSION | field
-    undo = word(words, base + UNDO)
-    if undo & 0xFF == INSERT:
-        publish(words, base, undo)
-    count_change(words, base, undo)
-
-
-@jit
-def publish(words: np.ndarray, base: int, place: int) -> None:
-    """Make a reserved slot a record: overflow counts, tag, record count; a kill in between is recounted."""
-    slot = slot_of(place)
-    hashed = hash32(words, words[slot], words[slot + 1])
-    count_overflow(words, base, place, hashed, True)
-    set_tag(words, place, tag_of(hashed))
-    words[base + COUNT] += U1
-
-
-@jit
-def commit_record(words: np.ndarray, owner: int, slot: int, expires_s: int) -> int:
-    """End the work on an open record and unlock; return 1 when its value had changed and was written, else 0.
-
-    expires_s: the absolute second of CLOCK_MONOTONIC at which the record expires; 0 leaves its expiry alone (a new record
-    then never expires). Unchanged, an old record keeps its version and takes the expiry; a new one is taken back.
-    """
-    fence()
-    base = base_of(words, slot)
-    kind = word(words, base + UNDO) & 0xFF
-    new = kind != CHANGE
-    field = U0 if new else words[slot + STAMP] & EXPIRY_MASK
-    if expires_s != 0:
-        field = expiry_field(expires_s)
-    written = 0
-    if changed(words, base, slot, new):
-        seal(words, base, slot, field)
-        written = 1
-    elif kind == CHANGE:
-        if words[slot + STAMP] & EXPIRY_MASK != field:
-            words[slot + STAMP] = words[slot + STAMP] & ~EXPIRY_MASK | field
-            count_change(words, base, word(words, base + UNDO))
-    elif kind == RENEW:
-        restore(words, base, slot)
-    release(words, base)
-    return written
-
-
-@jit
-def restore(words: np.ndarray, base: int, slot: int) -> None:
-    """Put the undo copy back."""
-    for n in range(word(words, VALUE_WORDS) + 1):
-        words[slot + STAMP + n] = words[base + UNDO_COPY + n]
-
-
-@jit
-def abort_record(words: np.ndarray, owner: int, slot: int) -> None:
-    """Put an open record back as it was and unlock. (A reserved slot was never visible: nothing to put back.)"""
-    fence()
-    base = base_of(words, slot)
-    if word(words, base + UNDO) & 0xFF != INSERT:
-        restore(words, base, slot)
-    release(words, base)
-
-
-# ---- taking records out -----------------------------------------------------------------------------------------------
-
-
-@jit
-def take_out(words: np.ndarray, base: int, place: int) -> None:
-    """Free a place; its undo word is REMOVE and the lock is held. The key stays in the slot, so a tag brings it back."""
-    slot = slot_of(place)
-    words[base + FLOOR] = max(words[base + FLOOR], words[slot + STAMP] >> np.uint64(EXPIRY_BITS))
-    fence()
-    set_tag(words, place, U0)
-    count_overflow(words, base, place, hash32(words, words[slot], words[slot + 1]), False)
-    words[base + COUNT] -= U1
-    count_change(words, base, place)
-
-
-@jit
-def remove_expired(words: np.ndarray, base: int, bucket: int, now_s: int) -> int:
-    """Take the expired records out of a bucket; the lock is held; return how many."""
-    slot_words = word(words, SLOT_WORDS)
-    at = base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)
-    freed = 0
-    for position in range(SLOTS):
-        slot = at + 1 + position * slot_words
-        used = words[at] >> np.uint64(8 * position + 7) & U1 != U0
-        if used and expired(words[slot + STAMP], now_s):
-            place = place_of(slot, position)
-            begin(words, base, place | REMOVE)
-            take_out(words, base, place)
-            fence()
-            words[base + UNDO] = U0
-            freed += 1
-    if freed > 0:
-        fetch_add(words, EXPIRED, freed)
-    return freed
-
-
-@jit
-def any_expired(words: np.ndarray, base: int, bucket: int, now_s: int) -> bool:
-    """Look, without the lock, whether a bucket seems to hold an expired record."""
-    at = base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)
-    used = words[at] & TAG_TOPS
-    while used != U0:
-        slot = at + 1 + (np.int64(trailing_zeros(used)) >> 3) * word(words, SLOT_WORDS)
-        if expired(words[slot + STAMP], now_s):
-            return True
-        used &= used - U1
-    return False
-
-
-@jit
-def sweep(words: np.ndarray, owner: int, partition: int, now_s: int, buckets: int) -> int:
-    """Free the expired records of the partition's next `buckets` buckets; return how many.
-
-    Each call goes on where the last one stopped. The lock is taken only for a bucket that has something to free. Where partitions
-    are replicated the primary alone frees, and ships that: a copy is what the primary's frames say, bucket by bucket.
-    """
-    base = partition_at(words, partition)
-    if words[base + COUNT] == U0:
-        return 0
-    total = word(words, BUCKETS)
-    bucket = word(words, base + CURSOR) % total
-    freed = 0
-    for _ in range(min(buckets, total)):
-        if any_expired(words, base, bucket, now_s) and lock(words, owner, base) == OK:
-            if words[DIRTY_OFFSET] == U0 or words[base + ROLE] & np.uint64(ROLE_MASK) == np.uint64(PRIMARY):
-                freed += remove_expired(words, base, bucket, now_s)
-            release(words, base)
-        bucket = bucket + 1 if bucket + 1 < total else 0
-    words[base + CURSOR] = np.uint64(bucket)
-    return freed
-
-
-# ---- looking without disturbing ---------------------------------------------------------------------------------------
-
-
-@jit
-def copy_bucket(words: np.ndarray, base: int, bucket: int, records: np.ndarray, held: bool) -> int:
-    """Copy a bucket's records to the front of `records`; return how many, or -1 when someone was at work meanwhile.
-
-    records: uint64[SLOTS, slot words]. held: the caller has the lock; without it the lock word's count of turns tells
-    whether the copy is whole.
-    """
-    seen = load_acquire(words, base + LOCK)
-    if seen & OWNER_MASK != U0 and not held:
-        return -1
-    slot_words = word(words, SLOT_WORDS)
-    at = base + word(words, BUCKETS_OFFSET) + bucket * word(words, BUCKET_WORDS)
-    used = words[at] & TAG_TOPS
-    count = 0
-    while used != U0:
-        slot = at + 1 + (np.int64(trailing_zeros(used)) >> 3) * slot_words
-        for n in range(slot_words):
-            records[count, n] = words[slot + n]
-        count += 1
-        used &= used - U1
-    fence()
-    return count if load_acquire(words, base + LOCK) == seen else -1
-
-
-@allocating
-def check_partition(words: np.ndarray, partition: int, probed: np.ndarray) -> int:
-    """Return 0 when a partition at rest is consistent, else which check failed (see `Table.verify`).
-
-    probed: int64[buckets], all zero; how many records probed past each bucket afterwards.
-    """
-    base = partition_at(words, partition)
-    buckets, bucket_words, slot_words = word(words, BUCKETS), word(words, BUCKET_WORDS), word(words, SLOT_WORDS)
-    first = base + word(words, BUCKETS_OFFSET)
-    if words[base + LOCK] & OWNER_MASK != U0:
-        return 1
-    if words[base + UNDO] != U0:
-        return 2
-    count = 0
-    for bucket in range(buckets):
-        for position in range(SLOTS):
-            at = first + bucket * bucket_words
-            tag = words[at] >> np.uint64(8 * position) & np.uint64(0xFF)
-            if tag == U0:
-                continue
-            slot = at + 1 + position * slot_words
-            hashed = hash32(words, words[slot], words[slot + 1])
-            count += 1
-            if tag != tag_of(hashed):
-                return 3
-            if np.int64(words[slot] & PARTITION_BITS) != partition:
-                return 4
-            if find_place(words, base, words[slot], words[slot + 1], hashed) != place_of(slot, position):
-                return 5
-            past = home_bucket(words, hashed)
-            while past != bucket:
-                probed[past] += 1
-                past = past + 1 if past + 1 < buckets else 0
-    if count != word(words, base + COUNT):
-        return 6
-    for bucket in range(buckets):
-        overflow = np.int64(words[first + bucket * bucket_words] >> OVERFLOW_SHIFT)
-        if overflow != probed[bucket] and overflow != 255:
-            return 7
-    return 0
-
-
-_FAULTS = (
-    "", "its lock is held", "its undo word is set", "a tag does not belong to its key", "a key belongs to another partition",
-    "a record is not found by its key, or a key is there twice", "its record count is wrong", "an overflow count is wrong",
-)  # fmt: skip
-
-
-# ---- the whole table --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Record:
-    """A record as a tool shows it. expires_in_s: None when it never expires, negative when it has."""
-
-    low: int
-    high: int
-    version: int
-    expires_in_s: int | None
-    value: bytes
-
-    @property
-    def key(self) -> FlowKey:
-        return FlowKey.of_words(self.low, self.high)
 
 
 def _hash_secrets(seed: int | None) -> np.ndarray:
@@ -742,7 +365,7 @@ class Table:
         for partition in range(self.partitions):
             fault = check_partition(self.words, partition, np.zeros(int(self.words[BUCKETS]), np.int64))
             if fault:
-                raise NearstateError(f"table {self.name!r}, partition {partition}: {_FAULTS[fault]}")
+                raise NearstateError(f"table {self.name!r}, partition {partition}: {FAULTS[fault]}")
 
     def close(self) -> None:
         """Give back owner numbers and descriptor; the memory is unmapped when its last array is gone."""

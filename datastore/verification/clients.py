@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.replication.coordinator import MILLISECOND_NS
-from datastore.replication.maps import ClusterMap
+from datastore.coordination.heartbeats import MILLISECOND_NS
+from datastore.coordination.maps import ClusterMap
 from datastore.store.operations import ADD, ANY_VERSION, DELETE, GET, INSERT, OPERATION_VALUE, PUT, operation_word
 from datastore.store.partitions import PARTITION_BITS
 from datastore.store.protocol import FRAME_HEADER_WORDS, write_frame_header

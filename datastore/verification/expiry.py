@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.store.operations import ADD, ANY_VERSION, DELETE, INSERT, PUT
 from datastore.store.statuses import OK
 from datastore.verification.model import NEVER_NS, Operation, unanswered

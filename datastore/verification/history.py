@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.store.operations import ANY_VERSION
 from datastore.store.table import LARGEST_VALUE_BYTES
 from datastore.verification.model import NEVER_NS, UNANSWERED, Operation

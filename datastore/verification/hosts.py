@@ -7,21 +7,27 @@ from typing import Any
 
 import numpy as np
 
+from datastore.coordination.attendance import Attendance
+from datastore.coordination.coordinator import Coordinator, HostState
+from datastore.coordination.heartbeats import MILLISECOND_NS
+from datastore.coordination.maps import ClusterMap
+from datastore.coordination.messages import grant_message, read_beat
+from datastore.replication import applying
 from datastore.replication import holds as held
 from datastore.replication import shipping as ship
-from datastore.replication.attendance import Attendance
-from datastore.replication.coordinator import MILLISECOND_NS, Coordinator, HostState
+from datastore.replication.frames import image_words
+from datastore.replication.link import make_shipping
 from datastore.replication.links import ACKS_DUE, DESCRIPTOR, ROUND_NS, acknowledged_frames, make_links, pause_ns
-from datastore.replication.maps import ClusterMap
-from datastore.replication.messages import grant_message, read_beat
 from datastore.replication.replica import Replica
 from datastore.replication.spokesman import Spokesman
-from datastore.store.layout import CHANGES_AT
+from datastore.store import roles
+from datastore.store.layout import CHANGES_AT, STAMP, VALUE
 from datastore.store.operations import ADD, OPERATION_VALUE
 from datastore.store.partitions import PARTITION_BITS
 from datastore.store.protocol import FRAME_HEADER_WORDS, find_client, frame_words, highest_sequence
+from datastore.store.records import commit_record, open_record
 from datastore.store.statuses import OK
-from datastore.store.table import STAMP, VALUE, Table, commit_record, open_record
+from datastore.store.table import Table
 from datastore.verification.imagined import Actor, Stream, Violation
 from datastore.verification.lines import COORDINATOR, Line, Talk
 from datastore.verification.model import UNANSWERED, Operation
@@ -68,14 +74,14 @@ class StoreHost(Actor):
         )
         self.words, self.owner = self.table.words, self.table.register_owner()
         self.connected = np.zeros(CLIENT_SLOTS, np.uint8)
-        self.shipping = ship.make_shipping(self.words, len(peers), self.connected)
+        self.shipping = make_shipping(self.words, len(peers), self.connected)
         self.holds = held.make_holds(CONNECTIONS, 1, 1)
         self.answers = np.zeros((CONNECTIONS, ANSWER_WORDS), np.uint64)
         self.waiting: dict[int, str] = {}
         self.free = list(range(CONNECTIONS))
         self.links = make_links(self.words, len(peers))
         self.links.control[:, DESCRIPTOR] = 0  # connected
-        self.buffer = np.zeros(ship.image_words(self.words), np.uint64)
+        self.buffer = np.zeros(image_words(self.words), np.uint64)
         self.lines: list[StoreLine] = []
         self.is_pumping = False
         self.replica = Replica(self.name, peers, self.words, self.shipping, self.owner, CLUSTER, world.serial(), world.timing)
@@ -134,7 +140,7 @@ class StoreHost(Actor):
         for host in self.replica.peers:
             self.world.send(self.name, host, "ping", self.replica.ping(self.now()))
 
-    # ---- heartbeats, with two threads, as in `replication/member.py` ----------------------------------------------------
+    # ---- heartbeats, with two threads, as in `process/member.py` ----------------------------------------------------
 
     def report(self) -> dict[str, Any] | None:
         return self.spokesman.report(self.now())
@@ -243,7 +249,7 @@ class StoreHost(Actor):
         while at < frames.size:
             length = int(frames[at] >> np.uint64(32)) // 8
             ack = np.zeros(3, np.uint64)
-            if ship.apply(
+            if applying.apply(
                 self.shipping, self.words, self.owner, self.now() // 10**9, frames, at + FRAME_HEADER_WORDS,
                 length - FRAME_HEADER_WORDS, ack, 0,
             ):  # fmt: skip
@@ -270,7 +276,7 @@ class StoreHost(Actor):
 
 
 class StoreLine:
-    """A connection of an NF process at a store: frames of operations in, answers out, in order (`store/server.py`)."""
+    """A connection of an NF process at a store: frames of operations in, answers out, in order (`process/server.py`)."""
 
     def __init__(self, host: StoreHost, answers: Stream, close: Callable[[], None]) -> None:
         """answers: where they go. close: tells the other end that the connection is gone."""
@@ -344,16 +350,16 @@ class InPlaceWriter:
         operation = Operation(self.number, self.sequence, low, high, ADD, self.number.to_bytes(8, "little"), status=OK,
                               version=version, answer=value, invoked_ns=world.now)  # fmt: skip
         commit_record(host.words, self.owner, slot, 0)
-        self.waiting.append((operation, int(ship.changes(host.words, partition)), int(ship.reign(host.words, partition))))
+        self.waiting.append((operation, int(roles.changes(host.words, partition)), int(roles.reign(host.words, partition))))
 
     def release(self) -> None:
         """Let the packets leave whose changes are committed; drop those whose changes may be lost."""
         words, still = self.host.words, []
         for operation, changes, reign in self.waiting:
             partition = operation.low & int(PARTITION_BITS)
-            if ship.reign(words, partition) != reign or not ship.rules(ship.role(words, partition)):
+            if roles.reign(words, partition) != reign or not roles.rules(roles.role(words, partition)):
                 self.give_up(operation)
-            elif ship.committed(words, partition) >= changes:
+            elif roles.committed(words, partition) >= changes:
                 self.host.world.record(operation._replace(answered_ns=self.host.world.now))
             else:
                 still.append((operation, changes, reign))
@@ -447,7 +453,7 @@ class CoordinatorHost(Actor):
         elif kind == "map?":
             self.world.send(self.name, source, "map", self.coordinator.map)
 
-    # ---- connections, as in `replication/coordination.py` -------------------------------------------------------------
+    # ---- connections, as in `coordination/process.py` -------------------------------------------------------------
 
     def converse(self, line: Line, message: dict[str, Any]) -> None:
         """Take a message of a process."""

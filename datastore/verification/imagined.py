@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.replication.coordinator import MILLISECOND_NS
+from datastore.coordination.heartbeats import MILLISECOND_NS
 
 NEVER = 1e9
 AGAIN_NS = 10 * MILLISECOND_NS

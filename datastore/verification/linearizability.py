@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.store.statuses import ABSENT
 from datastore.verification.expiry import with_expiry
 from datastore.verification.explanation import explain

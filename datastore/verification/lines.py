@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from datastore.replication.coordinator import MILLISECOND_NS
-from datastore.replication.reporter import SILENCE_LEASES
+from datastore.coordination.heartbeats import MILLISECOND_NS
+from datastore.coordination.reporter import SILENCE_LEASES
 from datastore.verification.imagined import Actor, Stream
 
 CLOSED: dict[str, Any] = {}

@@ -10,7 +10,7 @@ then on. A client that goes on must not send it again: it starts anew under anot
 
 from __future__ import annotations
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.store.client import NEXT, Answer, Client
 from datastore.store.operations import ADD, ANY_VERSION, DELETE, GET, INSERT, PUT
 from datastore.store.statuses import OK

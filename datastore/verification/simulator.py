@@ -23,9 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from datastore.replication import shipping as ship
-from datastore.replication.coordinator import MILLISECOND_NS, Timing
-from datastore.replication.maps import ClusterMap
+from datastore.coordination.heartbeats import MILLISECOND_NS, Timing
+from datastore.coordination.maps import ClusterMap
+from datastore.store import roles
+from datastore.store.layout import PRIMARY
 from datastore.store.partitions import PARTITION_BITS
 from datastore.verification.clients import ClientHost
 from datastore.verification.hosts import COORDINATOR, PARTITIONS, VALUE_BYTES, CoordinatorHost, StoreHost, short
@@ -182,7 +183,7 @@ class World(Imagined):
 
     @staticmethod
     def rules(host: StoreHost, partition: int) -> bool:
-        return bool(host.replica.has_lease(host.now()) and ship.role(host.words, partition) == ship.PRIMARY)
+        return bool(host.replica.has_lease(host.now()) and roles.role(host.words, partition) == PRIMARY)
 
     def record(self, operation: Operation) -> None:
         self.history.append(operation)

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from datastore import placements
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
+from datastore.base.partitioning import PARTITIONS
 from datastore.placements import Cluster
 from datastore.security.secret import CLIENT, Secret
-from datastore.store.partitions import PARTITIONS
-from datastore.store.table import Record, Table
+from datastore.store.inspection import Record
+from datastore.store.table import Table
 from experiments.harness import accounting, spec
 from experiments.harness.spec import Experiment, Trial, peer_names
 from experiments.workloads import timeline
@@ -176,7 +177,7 @@ class Bench:
         self.restart_coordinator()
 
     def ask_coordinator(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return its answer to a command (`datastore/replication/coordination.py`). Raises NearstateError when it refuses."""
+        """Return its answer to a command (`datastore/coordination/process.py`). Raises NearstateError when it refuses."""
         if self.coordinator is None:
             raise NearstateError("this trial has no coordinator: give it replicas=2 or coordinated=True")
         self.coordinator.send(dict(message))
@@ -241,7 +242,7 @@ class Bench:
                   "value_bytes": self.settings["value_bytes"], "address": self.storage_address(host), "port": STORE_PORT,
                   "cluster": self.cluster_id, "map": self.map_of(stage), "create": True,
                   **({"replication": self._replication(host, stage)} if self.is_coordinated else {})}  # fmt: skip
-        target = "datastore.store.server:main"
+        target = "datastore.process.store:main"
         self.stores[host] = self.launcher.spawn(f"store-{host}", self.network.hosts[host], target, config, key=self.secret.key)
 
     def restart_store(self, host: str) -> None:
@@ -260,7 +261,7 @@ class Bench:
     def restart_coordinator(self) -> None:
         """Start a killed coordinator again, from the state it saved."""
         assert self._coordinator_config
-        host, target = self.network.hosts["control"], "datastore.replication.coordination:main"
+        host, target = self.network.hosts["control"], "datastore.coordination.process:main"
         self.coordinator = self.launcher.spawn("coordinator", host, target, self._coordinator_config, prompt=True,
                                              key=self.secret.key)  # fmt: skip
         self.wait_ready([self.coordinator])

@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from datastore import placements
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
+from datastore.coordination.heartbeats import Timing
 from datastore.placements import Cluster, Placement
-from datastore.replication.coordinator import Timing
 from datastore.store.table import CLIENT_SLOTS, check_layout
 from experiments.harness import spec
 from experiments.harness.bench import ASYMMETRIC, network_parameters, settings, steering_of

@@ -28,8 +28,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datastore.native import ROOT
-from datastore.native.errors import NearstateError
+from datastore.base import ROOT
+from datastore.base.errors import NearstateError
 from experiments.workloads import real_servers, savefile
 from topologies.emulation import cgroup, journal, system
 

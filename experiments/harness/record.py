@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.folder import read_spec, read_trials
-from datastore.native import ROOT
-from datastore.native.errors import NearstateError, unknown
+from datastore.base import ROOT
+from datastore.base.errors import NearstateError, unknown
 
 RESULTS = ROOT / "results"
 MOST_NEW_FILES = 50

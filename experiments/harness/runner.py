@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 from experiments.harness import doctor, spec
 from experiments.harness.bench import Bench, network_parameters, settings
 from experiments.harness.progress import Progress

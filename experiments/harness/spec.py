@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datastore import placements
-from datastore.native.errors import NearstateError, import_file, unknown
+from datastore.base.errors import NearstateError, import_file, unknown
 from experiments.workloads import capture
 from experiments.workloads.traffic import Traffic
 from nfs.dataplane import declaration

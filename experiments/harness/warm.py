@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from datastore.native import ROOT
-from datastore.native.errors import NearstateError
+from datastore.base import ROOT
+from datastore.base.errors import NearstateError
 from nfs.dataplane import declaration
 
 PATTERNS = ("datastore/*/*.py", "nfs/dataplane/*.py", "experiments/workloads/*.py", "topologies/emulation/*.py")
 """Where compiled code lives, apart from the network functions."""
-LONGEST = ("nfs.dataplane.loop", "datastore.store.server")
+LONGEST = ("nfs.dataplane.loop", "datastore.process.server")
 """The steps that take longest go first, so that no process is left with one of them when the other is done."""
 WORKERS = 2
 """A compiling process takes about half a gigabyte."""

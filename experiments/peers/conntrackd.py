@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.peers import nftables
 from experiments.workloads.real_servers import require
 from experiments.workloads.real_servers import start as start_daemon

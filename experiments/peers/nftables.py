@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 from nfs._backends import REWRITTEN
 from nfs.dataplane import load
 from topologies.emulation import system

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import ROOT
-from datastore.native.errors import NearstateError
+from datastore.base import ROOT
+from datastore.base.errors import NearstateError
 from experiments.workloads import savefile
 from experiments.workloads.parties import (
     FRAGMENT_OFFSET,

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.histogram import make_counts, record_ns, summary_us
-from datastore.native.libc import POLLIN, doze, now_ns, poll, pollfd
-from datastore.native.memory import copy, network16, network32, put_network16, put_network32
+from datastore.compiled import inline, jit
+from datastore.compiled.histogram import make_counts, record_ns, summary_us
+from datastore.compiled.libc import POLLIN, doze, now_ns, poll, pollfd
+from datastore.compiled.memory import copy, network16, network32, put_network16, put_network32
 from experiments.workloads.generator import (
     DENSE_GAP_NS,
     LATEST,
@@ -39,7 +39,8 @@ from experiments.workloads.sink import SLICE_NS
 from experiments.workloads.traffic import packets_in
 from nfs.dataplane.frames import Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import ACK, RST, SYN, TCP
-from nfs.dataplane.port import BURST, FD, TX_REFUSED, Port, closed_port, open_port, reclaim, refill, rx_burst, tx_flush, tx_push
+from nfs.dataplane.opening import open_port
+from nfs.dataplane.port import BURST, FD, TX_REFUSED, Port, closed_port, reclaim, refill, rx_burst, tx_flush, tx_push
 from topologies.emulation import system
 
 FRAME_BYTES = 60

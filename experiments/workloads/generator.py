@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.histogram import make_counts, record_ns, summary_us
-from datastore.native.libc import doze, now_ns, sched_yield
-from datastore.native.memory import copy, put_network16, put_network32, store16, store64
+from datastore.compiled import inline, jit
+from datastore.compiled.histogram import make_counts, record_ns, summary_us
+from datastore.compiled.libc import doze, now_ns, sched_yield
+from datastore.compiled.memory import copy, put_network16, put_network32, store16, store64
 from experiments.workloads.traffic import (
     CHOICES,
     CLIENT_NETWORK,
@@ -29,7 +29,8 @@ from experiments.workloads.traffic import (
 )
 from nfs.dataplane.frames import Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.ledger import device_drops
-from nfs.dataplane.port import BURST, TX_REFUSED, OpenPort, Port, closed_port, open_port, reclaim, tx_flush, tx_push, unsent
+from nfs.dataplane.opening import open_port
+from nfs.dataplane.port import BURST, TX_REFUSED, OpenPort, Port, closed_port, reclaim, tx_flush, tx_push, unsent
 
 STAMP_AT = 42
 STAMP_BYTES = 18

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native.histogram import encode, make_counts, record_ns, summary_us
+from datastore.compiled.histogram import encode, make_counts, record_ns, summary_us
 from experiments.workloads.generator import PR_SET_TIMERSLACK
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)

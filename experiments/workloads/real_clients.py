@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
-from datastore.native.histogram import DIGITS, HIGHEST_NS
+from datastore.compiled.histogram import DIGITS, HIGHEST_NS
 from experiments.workloads.real_servers import (
     CLIENTS,
     DOMAIN,

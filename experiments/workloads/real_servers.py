@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from topologies.emulation import system
 
 HTTP_PORT, IPERF_PORT, SSH_PORT, DNS_PORT = 80, 5201, 2222, 53

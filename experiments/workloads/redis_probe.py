@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import redis
 
-from datastore.native import jit
-from datastore.native.errors import NearstateError
-from datastore.native.histogram import encode, make_counts, record_ns, summary_us
-from datastore.native.libc import EAGAIN, POLLIN, doze, now_ns, poll, pollfd, recv, send
+from datastore.base.errors import NearstateError
+from datastore.compiled import jit
+from datastore.compiled.histogram import encode, make_counts, record_ns, summary_us
+from datastore.compiled.libc import EAGAIN, POLLIN, doze, now_ns, poll, pollfd, recv, send
 
 VALUE_BYTES = 32
 ANSWER_BYTES = len(b"$32\r\n") + VALUE_BYTES + len(b"\r\n")

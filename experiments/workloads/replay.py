@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.histogram import encode, make_counts, record_ns, summary_us
-from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
-from datastore.native.memory import copy, load64, network16, network32
+from datastore.compiled import jit
+from datastore.compiled.histogram import encode, make_counts, record_ns, summary_us
+from datastore.compiled.libc import POLLIN, now_ns, poll, pollfd, sched_yield
+from datastore.compiled.memory import copy, load64, network16, network32
 from experiments.workloads.capture import Prepared, Timing, prepare
 from experiments.workloads.generator import PR_SET_TIMERSLACK, SLEEP_MARGIN_NS, sent_drops
 from experiments.workloads.traffic import Replay
@@ -47,20 +47,8 @@ from experiments.workloads.translations import (
 )
 from nfs.dataplane.frames import Frames, give_frame, make_frames, take_frame
 from nfs.dataplane.headers import ICMP, TCP, UDP
-from nfs.dataplane.port import (
-    BURST,
-    FD,
-    TX_REFUSED,
-    OpenPort,
-    Port,
-    closed_port,
-    open_port,
-    reclaim,
-    refill,
-    rx_burst,
-    tx_flush,
-    tx_push,
-)  # fmt: skip
+from nfs.dataplane.opening import open_port
+from nfs.dataplane.port import BURST, FD, TX_REFUSED, OpenPort, Port, closed_port, reclaim, refill, rx_burst, tx_flush, tx_push
 
 # words of Player.control
 SENT, BLOCKED, RECEIVED, DUPLICATED, REORDERED, FLOW_REORDERED, FOREIGN, HIGHEST, FIRST_NS, LAST_NS = range(10)

@@ -24,8 +24,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from datastore.native import ROOT
-from datastore.native.errors import NearstateError
+from datastore.base import ROOT
+from datastore.base.errors import NearstateError
 
 MOST_BYTES = 2 << 30
 """Of a file, uncompressed: a million frames of 1,518 bytes take 1.6 GB."""

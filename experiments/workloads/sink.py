@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.histogram import encode, make_counts, record_ns, summary_us
-from datastore.native.libc import POLLIN, doze, now_ns, poll, pollfd
-from datastore.native.memory import load16, load64, network16, network32
+from datastore.compiled import jit
+from datastore.compiled.histogram import encode, make_counts, record_ns, summary_us
+from datastore.compiled.libc import POLLIN, doze, now_ns, poll, pollfd
+from datastore.compiled.memory import load16, load64, network16, network32
 from experiments.workloads import timeline
 from experiments.workloads.generator import DENSE_GAP_NS, PR_SET_TIMERSLACK, STAMP_AT, STAMP_BYTES
 from nfs.dataplane.frames import Frames, give_frame, make_frames
-from nfs.dataplane.port import BURST, FD, Port, closed_port, open_port, refill, rx_burst
+from nfs.dataplane.opening import open_port
+from nfs.dataplane.port import BURST, FD, Port, closed_port, refill, rx_burst
 
 # words of Sink.control
 STEP, RECEIVED, DUPLICATED, REORDERED, FLOW_REORDERED, FOREIGN, HIGHEST, FIRST_NS, LAST_NS, BYTES, OUT_OF_RANGE = range(11)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.histogram import encode, make_counts, record_ns, summary_us
-from datastore.native.libc import POLLIN, doze, now_ns, poll, pollfd
+from datastore.base.partitioning import PARTITIONS
+from datastore.compiled import jit
+from datastore.compiled.histogram import encode, make_counts, record_ns, summary_us
+from datastore.compiled.libc import POLLIN, doze, now_ns, poll, pollfd
 from datastore.security.secret import CLIENT, Credential
 from datastore.store import operations, statuses
 from datastore.store.client import (
@@ -30,8 +31,10 @@ from datastore.store.client import (
     receive,
     request,
 )
-from datastore.store.partitions import PARTITION_BITS, PARTITIONS, PartitionMap
-from datastore.store.table import VALUE, Table, abort_record, commit_record, open_record
+from datastore.store.layout import VALUE
+from datastore.store.partitions import PARTITION_BITS, PartitionMap
+from datastore.store.records import abort_record, commit_record, open_record
+from datastore.store.table import Table
 
 READ, WRITE, READ_MODIFY_WRITE = range(3)
 OPERATIONS = {"read": READ, "write": WRITE, "read_modify_write": READ_MODIFY_WRITE}

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.libc import now_ns
+from datastore.base.partitioning import PARTITIONS
+from datastore.compiled import jit
+from datastore.compiled.libc import now_ns
 from datastore.store.client import Client, ClientState
-from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from experiments.workloads.generator import Source, make_source, write_frame
 from experiments.workloads.traffic import Traffic

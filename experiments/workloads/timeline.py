@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.errors import NearstateError
-from datastore.native.memory import leading_zeros
-from datastore.store.partitions import PARTITIONS
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
+from datastore.compiled import inline, jit
+from datastore.compiled.memory import leading_zeros
 
 SLOTS = 1 << 16
 MOST_BINS = 20_000

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Self

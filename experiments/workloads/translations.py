@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.compiled import inline, jit
 from nfs.dataplane.headers import make_packets, parse
 from nfs.dataplane.ledger import FRAGMENT
 from nfs.dataplane.rewrite import write_back

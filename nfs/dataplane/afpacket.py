@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from functools import partial
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from nfs.dataplane.frames import Frames
 from nfs.dataplane.port import (
     AFPACKET,
@@ -57,7 +58,7 @@ def open_port(interface: str, frames: Frames) -> OpenPort:
     port = Port(control, one(), one(), empty_ring(), one(), one(), np.zeros(2 * TX_SLOTS, np.uint64), one(), one(), one(),
                 empty_ring(), one(), one(), empty_ring(),
                 np.zeros(BURST * (MESSAGE_WORDS + VECTOR_WORDS + AUXILIARY_WORDS), np.uint64))  # fmt: skip
-    return OpenPort(port, raw.fileno(), "afpacket", (raw, frames))
+    return OpenPort(port, raw.fileno(), "afpacket", partial(statistics, port), (raw, frames))
 
 
 def statistics(port: Port) -> dict[str, int]:

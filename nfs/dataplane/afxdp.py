@@ -12,13 +12,13 @@ import os
 import socket
 import struct
 import time
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
-from datastore.native.libc import EBUSY
+from datastore.base.errors import NearstateError
+from datastore.compiled.libc import EBUSY
 from nfs.dataplane.frames import FRAME_BYTES, Frames
 from nfs.dataplane.port import AFXDP, FD, KIND, RESERVE, TX_PRODUCER, OpenPort, Port
 
@@ -152,7 +152,7 @@ def _open_port(interface: str, frames: Frames, umem: Umem) -> OpenPort:
                 _words(completion.ring, RING_SLOTS, u64),
                 np.zeros(1, np.uint64))  # fmt: skip
     control[TX_PRODUCER] = int(port.tx_producer[0])
-    return OpenPort(port, fd, "afxdp", (handle, rx, tx, fill, completion, umem, frames))
+    return OpenPort(port, fd, "afxdp", partial(statistics, fd), (handle, rx, tx, fill, completion, umem, frames))
 
 
 def _raise_budget(fd: int) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.replication.shipping import reign as reign_of
+from datastore.compiled import jit
 from datastore.store import client as store_client
 from datastore.store import operations, statuses
 from datastore.store.client import (
@@ -25,6 +24,7 @@ from datastore.store.client import (
 )
 from datastore.store.layout import DIRTY_OFFSET, U0
 from datastore.store.partitions import PARTITION_BITS
+from datastore.store.roles import reign as reign_of
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import FORWARD, TURN
 from nfs.dataplane.engine import (

@@ -23,8 +23,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from datastore.native import INTERPRETED
-from datastore.native.errors import NearstateError, import_file, unknown
+from datastore.base.errors import NearstateError, import_file, unknown
+from datastore.compiled import INTERPRETED
 from nfs.dataplane import ledger
 from nfs.dataplane.headers import PACKET
 from nfs.dataplane.keys import NONE

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.memory import network16
+from datastore.compiled import jit
+from datastore.compiled.memory import network16
 from nfs.dataplane.engine import ECHO_MAGIC, ECHOED, Engine
 from nfs.dataplane.frames import Frames, give_frame, take_frame
 from nfs.dataplane.port import Port, tx_flush, tx_push

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.compiled import inline, jit
 from datastore.store import operations, statuses
 from datastore.store.client import ClientState, answer_stamp, answer_status, answer_value_at, request, room
 from datastore.store.partitions import PARTITION_BITS

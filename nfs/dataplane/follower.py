@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from datastore.replication.coordinator import Timing
-from datastore.replication.reporter import Reporter
+from datastore.coordination.heartbeats import Timing
+from datastore.coordination.reporter import Reporter
 from datastore.security.secret import Credential
 
 

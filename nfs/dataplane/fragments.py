@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.memory import network16, network32
-from datastore.native.siphash import siphash
+from datastore.compiled import inline, jit
+from datastore.compiled.memory import network16, network32
+from datastore.compiled.siphash import siphash
 from nfs.dataplane.headers import TCP, UDP
 from nfs.dataplane.ipv6 import low_word
 from nfs.dataplane.ledger import MALFORMED

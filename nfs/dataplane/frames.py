@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import CHECKED, inline
-from datastore.native.pages import private_memory
+from datastore.compiled import CHECKED, inline
+from datastore.compiled.pages import private_memory
 
 FRAME_BYTES = 2048
 """Frame size: an Ethernet frame of 1,518 bytes behind the 256 bytes the kernel keeps free in front of it (XDP headroom)."""

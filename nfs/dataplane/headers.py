@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import INTERPRETED, inline, jit
-from datastore.native.memory import network16, network32
+from datastore.compiled import INTERPRETED, inline, jit
+from datastore.compiled.memory import network16, network32
 from nfs.dataplane import ipv6
 from nfs.dataplane.ledger import FRAGMENT, MALFORMED, NOT_IP, OVERSIZED, TRUNCATED
 from nfs.dataplane.link import IPV4, IPV6, skip_link_headers

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import inline
-from datastore.native.memory import load_acquire
-from datastore.replication.shipping import rules
+from datastore.compiled import inline
+from datastore.compiled.memory import load_acquire
 from datastore.store.layout import COMMITTED_AT, ENDED_AT, ROLE, ROLE_BITS, ROLE_MASK, partition_at, word
+from datastore.store.roles import rules
 
 # words of a waiting packet
 KIND, NEED, REIGN, ALSO_PARTITION, ALSO_NEED, SINCE_NS, STEP, ALSO_REIGN = range(8)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.store import operations
 from datastore.store.client import Client
 from datastore.store.operations import OPERATION_VALUE

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.replication.shipping import reign as reign_of
+from datastore.compiled import inline, jit
 from datastore.store import statuses
+from datastore.store.layout import STAMP, VALUE
 from datastore.store.partitions import PARTITION_BITS
-from datastore.store.table import STAMP, VALUE, abort_record, commit_record, is_new, open_record
+from datastore.store.records import abort_record, commit_record, is_new, open_record
+from datastore.store.roles import reign as reign_of
 from nfs.dataplane.engine import (
     ALSO,
     C_HIGH,

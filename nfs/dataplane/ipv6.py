@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.memory import network16, network32
-from datastore.native.siphash import siphash
+from datastore.compiled import inline, jit
+from datastore.compiled.memory import network16, network32
+from datastore.compiled.siphash import siphash
 from nfs.dataplane.ledger import FRAGMENT, MALFORMED, TRUNCATED
 
 HEADER_BYTES = 40

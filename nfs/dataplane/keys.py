@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.compiled import inline, jit
 from datastore.store.partitions import fingerprint_key, flow_partition, hashed_partition, key_high, key_low
 from nfs.dataplane.headers import ACK, INSIDE, RST, SYN
 from nfs.dataplane.ipv6 import low_word

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datastore.native import jit
+from datastore.compiled import jit
 from datastore.store import operations
 from datastore.store.client import ClientState, answer_sequence, answer_stream, answer_tag, request_again, room, slot_at
 from datastore.store.layout import U0

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.memory import network16
+from datastore.compiled import inline, jit
+from datastore.compiled.memory import network16
 from nfs.dataplane.ledger import NOT_IP, TRUNCATED, UNREADABLE
 
 IPV4, IPV6 = 0x0800, 0x86DD

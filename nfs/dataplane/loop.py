@@ -32,10 +32,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.libc import POLLIN, now_ns, poll, pollfd
-from datastore.native.memory import fetch_add, load_acquire
-from datastore.native.reference import by_reference
+from datastore.compiled import jit
+from datastore.compiled.libc import POLLIN, now_ns, poll, pollfd
+from datastore.compiled.memory import fetch_add, load_acquire
+from datastore.compiled.reference import by_reference
 from datastore.store import client as store_client
 from datastore.store.bells import changed_in_place, hear
 from datastore.store.client import DESCRIPTOR, ClientState
@@ -273,7 +273,7 @@ def run(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.n
 @jit
 def loop(engine: Engine, inside: Port, outside: Port, frames: Frames, words: np.ndarray, client: ClientState,
          duration_ns: int) -> None:  # fmt: skip
-    """`run`, on references (see `datastore/native/reference.py`)."""
+    """`run`, on references (see `datastore/compiled/reference.py`)."""
     control = engine.control
     started = last_work = now_ns(engine.scratch)
     down = control[DOWN]

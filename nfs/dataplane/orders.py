@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from datastore.replication.maps import ClusterMap
+from datastore.coordination.maps import ClusterMap
 from datastore.store.client import EPOCH as CLIENT_EPOCH
 from datastore.store.client import ClientState
 from nfs.dataplane.engine import EPOCH, HERE, NEVER, Engine

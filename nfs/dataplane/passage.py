@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.memory import load_acquire
-from datastore.replication.shipping import changes
-from datastore.replication.shipping import reign as reign_of
+from datastore.compiled import inline, jit
+from datastore.compiled.memory import load_acquire
 from datastore.store import statuses
 from datastore.store.client import ClientState
-from datastore.store.layout import COMMITS, DIRTY_OFFSET, U0, lease_holds, partition_at
+from datastore.store.layout import COMMITS, DIRTY_OFFSET, U0, VALUE, lease_holds, partition_at, prefetch_record
 from datastore.store.locking import is_primary
-from datastore.store.table import VALUE, commit_record, open_record, prefetch_record
+from datastore.store.records import commit_record, open_record
+from datastore.store.roles import changes
+from datastore.store.roles import reign as reign_of
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import FORWARD, TURN
 from nfs.dataplane.engine import (

@@ -12,15 +12,15 @@ from __future__ import annotations
 import fcntl
 import struct
 import termios
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
 
-from datastore.native import inline, jit
-from datastore.native.errors import NearstateError
-from datastore.native.libc import EAGAIN, EBUSY, EINTR, ENOBUFS, MSG_DONTWAIT, address, errno, sendto
-from datastore.native.memory import copy, load_acquire, put_network16, store_release
+from datastore.compiled import inline, jit
+from datastore.compiled.libc import EAGAIN, EBUSY, EINTR, ENOBUFS, MSG_DONTWAIT, address, errno, sendto
+from datastore.compiled.memory import copy, load_acquire, put_network16, store_release
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame, make_frames, take_frame
 
 AFXDP, AFPACKET = 0, 1
@@ -53,39 +53,17 @@ class Port(NamedTuple):
 
 
 class OpenPort(NamedTuple):
-    """An open interface: its compiled side, the socket's descriptor, and the objects that keep its memory alive."""
+    """An open interface: its compiled side, the socket's descriptor, and the objects that keep its memory alive.
+
+    statistics: returns the frames that the kernel dropped, since the port was opened, before this process could see them, by
+    reason.
+    """
 
     port: Port
     fd: int
     kind: str
+    statistics: Callable[[], dict[str, int]]
     keep: tuple[Any, ...]
-
-    def statistics(self) -> dict[str, int]:
-        """Return the frames the kernel dropped, since the port was opened, before this process could see them, by reason."""
-        from nfs.dataplane import afpacket, afxdp
-
-        return afxdp.statistics(self.fd) if self.kind == "afxdp" else afpacket.statistics(self.port)
-
-
-def open_port(interface: str, frames: Frames, kind: str = "auto") -> OpenPort:
-    """Open `interface` of the current network namespace; see `open_ports`."""
-    return open_ports([interface], frames, kind)[0]
-
-
-def open_ports(interfaces: list[str], frames: Frames, kind: str = "auto") -> list[OpenPort]:
-    """Open several interfaces over one area of frames, all by the same kind, so that a frame can enter here and leave there.
-
-    kind: afxdp, afpacket or auto (AF_XDP where it works). Raises NearstateError naming the interface, the kind and the reason.
-    """
-    from nfs.dataplane import afpacket, afxdp
-
-    if kind != "afpacket":
-        try:
-            return afxdp.open_ports(interfaces, frames)
-        except NearstateError:
-            if kind == "afxdp":
-                raise
-    return [afpacket.open_port(interface, frames) for interface in interfaces]
 
 
 def closed_port(ring_slots: int = 64) -> Port:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
-from datastore.replication.coordinator import Timing
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
+from datastore.coordination.heartbeats import Timing
 from datastore.security.secret import CLIENT, HOUSEKEEPING, Credential, forget_key
 from datastore.store.client import Client, give_up
-from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.store.partitions import PartitionMap
 from datastore.store.statuses import NOT_PRIMARY
 from datastore.store.table import Table
 from nfs.dataplane.echo import Echoes
@@ -24,8 +25,9 @@ from nfs.dataplane.frames import Frames, free_frames, make_frames
 from nfs.dataplane.housekeeping import Housekeeper, Reader
 from nfs.dataplane.ledger import device_drops, to_counts
 from nfs.dataplane.loop import conserved, run, waiting
+from nfs.dataplane.opening import open_ports
 from nfs.dataplane.orders import Orders
-from nfs.dataplane.port import TX_REFUSED, OpenPort, open_ports, refill
+from nfs.dataplane.port import TX_REFUSED, OpenPort, refill
 from nfs.dataplane.steps import load_chain
 
 SLICE_NS = 50_000_000

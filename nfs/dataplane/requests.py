@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline
+from datastore.compiled import inline
 
 CLAIM_WORDS, ADDS = 4, 4
 ENV = np.dtype(

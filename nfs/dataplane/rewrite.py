@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
-from datastore.native.memory import network16, network32, put_network16
+from datastore.compiled import inline, jit
+from datastore.compiled.memory import network16, network32, put_network16
 from nfs.dataplane.headers import ICMP, INSIDE, OUTSIDE, TCP, UDP
 
 NO_CHECKSUM = -1

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 from nfs.dataplane.requests import ENV
 
 Settings = Mapping[str, tuple[str, Any]]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 from nfs.dataplane import declaration
 from nfs.dataplane.declaration import NetworkFunction, kind_of
 from nfs.dataplane.keys import INITIATOR, NONE, SOURCE

@@ -10,8 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from datastore.native import INTERPRETED, inline, jit
-from datastore.native.libc import address
+from datastore.compiled import INTERPRETED, inline, jit
+from datastore.compiled.libc import address
 from datastore.store import statuses
 from nfs.dataplane import ledger as causes
 from nfs.dataplane.declaration import DROP, FORWARD, TURN

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from datastore.replication import shipping as ship
-from datastore.replication.coordinator import MILLISECOND_NS
-from datastore.replication.maps import ClusterMap
+from datastore.coordination.heartbeats import MILLISECOND_NS
+from datastore.coordination.maps import ClusterMap
+from datastore.store import roles
 from datastore.store.client import Client, give_up
-from datastore.store.layout import lease_holds
+from datastore.store.layout import PRIMARY, lease_holds
 from datastore.store.statuses import NOT_PRIMARY
 from datastore.verification.hosts import CLUSTER, VALUE_BYTES, WINDOW, StoreHost, StoreLine
 from datastore.verification.imagined import Actor, Stream
@@ -294,7 +294,7 @@ class InstanceHost(Actor):
     def rules(self, partition: int) -> bool:
         """Tell whether this process works on records of a partition in place, by the lease of its table."""
         words = self.table.words
-        return bool(self.alive and lease_holds(words, self.now()) and ship.role(words, partition) == ship.PRIMARY)
+        return bool(self.alive and lease_holds(words, self.now()) and roles.role(words, partition) == PRIMARY)
 
     def longest_wait_ns(self, partition: int) -> int:
         """Return for how long the oldest packet of a partition has waited here, not counting until `bad_ns`."""

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from datastore.replication.coordinator import MILLISECOND_NS
-from datastore.replication.maps import ClusterMap
+from datastore.coordination.heartbeats import MILLISECOND_NS
+from datastore.coordination.maps import ClusterMap
 from datastore.verification.hosts import COORDINATOR, PARTITIONS, InPlaceWriter, StoreHost
 from datastore.verification.imagined import CALM, Violation
 from datastore.verification.simulator import SETTLED_S, World

@@ -1,7 +1,7 @@
 """The switch on the imagined network: a command takes a while, and after it has confirmed, flows go on the old way for a while.
 
 What it decided for a flow it does again until it has looked at that flow anew (`topologies/controller/revalidation.py`). The
-coordinator's side is that of `replication/switch.py`: the newest wish goes out when the one before is answered. What a
+coordinator's side is that of `coordination/switch.py`: the newest wish goes out when the one before is answered. What a
 coordinator that has ended wished last may still be carried out.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from datastore.replication.attendance import Attendance
-from datastore.replication.coordinator import MILLISECOND_NS
-from datastore.replication.maps import ClusterMap
-from datastore.replication.switchover import Switchover
+from datastore.coordination.attendance import Attendance
+from datastore.coordination.heartbeats import MILLISECOND_NS
+from datastore.coordination.maps import ClusterMap
+from datastore.coordination.switchover import Switchover
 from datastore.verification.hosts import CoordinatorHost
 from datastore.verification.lines import COORDINATOR, Line
 

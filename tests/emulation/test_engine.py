@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.base.partitioning import PARTITIONS
+from datastore.store.partitions import PartitionMap
 from datastore.store.table import Table
 from nfs.dataplane import declaration
 from nfs.dataplane.ledger import FRAGMENT, MALFORMED, imbalance
@@ -77,7 +78,7 @@ def make_route(bench: Bench, number: int = 0, store: Host | None = None, mtu: in
 
 
 def start_store(bench: Bench, host: Host, table: str, create: bool = True, **config: Any) -> RunningProcess:
-    return bench.spawn("store", host, "datastore.store.server:main",
+    return bench.spawn("store", host, "datastore.process.store:main",
                        {"host": "store", "table": table, "capacity": 1 << 14, "value_bytes": VALUE_BYTES, "address": "0.0.0.0",
                         "port": STORE_PORT, "cluster": CLUSTER, "epoch": 1, "map": CENTRAL, "create": create, "keep": True,
                         **config})  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datastore.replication.routed import RoutedClient
+from datastore.coordination.routed import RoutedClient
 from datastore.security.secret import CLIENT
 from datastore.store.layout import VALUE
 from datastore.store.table import Table

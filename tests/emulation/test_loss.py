@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.harness import spec
 from experiments.harness.bench import Bench
 from experiments.harness.procedures import failover

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from topologies.emulation import system
 from topologies.emulation.journal import Journal, processes_of, start_ticks
 from topologies.emulation.network import Network, datapath

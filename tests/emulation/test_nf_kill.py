@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datastore.base.partitioning import PARTITIONS
 from datastore.store.client import Client
-from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.store.partitions import PartitionMap
 from datastore.store.statuses import OK
 from datastore.store.table import Table
 from nfs.dataplane import declaration
@@ -56,7 +57,7 @@ def test_100_kills_under_load_leave_the_store_whole_and_serving(bench: Bench, ta
     client, nf, server = (bench.host(name) for name in ("client", "nf", "server"))
     bench.cable((client, "net"), (nf, "inside"))
     bench.cable((server, "net"), (nf, "outside"))
-    store = bench.spawn("store", nf, "datastore.store.server:main",
+    store = bench.spawn("store", nf, "datastore.process.store:main",
                         {"host": "nf", "table": table, "capacity": 4096, "value_bytes": 32, "address": "127.0.0.1",
                          "port": STORE_PORT, "cluster": CLUSTER, "epoch": 1, "map": HERE, "create": True})  # fmt: skip
     config = {"chain": ["traffic_counter"], "host": "nf", "inside": "inside", "outside": "outside", "port_kind": "afxdp",

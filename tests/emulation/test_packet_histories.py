@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.verification.history import History, read_history
 from datastore.verification.linearizability import LINEARIZABLE, VIOLATION, check_history
 from experiments.harness.bench import Bench

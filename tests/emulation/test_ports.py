@@ -10,21 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from nfs.dataplane.frames import FRAME_BYTES, Frames, free_frames, give_frame, make_frames, take_frame
-from nfs.dataplane.port import (
-    BURST,
-    TX_REFUSED,
-    OpenPort,
-    open_port,
-    open_ports,
-    reclaim,
-    refill,
-    rx_burst,
-    tx_flush,
-    tx_push,
-    unsent,
-)
+from nfs.dataplane.opening import open_port, open_ports
+from nfs.dataplane.port import BURST, TX_REFUSED, OpenPort, reclaim, refill, rx_burst, tx_flush, tx_push, unsent
 from tests.conftest import Bench, Host, make_bench
 from topologies.emulation import system
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native import ROOT
+from datastore.base import ROOT
 from experiments.harness.bench import Bench
 from experiments.harness.procedures.real_clients import LARGE, SMALL, RealClients, protocol_counters
 from experiments.harness.runner import network_parameters

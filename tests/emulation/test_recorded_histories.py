@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from datastore import __main__ as command_line
+from datastore.base.partitioning import PARTITIONS
 from datastore.store.client import Client
 from datastore.store.operations import GET
-from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.store.partitions import PartitionMap
 from datastore.store.statuses import OK
 from datastore.verification.history import HistoryWriter, read_history
 from datastore.verification.linearizability import LINEARIZABLE, VIOLATION, check_history
@@ -88,7 +89,7 @@ def start(bench: Bench, folder: Path, number: int, operations: int) -> int:
 def test_what_eight_clients_record_is_linearizable_though_some_are_killed(bench, table, tmp_path, capsys):
     store, clients = bench.host("store"), bench.host("clients")
     bench.cable((store, "net"), (clients, "net"), addresses=("10.9.0.1/24", "10.9.0.2/24"))
-    bench.spawn("store", store, "datastore.store.server:main",
+    bench.spawn("store", store, "datastore.process.store:main",
                 {"host": "store", "table": table, "capacity": 4096, "value_bytes": VALUE_BYTES, "address": "10.9.0.1",
                  "port": PORT, "cluster": CLUSTER, "epoch": 1, "map": HERE, "create": True})  # fmt: skip
     folder = tmp_path / "history"

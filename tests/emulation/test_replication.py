@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.native.errors import NearstateError
-from datastore.store.partitions import PARTITIONS
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
 from experiments.harness.bench import Bench
 from experiments.harness.spec import Experiment, Trial
 from tests.rack import emulation_of, working_rack

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from topologies.controller.steering import ICMPV6, IPV6, PARTITIONS, TCP, UDP
 from topologies.emulation import system
 from topologies.emulation.journal import Journal

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.store.partitions import PARTITIONS
+from datastore.base.partitioning import PARTITIONS
 from experiments.harness.bench import Bench
 from experiments.harness.spec import Experiment, Trial
 from tests.rack import emulation_of, working_rack

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from datastore.base.partitioning import PARTITIONS
 from datastore.store.client import Client
-from datastore.store.partitions import PARTITIONS
 from nfs.dataplane.engine import HERE
 from tests.rig import VALUE_BYTES
 from tests.secrets_of_tests import client as credential

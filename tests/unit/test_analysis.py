@@ -22,7 +22,7 @@ from analysis.report import write_report
 from analysis.results import decode, measurements, merge, read_run
 from analysis.sheet import PNG_DPI
 from analysis.summary import COLUMNS, confidence_interval, summarize, write_summary
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 
 # Medians a synthetic run is built around: one-way packet latency (us), lossless rate (kpps), CPU per packet (us).
 ANSWERED = {"asymmetric_paths", "connection_rate", "network_functions", "packet_latency", "real_clients", "state_access_latency",

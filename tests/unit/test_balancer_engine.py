@@ -10,7 +10,7 @@ import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.l2 import Ether
 
-from datastore.native import INTERPRETED
+from datastore.compiled import INTERPRETED
 from nfs.dataplane import load
 from nfs.dataplane.engine import HERE
 from nfs.dataplane.headers import INSIDE, OUTSIDE

@@ -20,7 +20,7 @@ from scapy.layers.l2 import ARP, CookedLinux, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 from scapy.utils import PcapNgWriter, PcapWriter
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.harness import spec
 from experiments.harness.spec import Experiment
 from experiments.workloads import capture

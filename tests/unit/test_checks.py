@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from datastore import placements
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.harness.spec import Experiment, check
 
 GRID = {"topology": ("rack",), "nf": ("traffic_counter",), "placement": ("integrated",)}

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
 from datastore.store import client as remote
 from datastore.store.client import Client, StoreClosed
 from datastore.store.operations import ADD, GET, INSERT, OPERATION_VALUE, PUT
-from datastore.store.partitions import PARTITIONS
 from datastore.store.statuses import ABSENT, OK, STALE_EPOCH
 from datastore.store.table import Table
 from tests.secrets_of_tests import client as credential

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from datastore import __main__ as command_line
-from datastore.native.errors import NearstateError
-from datastore.replication import coordination
-from datastore.replication.coordinator import Heartbeat
-from datastore.replication.maps import ClusterMap
-from datastore.replication.report import troubles
-from datastore.replication.state_file import FileState
+from datastore.base.errors import NearstateError
+from datastore.coordination import process as coordination
+from datastore.coordination.heartbeats import Heartbeat
+from datastore.coordination.maps import ClusterMap
+from datastore.coordination.report import troubles
+from datastore.coordination.state_file import FileState
 from datastore.store.operations import ADD, GET
 from datastore.store.statuses import OK
 from datastore.verification.history import read_history

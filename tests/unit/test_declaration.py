@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from datastore import placements
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.harness import spec
 from nfs.dataplane import DROP, FLOW, FORWARD, NONE, declaration, network_function, record, requests
 from tests.packets import Instance, udp

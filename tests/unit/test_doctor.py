@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from datastore.native import ROOT
-from datastore.native.errors import NearstateError
+from datastore.base import ROOT
+from datastore.base.errors import NearstateError
 from experiments.__main__ import main
 from experiments.harness import doctor
 from experiments.harness.doctor import Box, Fact

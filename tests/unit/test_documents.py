@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native import ROOT
+from datastore.base import ROOT
 from nfs.dataplane import FORWARD, NetworkFunction
 from tests.packets import Instance, tcp, udp
 from tests.rig import Rig

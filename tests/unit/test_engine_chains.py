@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.native import INTERPRETED
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.compiled import INTERPRETED
 from datastore.store.partitions import key_low
 from nfs.dataplane import (
     DROP,

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from datastore.native.errors import NearstateError
-from datastore.replication.etcd import MARGIN_S, TTL_S, EtcdState, now_s
-from datastore.replication.routed import RoutedClient
+from datastore.base.errors import NearstateError
+from datastore.coordination.etcd import MARGIN_S, TTL_S, EtcdState, now_s
+from datastore.coordination.routed import RoutedClient
 from datastore.store.operations import ADD
 from datastore.store.statuses import OK
 from tests.cluster import COORDINATOR, PARTITIONS, Cluster, Process, free_port

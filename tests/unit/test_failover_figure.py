@@ -13,7 +13,7 @@ import pytest
 from analysis.redraw import draw_figures
 from analysis.results import measurements, read_run, time_line
 from analysis.summary import summarize
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.harness.procedures import failover
 from experiments.workloads import timeline
 from tests.figures import said

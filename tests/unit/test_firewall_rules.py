@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from nfs.dataplane import DROP, FORWARD, OUT_OF_WINDOW, REFUSED_BY_RULE
 from nfs.firewall import RESET_S
 from tests.packets import CLIENT, CLIENT_PORT, SERVER, SERVER_PORT, TCP, Instance, echo, icmp_error, inward, outward, tcp, udp

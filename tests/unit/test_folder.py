@@ -16,8 +16,8 @@ from analysis.outcome import outcome
 from analysis.redraw import draw_figures
 from analysis.report import write_report
 from analysis.summary import write_summary
-from datastore.native import ROOT
-from datastore.native.errors import NearstateError
+from datastore.base import ROOT
+from datastore.base.errors import NearstateError
 from experiments.__main__ import main
 from experiments.harness import runner
 from experiments.harness.record import Record

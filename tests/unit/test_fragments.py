@@ -10,8 +10,8 @@ import pytest
 from scapy.layers.inet import IP, TCP, UDP, fragment
 from scapy.layers.l2 import Ether
 
+from datastore.base.partitioning import PARTITIONS
 from datastore.store.layout import PRIMARY
-from datastore.store.partitions import PARTITIONS
 from datastore.store.table import Table
 from nfs.dataplane import load
 from nfs.dataplane.fragments import HOLD_NS, MOST_HELD, make_room

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.native import CHECKED, INTERPRETED, jit
-from datastore.native.memory import copy, load64
+from datastore.compiled import CHECKED, INTERPRETED, jit
+from datastore.compiled.memory import copy, load64
 from nfs.dataplane import NetworkFunction, declaration
 from nfs.dataplane.declaration import MAX_RECORD_BYTES
 from nfs.dataplane.frames import FRAME_BYTES, give_frame, take_frame

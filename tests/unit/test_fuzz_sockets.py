@@ -23,10 +23,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datastore.replication.coordinator import Heartbeat
-from datastore.replication.messages import beat_message, gossip
-from datastore.replication.replica import Ping, Pong
-from datastore.replication.shipping import CLAIM, IMAGE, REPLICATE_WORDS, REPLICATES
+from datastore.coordination.heartbeats import Heartbeat, Ping, Pong
+from datastore.coordination.messages import beat_message, gossip
+from datastore.replication.frames import CLAIM, IMAGE, REPLICATE_WORDS, REPLICATES
 from datastore.security.challenge import HELLO, MAGIC, prove
 from datastore.security.datagrams import Seals
 from datastore.security.secret import ADMINISTRATOR, CLIENT, COORDINATOR, STORE

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore.native import allocating, jit
+from datastore.compiled import allocating, jit
 from nfs.dataplane.headers import (
     FRAGMENT,
     INSIDE,

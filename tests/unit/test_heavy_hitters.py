@@ -9,8 +9,8 @@ from ipaddress import IPv4Address
 import numpy as np
 import pytest
 
-from datastore.native import INTERPRETED
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.compiled import INTERPRETED
 from nfs.dataplane import FORWARD
 from nfs.heavy_hitters import ROWS, WORDS, estimates, main, of_records, record_key, snapshot, top, width_for
 from tests.packets import CLIENT, SERVER, Instance, tcp, udp, well_formed

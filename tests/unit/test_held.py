@@ -10,9 +10,9 @@ import pytest
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
-from datastore.replication.shipping import changes
+from datastore.base.partitioning import PARTITIONS
 from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_AT, ENDED_AT, LEASE_NS, NO_ROLE, PRIMARY
-from datastore.store.partitions import PARTITIONS
+from datastore.store.roles import changes
 from datastore.store.table import Table
 from nfs.dataplane import load
 from nfs.dataplane.engine import DOWN, EPOCH, HERE, NEVER, QUEUES

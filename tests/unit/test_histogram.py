@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hdrh.histogram import HdrHistogram
 
-from datastore.native import jit
-from datastore.native.histogram import COUNTERS, HIGHEST_NS, encode, make_counts, record_ns, summary_us, to_histogram
+from datastore.compiled import jit
+from datastore.compiled.histogram import COUNTERS, HIGHEST_NS, encode, make_counts, record_ns, summary_us, to_histogram
 
 
 @jit

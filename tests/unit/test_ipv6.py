@@ -20,9 +20,10 @@ from scapy.layers.inet6 import (
     IPv6ExtHdrHopByHop,
 )  # fmt: skip
 
-from datastore.native.errors import NearstateError
-from datastore.native.siphash import KEY_0, KEY_1, siphash
-from datastore.store.partitions import FINGERPRINT, PARTITIONS, FlowKey, hashed_partition
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
+from datastore.compiled.siphash import KEY_0, KEY_1, siphash
+from datastore.store.partitions import FINGERPRINT, FlowKey, hashed_partition
 from nfs.dataplane import DROP, FORWARD, RATE_EXCEEDED, REFUSED_BY_RULE, declaration
 from nfs.dataplane.fragments import FRAGMENT_NS, find_flow, make_fragments, remember_first
 from nfs.dataplane.headers import FRAGMENT, INSIDE, MALFORMED, NOT_IP, OUTSIDE, TRUNCATED

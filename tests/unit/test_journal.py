@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from topologies.emulation import journal
 from topologies.emulation.journal import Journal, clean, short_id, start_ticks
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.l2 import Ether
 
-from datastore.store.partitions import PARTITIONS, FlowKey
+from datastore.base.partitioning import PARTITIONS
+from datastore.store.partitions import FlowKey
 from nfs.dataplane.headers import INSIDE, OUTSIDE
 from nfs.dataplane.keys import FLOW, INITIATOR, SOURCE, TUPLE, make_key
 from tests.packets import CLIENT, CLIENT_PORT, SERVER, SERVER_PORT, echo, icmp_error, parsed, tcp, udp

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore import __main__ as command_line
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.store.operations import ADD, ANY_VERSION, DELETE, GET, INSERT, PUT
 from datastore.store.statuses import ABSENT, BUSY, EXISTS, NOT_PRIMARY, OK, STALE_SEQUENCE, VERSION_MISMATCH
 from datastore.verification.history import HEADER, HistoryWriter, read_history, row_type

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from datastore.native import ROOT
+from datastore.base import ROOT
 from datastore.store import lives
 from datastore.store.layout import FUNCTION_LIFE, INCARNATION, LEASE_LIFE, LEASE_NS, SERVER_LIFE
 from datastore.store.table import Table

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.l2 import Ether
 
-from datastore.native import INTERPRETED
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.compiled import INTERPRETED
 from nfs.dataplane import DROP, FORWARD, NO_BACKEND, REFUSED_BY_RULE, load
 from nfs.dataplane.headers import INSIDE, OUTSIDE
 from nfs.load_balancer import ANSWERED, CLOSED, MOST, NAME_BITS, ON_TRIAL, OPENED, SYNS, chosen, counter_key

@@ -12,11 +12,11 @@ import pytest
 
 from analysis import metrics
 from analysis.compare import Comparison, print_comparison, verdict
-from datastore.native import ROOT
+from datastore.base import ROOT
 
 PROCEDURES = ROOT / "experiments/harness/procedures"
 SUMMARIES = (ROOT / "experiments/harness/accounting.py", ROOT / "experiments/harness/bench.py",
-             ROOT / "datastore/native/histogram.py", ROOT / "experiments/workloads/table_probe.py")  # fmt: skip
+             ROOT / "datastore/compiled/histogram.py", ROOT / "experiments/workloads/table_probe.py")  # fmt: skip
 """Where metrics come from that several procedures share."""
 FUNCTIONS = ("metrics", "memory", "_summary_us")
 """Functions there whose dictionaries are metrics."""

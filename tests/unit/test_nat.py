@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.l2 import Ether
 
-from datastore.native import INTERPRETED
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.compiled import INTERPRETED
 from datastore.store.partitions import FlowKey, flow_partition
 from nfs._translation import CLASS_PORTS, TRIES, candidates, external_port
 from nfs.dataplane import DROP, FORWARD, PORTS_EXHAUSTED, REFUSED_BY_RULE

@@ -9,7 +9,7 @@ import pytest
 from scapy.layers.inet import IP, UDP, fragment
 from scapy.layers.l2 import Ether
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.peers import nftables
 from nfs.dataplane import load
 from nfs.dataplane.headers import INSIDE, OUTSIDE

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.native import CHECKED, INTERPRETED, jit
-from datastore.native.libc import sched_yield
-from datastore.native.memory import (
+from datastore.compiled import CHECKED, INTERPRETED, jit
+from datastore.compiled.libc import sched_yield
+from datastore.compiled.memory import (
     compare_and_swap,
     copy,
     fetch_add,

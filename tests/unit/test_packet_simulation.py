@@ -10,9 +10,9 @@ import os
 
 import pytest
 
-from datastore.native import INTERPRETED
-from datastore.replication.coordinator import MILLISECOND_NS, Timing
-from datastore.replication.switchover import Switchover
+from datastore.compiled import INTERPRETED
+from datastore.coordination.heartbeats import MILLISECOND_NS, Timing
+from datastore.coordination.switchover import Switchover
 from datastore.store import lives
 from datastore.store.layout import INCARNATION, SERVER_LIFE
 from datastore.store.table import Table

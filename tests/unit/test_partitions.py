@@ -10,18 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.native import jit
-from datastore.native.errors import NearstateError
-from datastore.store.partitions import (
-    PARTITIONS,
-    PORT_MASK,
-    FlowKey,
-    PartitionMap,
-    flow_partition,
-    hashed_partition,
-    key_high,
-    key_low,
-)
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS, PORT_MASK
+from datastore.compiled import jit
+from datastore.store.partitions import FlowKey, PartitionMap, flow_partition, hashed_partition, key_high, key_low
 
 ports = st.integers(0, 65535)
 addresses = st.integers(0, 2**32 - 1)

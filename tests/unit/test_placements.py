@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 
 from datastore import placements
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
 from datastore.placements import Cluster, Placement
-from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.store.partitions import PartitionMap
 
 
 def cluster(nf_hosts: int = 2, store_hosts: int = 1, replicas: int = 1) -> Cluster:

@@ -10,8 +10,8 @@ from ipaddress import IPv4Address
 import numpy as np
 import pytest
 
-from datastore.native import INTERPRETED
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.compiled import INTERPRETED
 from datastore.store.partitions import hashed_partition
 from nfs.dataplane import BLOCKED_SOURCE, DROP, FORWARD
 from nfs.dataplane.headers import INSIDE

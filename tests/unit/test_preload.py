@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from datastore.native import ROOT
+from datastore.base import ROOT
 
 LAUNCHER = """
 import os
-from datastore.native import jit
+from datastore.compiled import jit
 from experiments.harness import warm
 
 @jit

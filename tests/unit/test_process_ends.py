@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from datastore.replication import coordination
-from datastore.replication.coordinator import Heartbeat
-from datastore.replication.messages import LineSocket, beat_message
+from datastore.coordination import process as coordination
+from datastore.coordination.heartbeats import Heartbeat
+from datastore.coordination.messages import LineSocket, beat_message
 from datastore.security.challenge import Speaker
 from datastore.security.secret import CLIENT, COORDINATOR, STORE, Credential
 from tests.secrets_of_tests import SECRET, secret_file

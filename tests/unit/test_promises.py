@@ -10,12 +10,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from datastore.coordination.heartbeats import Grant, Ping, Timing
+from datastore.coordination.maps import ClusterMap, Group
 from datastore.replication import shipping as ship
-from datastore.replication.coordinator import Grant, Timing
-from datastore.replication.maps import ClusterMap, Group
-from datastore.replication.replica import Ping, Replica
-from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_ALWAYS, COMMITTED_AT, PRIMARY
-from datastore.store.table import VALUE, Table, commit_record, open_record
+from datastore.replication.link import ASYNCHRONOUS, CHANGES_ACKED, COUNTED, MODE, OWING_NS, UNDER_WAY, make_shipping
+from datastore.replication.replica import Replica
+from datastore.store import roles
+from datastore.store.layout import BACKUP, CHANGES_AT, COMMITTED_ALWAYS, COMMITTED_AT, PRIMARY, VALUE
+from datastore.store.records import commit_record, open_record
+from datastore.store.table import Table
 from nfs.dataplane.held import ALSO_PARTITION, ALSO_REIGN, GO, NEED, REIGN, STAY, UNCOMMITTED, judge, make_held
 
 CLUSTER, TIMING = 5, Timing()
@@ -28,7 +31,7 @@ PROMISED_NS = 1_000_000_000
 def primary() -> Iterator[Replica]:
     """nf1, primary of the one partition since map 3 with nf2 as backup, which has a promise since PROMISED_NS."""
     table = Table.anonymous("promises", 60, 16, 1, epoch=0, cluster=CLUSTER, clients=4, window=8, replication_secret=9)
-    shipping = ship.make_shipping(table.words, 2, np.zeros(4, np.uint8))
+    shipping = make_shipping(table.words, 2, np.zeros(4, np.uint8))
     replica = Replica("nf1", ["nf2", "nf3"], table.words, shipping, table.register_owner(), CLUSTER, 77, TIMING)
     follow(replica, 3, Group(("nf1", "nf2"), 3, joined={"nf1": 3, "nf2": 3}), 0)
     pong = replica.pinged(PROMISED_NS, Ping("nf2", CLUSTER, 1, 3, 0))
@@ -44,7 +47,7 @@ def follow(replica: Replica, epoch: int, group: Group, now_ns: int) -> None:
 
 def counts(replica: Replica) -> bool:
     """Tell whether changes wait for nf2."""
-    return bool(replica.shipping.links[0, 0, ship.MODE] == ship.COUNTED)
+    return bool(replica.shipping.links[0, 0, MODE] == COUNTED)
 
 
 WITHOUT = {"gone": Group(("nf1",), 3, joined={"nf1": 3}),
@@ -97,9 +100,9 @@ def test_who_is_to_be_primary_waits_for_everybody_who_may_not_know(primary: Repl
     follow(primary, 4, Group(("nf1", "nf2"), 4, joined={"nf1": 3, "nf2": 3}), PROMISED_NS + 10)
     primary.pinged(PROMISED_NS + 20, Ping("nf2", CLUSTER, 1, 4, 0))
     primary.advance(PROMISED_NS + WAIT_NS + 4)
-    assert not ship.rules(ship.role(primary.words, 0))
+    assert not roles.rules(roles.role(primary.words, 0))
     primary.advance(PROMISED_NS + WAIT_NS + 5)
-    assert ship.rules(ship.role(primary.words, 0))
+    assert roles.rules(roles.role(primary.words, 0))
 
 
 def look(replica: Replica, reign: int) -> int:
@@ -133,7 +136,7 @@ def test_no_packet_loop_sees_all_committed_while_roles_change(primary: Replica, 
 
 def test_who_was_stopped_gives_peers_their_time_anew(primary: Replica) -> None:
     owing, patience_ns = primary.shipping.links[0, 0], TIMING.unreachable_ns
-    owing[ship.OWING_NS] = PROMISED_NS
+    owing[OWING_NS] = PROMISED_NS
     late_ns = PROMISED_NS + patience_ns + 1
     assert primary.beat(late_ns).unreachable == ("nf2",)
     primary.was_stopped(late_ns)
@@ -158,11 +161,11 @@ def test_what_ran_before_a_partition_was_handed_over_leaves(primary, new, commit
     slot = int(open_record(primary.words, primary.owner, np.uint64(1 << 32), np.uint64(5), 3, 1))
     primary.words[slot + VALUE] = 7
     commit_record(primary.words, primary.owner, slot, 0)
-    assert ship.changes(primary.words, 0) == 1
+    assert roles.changes(primary.words, 0) == 1
     follow(primary, 4, Group(("nf1", "nf2"), 3, successor="nf2", joined={"nf1": 3, "nf2": 3}), PROMISED_NS)
     assert look(primary, 3) == STAY
     if committed:
-        primary.words[int(primary.words[COMMITTED_AT])] = ship.changes(primary.words, 0)
+        primary.words[int(primary.words[COMMITTED_AT])] = roles.changes(primary.words, 0)
     assert primary.beat(PROMISED_NS).released == ((0,) if committed else ())
     primary.words[int(primary.words[COMMITTED_AT])] = 0  # somebody who learned counts from now on, and has less
     assert primary.beat(PROMISED_NS).released == ((0,) if committed else ())
@@ -178,7 +181,7 @@ def test_who_goes_on_ruling_has_not_stopped(primary: Replica) -> None:
     slot = int(open_record(primary.words, primary.owner, np.uint64(1 << 32), np.uint64(5), 5, 1))
     primary.words[slot + VALUE] = 7
     commit_record(primary.words, primary.owner, slot, 0)
-    assert ship.changes(primary.words, 0) == 1
+    assert roles.changes(primary.words, 0) == 1
     follow(primary, 6, Group(("nf1", "nf2"), 3, successor="nf2", joined=both), PROMISED_NS)
     assert primary.beat(PROMISED_NS).released == ()
     follow(primary, 7, Group(("nf2", "nf1"), 7, joined=both), PROMISED_NS)
@@ -186,12 +189,12 @@ def test_who_goes_on_ruling_has_not_stopped(primary: Replica) -> None:
 
 
 def test_also_what_nothing_waits_for_is_shipped_before_a_partition_is_handed_over(primary: Replica) -> None:
-    primary.shipping.control[ship.ASYNCHRONOUS] = 1
+    primary.shipping.control[ASYNCHRONOUS] = 1
     link = primary.shipping.links[0, 0]
     follow(primary, 4, Group(("nf1", "nf2"), 3, successor="nf2", joined={"nf1": 3, "nf2": 3}), PROMISED_NS)
     primary.words[int(primary.words[COMMITTED_AT])] = COMMITTED_ALWAYS
     primary.words[int(primary.words[CHANGES_AT])] = 7
-    for link[ship.CHANGES_ACKED], link[ship.UNDER_WAY], is_drained in ((6, 0, False), (7, 1, False), (7, 0, True)):
+    for link[CHANGES_ACKED], link[UNDER_WAY], is_drained in ((6, 0, False), (7, 1, False), (7, 0, True)):
         assert primary.is_drained(0) == is_drained
 
 

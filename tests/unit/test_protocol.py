@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.native import jit
+from datastore.compiled import jit
 from datastore.store import statuses
 from datastore.store.layout import CLIENT_USED_S, CLUSTER, EPOCH, STATUS_COUNTS
 from datastore.store.operations import ADD, ANY_VERSION, DELETE, GET, HELLO, INSERT, OPERATION_VALUE, PING, PUT

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from nfs.dataplane import DROP, FORWARD, RATE_EXCEEDED
 from tests.packets import Instance, echo, tcp, udp, well_formed
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from datastore.native import ROOT
+from datastore.base import ROOT
 from tests.documents import README_FILES, example
 
 DOCUMENTED_FIGURE = "analysis/figures/<name>.py"

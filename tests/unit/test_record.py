@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.harness import record as records
 from experiments.harness.record import Record
 
@@ -119,7 +119,7 @@ def test_a_full_disk_gives_one_clear_line_and_loses_nothing(record: Record) -> N
 FULL = """
 import subprocess, sys
 from pathlib import Path
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.harness.record import Record
 folder = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=True)

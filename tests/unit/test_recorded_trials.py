@@ -8,7 +8,7 @@ import pytest
 
 from analysis.results import Run, measurements
 from analysis.summary import summarize
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.harness import runner, spec
 from experiments.harness.bench import settings
 from experiments.harness.record import Record

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from datastore.native.threads import take_precedence
-from datastore.replication import reporter as module
-from datastore.replication.coordinator import Timing
-from datastore.replication.reporter import Reporter
+from datastore.base.threads import take_precedence
+from datastore.coordination import reporter as module
+from datastore.coordination.heartbeats import Timing
+from datastore.coordination.reporter import Reporter
 from datastore.security.challenge import Listener
 from datastore.security.secret import COORDINATOR, STORE, Secret
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.__main__ import main
 from experiments.harness import spec, warm
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.workloads import savefile
 from tests import packets
 

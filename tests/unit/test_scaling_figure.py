@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis.redraw import draw_figures
-from datastore.native.histogram import encode, make_counts, record_ns
+from datastore.compiled.histogram import encode, make_counts, record_ns
 from experiments.harness.procedures.scaling import delayed
 from tests.figures import said
 from tests.unit.test_failover_figure import course

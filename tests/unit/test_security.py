@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from datastore.native.errors import NearstateError
-from datastore.replication.messages import gossip, read_beat, read_gossip
-from datastore.replication.replica import Ping
+from datastore.base.errors import NearstateError
+from datastore.coordination.heartbeats import Ping
+from datastore.coordination.messages import gossip, read_beat, read_gossip
 from datastore.security import strict
 from datastore.security.challenge import HELLO, MAGIC, Distrust, Identity, Speaker, prove
 from datastore.security.datagrams import INCARNATIONS, WINDOW, Counters, Seals

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native import ROOT
+from datastore.base import ROOT
 
 SETUP = "experiments/harness/setup.sh"
 PACKAGES = ["python3", "python3-venv", "mininet", "libxdp1", "libpcap0.8", "etcd-server", "openvswitch-switch", "nftables"]

@@ -11,29 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore.replication import shipping as ship
-from datastore.replication.shipping import (
-    ACK_WORDS,
-    CLAIM,
+from datastore.replication.applying import apply
+from datastore.replication.completions import count_completions, note_completion
+from datastore.replication.frames import ACK_WORDS, CLAIM, GAP, IMAGE, REPLICATE_WORDS
+from datastore.replication.link import (
+    ASYNCHRONOUS,
     COUNTED,
-    GAP,
-    IMAGE,
+    COUNTS,
+    DONE_ACKED,
+    EPOCH,
+    JOINED,
     LEARNING,
+    MEMBER,
+    MODE,
+    STANDING,
     Shipping,
-    apply,
-    changes,
-    committed,
-    feed,
-    lose,
     make_shipping,
-    ship_all,
-    synchronised,
-    take_ack,
 )
-from datastore.store import layout
-from datastore.store.layout import BACKUP, NO_ROLE, PRIMARY, RETIRING
+from datastore.replication.shipping import feed, lose, ship_all, synchronised, take_ack
+from datastore.store import layout, roles
+from datastore.store.layout import BACKUP, NO_ROLE, PRIMARY, RETIRING, VALUE
 from datastore.store.protocol import FRAME_HEADER_WORDS, find_client
+from datastore.store.records import commit_record, open_record, sweep
+from datastore.store.roles import changes, committed
 from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, TOO_MANY_CLIENTS, UNKNOWN_PARTITION
-from datastore.store.table import VALUE, Table, commit_record, open_record, sweep
+from datastore.store.table import Table
 
 pytestmark = pytest.mark.bounds
 PARTITIONS, SECRET = 2, 99
@@ -102,7 +104,7 @@ def make_side(role: int) -> Side:
 def pair() -> Iterator[tuple[Side, Side]]:
     """A primary of partition 0 and a host that is to be its backup since map 1."""
     primary, backup = make_side(PRIMARY), make_side(NO_ROLE)
-    backup.shipping.followed[0] = (-1, 0, 1, ship.MEMBER)
+    backup.shipping.followed[0] = (-1, 0, 1, MEMBER)
     feed(primary.shipping, primary.table.words, 0, 0, LEARNING, 1, IMAGE)
     yield primary, backup
     for side in (primary, backup):
@@ -129,28 +131,28 @@ def test_an_image_then_what_changed_then_what_is_committed(pair):
         primary.write(number, number + 1)
     assert changes(primary.table.words, 0) == 20
     exchange(primary, backup)
-    assert primary.shipping.links[0, 0, ship.MODE] == COUNTED
+    assert primary.shipping.links[0, 0, MODE] == COUNTED
     assert synchronised(primary.shipping)[0, 0]
     assert backup.records() == primary.records()
     assert len(backup.records()) == 20
     primary.write(3, 77)
     assert committed(primary.table.words, 0) == 20 < changes(primary.table.words, 0)
     (frame,) = primary.frames()
-    assert frame.size == ship.REPLICATE_WORDS + 2 + 5  # one bucket, one slot
+    assert frame.size == REPLICATE_WORDS + 2 + 5  # one bucket, one slot
     assert primary.frames() == []  # one at a time
     assert primary.hear(backup.take(frame)) == OK
     assert committed(primary.table.words, 0) == 21
     assert committed(backup.table.words, 0) == 20 < changes(backup.table.words, 0)  # dirty: it cannot know
     exchange(primary, backup)
     assert committed(backup.table.words, 0) == 21  # by the news
-    assert ship.role(backup.table.words, 0) == BACKUP
+    assert roles.role(backup.table.words, 0) == BACKUP
 
 
 def test_a_backup_learns_that_it_counts_though_nothing_changes(pair):
     primary, backup = pair
     primary.write(1, 5)
     exchange(primary, backup)
-    assert ship.role(backup.table.words, 0) == BACKUP
+    assert roles.role(backup.table.words, 0) == BACKUP
     assert committed(backup.table.words, 0) == changes(backup.table.words, 0) == 1
 
 
@@ -206,11 +208,11 @@ def test_who_missed_something_asks_for_an_image(pair):
 
 def hand_over(former: Side, heir: Side, epoch: int = 2) -> None:
     """Make the backup primary, as `Replica._rule` does, of a former primary that has heard of it."""
-    heir.shipping.claims[0] = heir.shipping.followed[0, ship.EPOCH], changes(heir.table.words, 0)
+    heir.shipping.claims[0] = heir.shipping.followed[0, EPOCH], changes(heir.table.words, 0)
     heir.shipping.followed[0] = (-1, 0, 0, 0)
     feed(heir.shipping, heir.table.words, 0, 0, COUNTED, 1, CLAIM)
     heir.table.set_role(0, PRIMARY, epoch)
-    former.shipping.followed[0] = (1, 0, 1, ship.MEMBER)
+    former.shipping.followed[0] = (1, 0, 1, MEMBER)
     former.table.set_role(0, NO_ROLE, epoch)
 
 
@@ -219,7 +221,7 @@ def buckets_of(frame: np.ndarray) -> int:
 
 
 def role_of(side: Side) -> int:
-    return int(ship.role(side.table.words, 0))
+    return int(roles.role(side.table.words, 0))
 
 
 def test_who_hands_over_needs_no_image(pair):
@@ -246,7 +248,7 @@ def test_who_hands_over_needs_no_image(pair):
 def test_a_claim_without_changes_makes_a_clean_backup(pair, asynchronous):
     former, heir = pair
     for side in pair:
-        side.shipping.control[ship.ASYNCHRONOUS] = asynchronous
+        side.shipping.control[ASYNCHRONOUS] = asynchronous
     former.write(1, 5)
     exchange(former, heir)
     hand_over(former, heir)
@@ -267,7 +269,7 @@ def test_who_has_more_than_is_claimed_or_of_another_reign_gets_an_image(pair, of
     if of_which_reign == 1:
         former.write(2, 6)  # never committed
     hand_over(former, heir)
-    former.shipping.followed[0, ship.EPOCH] = of_which_reign
+    former.shipping.followed[0, EPOCH] = of_which_reign
     (frame,) = heir.frames()
     ack = former.take(frame)
     assert status_of(ack) == GAP
@@ -306,7 +308,7 @@ def test_who_rules_takes_no_frames_until_it_has_heard_that_it_does_not(pair):
     assert status_of(former.take(frame)) == STALE_EPOCH
     assert role_of(former) == RETIRING
     former.table.set_role(0, NO_ROLE, 2)
-    former.shipping.followed[0] = (1, 0, 1, ship.MEMBER)
+    former.shipping.followed[0] = (1, 0, 1, MEMBER)
     assert status_of(former.take(frame)) == OK
     assert former.records() == heir.records()
 
@@ -330,9 +332,9 @@ def test_frames_of_a_deposed_primary_or_for_a_former_replica_are_refused(pair):
     backup.table.set_role(0, BACKUP, 2)
     assert status_of(backup.take(frame)) == STALE_EPOCH
     backup.table.set_role(0, BACKUP, 1)
-    backup.shipping.followed[0, ship.JOINED] = 4
+    backup.shipping.followed[0, JOINED] = 4
     assert status_of(backup.take(frame)) == STALE_EPOCH
-    backup.shipping.followed[0, ship.JOINED] = 1
+    backup.shipping.followed[0, JOINED] = 1
     assert status_of(backup.take(frame)) == OK
 
 
@@ -353,11 +355,11 @@ def test_a_partition_without_completion_records_gets_its_first_one_later(pair):
     exchange(primary, backup)  # an image, which found none: neither side searches for them again until there is one
     done = ring_of(primary, 42)
     primary.table.words[done + layout.DONE_SEQUENCE] = 8
-    ship.note_completion(primary.shipping, 0, done)
+    note_completion(primary.shipping, 0, done)
     primary.write(1, 6)
     exchange(primary, backup)
     for side in (primary, backup):
-        assert ship.count_completions(side.shipping, side.table.words, 0) == 1
+        assert count_completions(side.shipping, side.table.words, 0) == 1
     assert backup.table.words[ring_of(backup, 42) + layout.DONE_SEQUENCE] == 8
 
 
@@ -366,13 +368,13 @@ def test_a_frame_carries_no_other_partitions_completion_record(pair):
     primary, backup = pair
     exchange(primary, backup)
     done = ring_of(primary, 42)
-    ship.note_completion(primary.shipping, 0, done)
+    note_completion(primary.shipping, 0, done)
     primary.write(1, 5)
     primary.table.words[done + layout.DONE_SEQUENCE] = 16
     primary.table.words[done + layout.DONE_STATUS] = 1 << 8
     exchange(primary, backup)
     assert backup.table.words[ring_of(backup, 42) + layout.DONE_SEQUENCE] == 0
-    assert primary.shipping.links[0, 0, ship.DONE_ACKED] == primary.shipping.done_end[0]
+    assert primary.shipping.links[0, 0, DONE_ACKED] == primary.shipping.done_end[0]
 
 
 def completion_frame(primary: Side, backup: Side, clients: list[int]) -> np.ndarray:
@@ -380,7 +382,7 @@ def completion_frame(primary: Side, backup: Side, clients: list[int]) -> np.ndar
     exchange(primary, backup)
     for client in clients:
         primary.table.words[ring_of(primary, client) + layout.DONE_SEQUENCE] = 8
-        ship.note_completion(primary.shipping, 0, ring_of(primary, client))
+        note_completion(primary.shipping, 0, ring_of(primary, client))
     primary.write(9, 9)
     (frame,) = primary.frames(10**9)
     return frame
@@ -404,7 +406,7 @@ def test_a_frame_whose_clients_find_no_room_changes_nothing(pair):
         backup.table.words[int(layout.client_at(backup.table.words, client)) + layout.CLIENT_ID] = 100 + client
     assert status_of(backup.take(frame)) == TOO_MANY_CLIENTS
     assert backup.records() == before
-    assert ship.role(backup.table.words, 0) == BACKUP
+    assert roles.role(backup.table.words, 0) == BACKUP
     backup.shipping.connected[:] = 0
     backup.table.words[int(layout.client_at(backup.table.words, 0)) + layout.CLIENT_ID] = 42
     assert status_of(backup.take(frame)) == OK
@@ -412,11 +414,11 @@ def test_a_frame_whose_clients_find_no_room_changes_nothing(pair):
 
 def test_who_counts_is_a_backup_only_as_a_member(pair):
     primary, backup = pair
-    backup.shipping.followed[0, ship.STANDING] = 0  # its map names it a learner
+    backup.shipping.followed[0, STANDING] = 0  # its map names it a learner
     exchange(primary, backup)
-    assert primary.shipping.links[0, 0, ship.MODE] == COUNTED
-    assert ship.role(backup.table.words, 0) == NO_ROLE
-    assert backup.shipping.followed[0, ship.STANDING] == ship.COUNTS
+    assert primary.shipping.links[0, 0, MODE] == COUNTED
+    assert roles.role(backup.table.words, 0) == NO_ROLE
+    assert backup.shipping.followed[0, STANDING] == COUNTS
 
 
 def test_the_primary_alone_frees_what_expired(pair):
@@ -459,10 +461,10 @@ def test_deletions_and_overflow_are_shipped_too(pair):
 def test_no_frame_can_write_outside_the_partition(data):
     backup = make_side(NO_ROLE)
     try:
-        backup.shipping.followed[0] = (-1, 0, 1, ship.MEMBER)
+        backup.shipping.followed[0] = (-1, 0, 1, MEMBER)
         words = data.draw(st.lists(st.integers(0, 2**64 - 1), max_size=40))
         frame = np.array(words, np.uint64)
-        if frame.size >= ship.REPLICATE_WORDS and data.draw(st.booleans()):  # past the first checks
+        if frame.size >= REPLICATE_WORDS and data.draw(st.booleans()):  # past the first checks
             frame[0] = frame[0] & np.uint64(0x7_0000_0000) | np.uint64(1 << 16)
             frame[1], frame[3] = 1 | 1 << 32, 5
             frame[7] &= np.uint64(3 << 32)

@@ -12,11 +12,14 @@ import sys
 import numpy as np
 import pytest
 
-from datastore.native import INTERPRETED
-from datastore.replication import shipping
+from datastore.compiled import INTERPRETED
+from datastore.replication.frames import CLAIM
+from datastore.replication.link import CHANGES_ACKED, COUNTED, MODE, SENT_FIRST, UNDER_WAY
+from datastore.store import roles
+from datastore.store.layout import PRIMARY, VALUE
 from datastore.store.operations import OPERATION_VALUE, get
+from datastore.store.records import commit_record, open_record
 from datastore.store.statuses import OK
-from datastore.store.table import VALUE, commit_record, open_record
 from datastore.verification.simulator import CALM, Violation, World, simulate
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiled here; uncompiled runs have test_simulation_mutants.py")
@@ -132,7 +135,7 @@ class Stage:
         host.words[slot + VALUE] = value
         commit_record(host.words, host.function.owner, slot, 0)
         host.pump()
-        return int(shipping.changes(host.words, 0))
+        return int(roles.changes(host.words, 0))
 
     def read(self, name: str) -> int | None:
         """Return what a host answers, None when it refuses."""
@@ -145,11 +148,11 @@ class Stage:
         host = self.actors[name]
         for _ in range(2000):
             self.world.run(0.0002)
-            if shipping.role(host.words, 0) == shipping.PRIMARY and host.replica.has_lease(host.now()):
+            if roles.role(host.words, 0) == PRIMARY and host.replica.has_lease(host.now()):
                 break
         upto = self.write(name, value)
         for _ in range(2000):
-            if shipping.committed(host.words, 0) >= upto:
+            if roles.committed(host.words, 0) >= upto:
                 return
             self.world.run(0.0002)
         raise AssertionError("never committed")
@@ -185,12 +188,12 @@ def test_a_learner_that_counts_is_not_read():
     link = first.shipping.links[first.replica.peers.index("nf4"), 0]
     for _ in range(400):
         stage.world.run(0.00005)
-        if link[shipping.MODE] == shipping.COUNTED:
+        if link[MODE] == COUNTED:
             break
     stage.write("nf1", 112)
     stage.cut("nf1", "control")  # its last word, that nf4 is synchronised, is lost
     stage.world.run(0.003)
-    assert link[shipping.CHANGES_ACKED] == shipping.changes(first.words, 0)
+    assert link[CHANGES_ACKED] == roles.changes(first.words, 0)
     assert stage.read("nf4") is None
     first.crash()
     stage.world.run(0.07)
@@ -214,8 +217,8 @@ def test_who_is_level_with_the_next_primary_gets_no_image(happens):
     assert group.primary == "nf2"
     level = {"nf3"} if happens == "failover" else {"nf1", "nf3"}
     links = {host: heir.shipping.links[heir.replica.peers.index(host), 0] for host in group.members[1:]}
-    assert {host for host, link in links.items() if link[shipping.SENT_FIRST] == shipping.CLAIM} == level
-    assert all(link[shipping.MODE] == shipping.COUNTED and link[shipping.UNDER_WAY] == 0 for link in links.values())
+    assert {host for host, link in links.items() if link[SENT_FIRST] == CLAIM} == level
+    assert all(link[MODE] == COUNTED and link[UNDER_WAY] == 0 for link in links.values())
     assert stage.read("nf3") == 111
     stage.write("nf2", 222)
     stage.world.run(0.05)

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.native import INTERPRETED
-from datastore.replication import holds, shipping
-from datastore.replication.attendance import Attendance
-from datastore.replication.coordinator import Coordinator, Grant
-from datastore.replication.maps import Group
+from datastore.compiled import INTERPRETED
+from datastore.coordination.attendance import Attendance
+from datastore.coordination.coordinator import Coordinator
+from datastore.coordination.heartbeats import Grant
+from datastore.coordination.maps import Group
+from datastore.replication import applying, holds, shipping
+from datastore.replication.link import Shipping
 from datastore.replication.replica import Replica
-from datastore.store import operations
+from datastore.store import operations, roles
 from datastore.store.statuses import OK
 from datastore.verification.simulator import ANY_FAULTS, NEVER, Faults, Violation, simulate
 
@@ -41,26 +43,26 @@ def without(name: str, answer: Any, *modules: Any) -> Patch:
 
 
 def trusts_every_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = shipping.judge
+    sound = applying.judge
 
     def judge(
         is_first: bool, epoch: int, joined: int, base: int, serial: int, my_epoch: int, my_joined: int, my_serial: int
     ) -> Any:
         return sound(is_first, max(epoch, my_epoch), joined, base, serial, my_epoch, joined, my_serial)
 
-    monkeypatch.setattr(shipping, "judge", judge)
+    monkeypatch.setattr(applying, "judge", judge)
 
 
 def believes_any_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim is believed by whoever followed the same primary, however far. (Of another one: `test_shipping.py`.)"""
-    sound = shipping.is_right
+    sound = applying.is_right
 
-    def is_right(state: shipping.Shipping, words: np.ndarray, frame: np.ndarray, at: int) -> bool:
+    def is_right(state: Shipping, words: np.ndarray, frame: np.ndarray, at: int) -> bool:
         claim = frame.copy()
-        claim[at + 5] = shipping.changes(words, int(frame[at]) & 0xFFFF)
+        claim[at + 5] = roles.changes(words, int(frame[at]) & 0xFFFF)
         return bool(sound(state, words, claim, at))
 
-    monkeypatch.setattr(shipping, "is_right", is_right)
+    monkeypatch.setattr(applying, "is_right", is_right)
 
 
 def reads_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +96,7 @@ def forgets_lost_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was in a lost frame is not shipped again."""
     sound = shipping.lose
 
-    def lose(state: shipping.Shipping, peer: int, before_ns: int, refused_before_ns: int) -> int:
+    def lose(state: Shipping, peer: int, before_ns: int, refused_before_ns: int) -> int:
         state.unacked[peer] = 0
         return sound(state, peer, before_ns, refused_before_ns)
 
@@ -136,7 +138,7 @@ def ignores_removal(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = Replica._follow
 
     def follow(self: Replica, partition: int, group: Group, before: Group) -> None:
-        if self.host in group.members + group.learners or shipping.rules(shipping.role(self.words, partition)):
+        if self.host in group.members + group.learners or roles.rules(roles.role(self.words, partition)):
             sound(self, partition, group, before)
 
     monkeypatch.setattr(Replica, "_follow", follow)
@@ -191,7 +193,7 @@ MUTANTS: dict[str, Patch] = {
     "applies frames of deposed primaries": trusts_every_frame,
     "reads dirty backups": reads_anywhere,
     "ignores that its lease ran out": without("lease_holds", True, holds),
-    "forgets completion records at failover": without("read_completions", OK, shipping),
+    "forgets completion records at failover": without("read_completions", OK, applying),
     "trusts its own old completion records": trusts_old_completions,
     "answers after it was deposed": answers_when_deposed,
     "forgets what a lost frame held": forgets_lost_frames,

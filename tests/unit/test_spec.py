@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import experiments
-from datastore.native import errors
-from datastore.native.errors import NearstateError
+from datastore.base import errors
+from datastore.base.errors import NearstateError
 from experiments.harness import runner, spec
 from experiments.harness.spec import Experiment, check, trials
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from datastore.native.errors import NearstateError
-from datastore.replication.state_file import SLOT_BYTES, FileState
+from datastore.base.errors import NearstateError
+from datastore.coordination.state_file import SLOT_BYTES, FileState
 
 
 def document(number: int, filler: int = 0) -> dict[str, Any]:

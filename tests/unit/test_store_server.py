@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
+from datastore.process import server
+from datastore.process import store as store_process
+from datastore.process.server import CLIENT_PLACES
+from datastore.process.store import StoreProcess
 from datastore.security.challenge import prove
 from datastore.security.secret import CLIENT, STORE
-from datastore.store import server
 from datastore.store.client import Client, StoreClosed
 from datastore.store.layout import LEASE_NS, PRIMARY
 from datastore.store.operations import GET, OPERATION_VALUE, operation_word
-from datastore.store.partitions import PARTITIONS, PartitionMap
+from datastore.store.partitions import PartitionMap
 from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC, write_frame_header
-from datastore.store.server import CLIENT_PLACES, StoreProcess
 from datastore.store.statuses import ABSENT, BAD_FRAME, LEASE_LAPSED, NOT_PRIMARY, OK, STALE_EPOCH
 from datastore.store.table import Table
 from tests.secrets_of_tests import SECRET, secret_file
@@ -56,7 +59,7 @@ class Store:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
             ours.close()
             with contextlib.suppress(BaseException):
-                server.main(self.config, Control(theirs))
+                store_process.main(self.config, Control(theirs))
             os._exit(0)
         theirs.close()
         self.control = Control(ours)

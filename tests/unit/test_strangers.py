@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.native.errors import NearstateError
-from datastore.replication import coordination
-from datastore.replication.coordinator import Heartbeat
-from datastore.replication.messages import LONGEST_LINE, LineSocket, beat_message
-from datastore.replication.routed import ask
-from datastore.replication.shipping import ACK_WORDS, IMAGE, REPLICATE_WORDS, REPLICATES
+from datastore.base.errors import NearstateError
+from datastore.coordination import process as coordination
+from datastore.coordination.heartbeats import Heartbeat
+from datastore.coordination.messages import LONGEST_LINE, LineSocket, beat_message
+from datastore.coordination.routed import ask
+from datastore.process.server import CLIENT_PLACES
+from datastore.replication.frames import ACK_WORDS, IMAGE, REPLICATE_WORDS, REPLICATES
 from datastore.security.challenge import prove
 from datastore.security.secret import ADMINISTRATOR, CLIENT, COORDINATOR, STORE, Credential
 from datastore.store.operations import ADD, GET, HELLO, OPERATION_STAMP, OPERATION_VALUE
 from datastore.store.protocol import FRAME_HEADER_WORDS, PROTOCOL_MAGIC, write_frame_header
-from datastore.store.server import CLIENT_PLACES
 from datastore.store.statuses import BAD_FRAME, OK, STALE_EPOCH, WRONG_CLIENT
 from tests.cluster import CLUSTER, HOSTS, LEASE_MS, PARTITIONS, Cluster
 from tests.secrets_of_tests import SECRET, secret_file
@@ -300,7 +300,7 @@ def is_open(connection: socket.socket) -> bool:
 
 
 def test_who_is_idle_for_long_gives_way(start: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datastore.store.server.IDLE_NS", 300_000_000)
+    monkeypatch.setattr("datastore.process.store.IDLE_NS", 300_000_000)
     store = start()
     idle = [store.proven(100 + number) for number in range(CLIENT_PLACES)]
     time.sleep(0.4)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from datastore import surroundings
-from datastore.native import ROOT
-from datastore.native.cache import ImportsLocator
+from datastore.base import ROOT, surroundings
+from datastore.compiled.cache import ImportsLocator
 from experiments.workloads import real_clients
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
@@ -53,7 +52,7 @@ def test_tools_are_found_without_the_folders_of_administrators_on_the_path() -> 
     script = "import shutil; from experiments.harness import doctor; print(shutil.which('ip'), shutil.which('nft'))"
     there = run(sys.executable, "-c", script, PATH="/usr/bin")
     assert "None" not in there.stdout
-    first = run(sys.executable, "-c", "import datastore.native, os; print(os.environ['PATH'])", PATH="/mine:/usr/bin")
+    first = run(sys.executable, "-c", "import datastore.compiled, os; print(os.environ['PATH'])", PATH="/mine:/usr/bin")
     assert first.stdout.startswith("/mine:/usr/bin:/usr/local/sbin:")
 
 
@@ -75,8 +74,8 @@ def test_the_callers_settings_do_not_reach_what_is_said() -> None:
 
 
 def test_text_is_utf_8_and_tools_speak_english_in_any_locale() -> None:
-    script = "import os, runpy, sys; sys.argv = ['x', 'list']; from datastore import surroundings; surroundings.start_anew(); " \
-             "import datastore.native; print('µs', os.environ['LC_ALL'], os.environ.get('PYTHONWARNINGS'))"  # fmt: skip
+    script = "import os, runpy, sys; sys.argv = ['x', 'list']; from datastore.base.surroundings import start_anew; " \
+             "start_anew(); import datastore.compiled; print('µs', os.environ['LC_ALL'], os.environ.get('PYTHONWARNINGS'))"  # fmt: skip
     for environment in ({"LC_ALL": "de_DE.ISO-8859-1", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False,
                               env={"PATH": "/usr/bin:/bin", "PYTHONWARNINGS": "error", **environment})  # fmt: skip
@@ -87,7 +86,7 @@ def test_a_copied_checkout_finds_what_was_compiled(tmp_path: Path) -> None:
     """The folder of a source's compiled functions hangs on its place in the checkout, not on where that lies."""
     for name in ("datastore", "nfs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    script = "from datastore.native.cache import ImportsLocator, stamp, ROOT; path = ROOT / 'datastore/store/table.py'; " \
+    script = "from datastore.compiled.cache import ImportsLocator, stamp, ROOT; path = ROOT / 'datastore/store/table.py'; " \
              "print(ROOT, ImportsLocator.get_suitable_cache_subpath(str(path)), stamp(path))"  # fmt: skip
     told = [subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True).stdout.split()
             for folder in (ROOT, tmp_path)]  # fmt: skip

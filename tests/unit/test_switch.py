@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from datastore.replication.switch import Switch
+from datastore.coordination.switch import Switch
 
 
 class Controller:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from datastore.native.errors import NearstateError
-from datastore.replication.attendance import Attendance
-from datastore.replication.coordinator import Coordinator, Heartbeat, HostState, Timing
-from datastore.replication.maps import ClusterMap
-from datastore.replication.switch import Switch
-from datastore.replication.switchover import BATCH, Instance, Switchover, check_steering
+from datastore.base.errors import NearstateError
+from datastore.coordination.attendance import Attendance
+from datastore.coordination.coordinator import Coordinator, HostState
+from datastore.coordination.heartbeats import Heartbeat, Timing
+from datastore.coordination.maps import ClusterMap
+from datastore.coordination.switch import Switch
+from datastore.coordination.switchover import BATCH, Instance, Switchover, check_steering
 
 HOSTS = ("nf1", "nf2")
 TIMING = Timing()

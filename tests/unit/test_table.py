@@ -18,14 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore.native import jit
-from datastore.native.errors import NearstateError
-from datastore.store import layout, locking, statuses, table
+from datastore.base.errors import NearstateError
+from datastore.compiled import jit
+from datastore.store import layout, locking, records, statuses
 from datastore.store.layout import REMOVE, STAMP, UNDO, VALUE
 from datastore.store.operations import ADD, ANY_VERSION, DELETE, GET, OPERATION_VALUE, PUT, execute, operation_word
 from datastore.store.operations import INSERT as INSERT_IF_ABSENT
+from datastore.store.records import abort_record, commit_record, is_new, open_record, sweep
 from datastore.store.statuses import ABSENT, EXISTS, OK, TABLE_FULL, VERSION_MISMATCH
-from datastore.store.table import Table, abort_record, commit_record, is_new, open_record, sweep
+from datastore.store.table import Table
 
 pytestmark = pytest.mark.bounds
 NOW_S = 5000
@@ -565,7 +566,7 @@ def half_done(made: Table, owner: int, stage: str) -> None:
         if how_far == "tag":
             layout.set_tag(words, place, np.uint64(0))
         elif how_far == "all":
-            table.take_out(words, base, place)
+            records.take_out(words, base, place)
         return
     words[slot + VALUE] = 99
     if how_far == "values":
@@ -581,12 +582,12 @@ def half_done(made: Table, owner: int, stage: str) -> None:
 
 @jit
 def begin_now(words, base, undo):
-    table.begin(words, base, undo)
+    records.begin(words, base, undo)
 
 
 @jit
 def seal_now(words, base, slot):
-    table.seal(words, base, slot, np.uint64(0))
+    records.seal(words, base, slot, np.uint64(0))
 
 
 @pytest.mark.parametrize(

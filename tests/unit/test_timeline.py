@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis.results import time_line
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from experiments.workloads import sink as sinks
 from experiments.workloads import timeline
 from experiments.workloads.generator import STEP, make_source, write_frame

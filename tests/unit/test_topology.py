@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import topologies
-from datastore.native import errors
-from datastore.native.errors import NearstateError
+from datastore.base import errors
+from datastore.base.errors import NearstateError
 from topologies.emulation import topology
 
 RACK = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from datastore.native import INTERPRETED
+from datastore.compiled import INTERPRETED
 from nfs.dataplane.headers import TCP
 from tests import packets
 from tests.oracle import FIREWALL, KNOWN_DIFFERENCES, compare, identity

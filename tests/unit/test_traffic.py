@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from datastore.native.errors import NearstateError
-from datastore.store.partitions import PARTITIONS, flow_partition
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
+from datastore.store.partitions import flow_partition
 from experiments.workloads.traffic import IMIX, Traffic, flow_tuple, make_tables, packets_in
 
 

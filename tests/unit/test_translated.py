@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from datastore.native import INTERPRETED
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
+from datastore.compiled import INTERPRETED
 from nfs.dataplane.headers import ICMP, INSIDE, OUTSIDE
 from tests import packets
 from tests.oracle import unaltered

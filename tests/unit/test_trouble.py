@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from datastore.native import INTERPRETED
+from datastore.compiled import INTERPRETED
 from nfs._translation import CLASS_PORTS
 from nfs.dataplane.headers import INSIDE
 from tests.replay import Replay

@@ -37,9 +37,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-PARTITIONS = 256
-PORT_MASK = 0x1FE
-"""Bit 0 of the port is left out: Linux hands out even ports first."""
+from datastore.base.partitioning import PARTITIONS, PORT_MASK
+
 ADDRESS_MASK = 0xFF
 IPV4, ARP, IPV6, ECHO = 0x0800, 0x0806, 0x86DD, 0x88B5
 """ECHO: what an NF process sends to know what is under way (`nfs/dataplane/echo.py`); it goes back where it came from."""

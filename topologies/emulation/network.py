@@ -27,7 +27,7 @@ from mininet.link import Intf
 from mininet.log import setLogLevel
 from mininet.net import Mininet
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 from topologies.controller.steering import PARTITIONS
 from topologies.emulation import calibration, system
 from topologies.emulation import journal as journals

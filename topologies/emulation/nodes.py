@@ -21,7 +21,7 @@ from mininet.link import Intf, Link
 from mininet.node import Host, Node, OVSSwitch
 from mininet.util import getincrementaldecoder
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from topologies.emulation import system
 from topologies.emulation.journal import Journal
 from topologies.emulation.processes import cpu_seconds

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.security.secret import key_file
 from topologies.emulation import system
 from topologies.emulation.journal import Journal

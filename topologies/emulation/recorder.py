@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from topologies.emulation import recordings, system
 from topologies.emulation.network import Network
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 
 MARK = "recording.json"
 BY = "nearstate"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from mininet.topo import Topo
 
-from datastore.native.errors import NearstateError, import_file, located, unknown
+from datastore.base.errors import NearstateError, import_file, located, unknown
 
 FOLDER = Path(__file__).resolve().parents[1]
 ROLES = ("client", "server", "nf", "store", "control")

@@ -20,23 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.native import jit
-from datastore.native.libc import POLLIN, now_ns, poll, pollfd, sched_yield
-from datastore.native.memory import load_acquire
+from datastore.compiled import jit
+from datastore.compiled.libc import POLLIN, now_ns, poll, pollfd, sched_yield
+from datastore.compiled.memory import load_acquire
 from nfs.dataplane.frames import Frames, give_frame, make_frames
-from nfs.dataplane.port import (
-    BURST,
-    FD,
-    OpenPort,
-    Port,
-    closed_port,
-    open_ports,
-    reclaim,
-    refill,
-    rx_burst,
-    tx_flush,
-    tx_push,
-)  # fmt: skip
+from nfs.dataplane.opening import open_ports
+from nfs.dataplane.port import BURST, FD, OpenPort, Port, closed_port, reclaim, refill, rx_burst, tx_flush, tx_push
 
 FRAMES = 16_384
 HELD = 4096

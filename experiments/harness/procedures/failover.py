@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
-from datastore.replication.coordinator import Timing
-from datastore.replication.switchover import LINK_HEARTBEATS
+from datastore.base.errors import NearstateError
+from datastore.coordination.heartbeats import Timing
+from datastore.coordination.switchover import LINK_HEARTBEATS
+from datastore.store.inspection import Record
 from datastore.store.partitions import FlowKey
-from datastore.store.table import Record
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 from experiments.workloads import timeline
 

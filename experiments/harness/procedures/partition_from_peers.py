@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 
 if TYPE_CHECKING:

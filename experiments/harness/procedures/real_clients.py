@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datastore.native.errors import NearstateError, unknown
+from datastore.base.errors import NearstateError, unknown
 from experiments.harness import accounting
 from experiments.harness.bench import COMMON_SETTINGS, READY_S, Bench
 from topologies.emulation.processes import RunningProcess

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
-from datastore.replication.maps import ClusterMap
+from datastore.base.errors import NearstateError
+from datastore.coordination.maps import ClusterMap
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 from experiments.harness.procedures.failover import ends
 from experiments.workloads import timeline

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from ipaddress import IPv4Address
 from typing import Any
 
-from datastore.native.errors import NearstateError
-from datastore.native.histogram import merge
+from datastore.base.errors import NearstateError
+from datastore.compiled.histogram import merge
 from experiments.harness import accounting, spec
 from experiments.harness.bench import COMMON_SETTINGS, READY_S, Bench
 from experiments.workloads import capture

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from hdrh.histogram import HdrHistogram
 
-from datastore.native.errors import NearstateError
-from datastore.store.partitions import PARTITIONS
+from datastore.base.errors import NearstateError
+from datastore.base.partitioning import PARTITIONS
 from experiments.harness.bench import COMMON_SETTINGS, Bench, sleep_until
 from experiments.workloads import timeline
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from datastore.native.errors import unknown
+from datastore.base.errors import unknown
 from experiments.harness.bench import COMMON_SETTINGS, READY_S, STORE_PORT, Bench
 from experiments.peers import redis as redis_peer
 from topologies.emulation.processes import RunningProcess

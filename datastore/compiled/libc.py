@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from datastore.native import INTERPRETED, inline, jit
+from datastore.compiled import INTERPRETED, inline, jit
 
 EINTR, EAGAIN, EBUSY, ENOBUFS, ECONNRESET, EINPROGRESS = 4, 11, 16, 105, 104, 115
 MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000

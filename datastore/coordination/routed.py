@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native.errors import NearstateError
-from datastore.replication.maps import ClusterMap
-from datastore.replication.messages import LONGEST_TOLD
+from datastore.base.errors import NearstateError
+from datastore.coordination.maps import ClusterMap
+from datastore.coordination.messages import LONGEST_TOLD
 from datastore.security import strict
 from datastore.security.challenge import Distrust, prove
 from datastore.security.secret import COORDINATOR, STORE, Credential

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.security import strict
 
 SCHEME = "etcd://"

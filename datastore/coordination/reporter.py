@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from datastore.native.errors import NearstateError
-from datastore.native.threads import take_precedence
-from datastore.replication.coordinator import Timing
-from datastore.replication.dialer import Dialer
-from datastore.replication.messages import LONGEST_TOLD, LineSocket
+from datastore.base.errors import NearstateError
+from datastore.base.threads import take_precedence
+from datastore.coordination.dialer import Dialer
+from datastore.coordination.heartbeats import Timing
+from datastore.coordination.messages import LONGEST_TOLD, LineSocket
 from datastore.security.secret import COORDINATOR, Credential
 
 SILENCE_LEASES = 5

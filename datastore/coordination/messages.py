@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from datastore.native.errors import NearstateError
-from datastore.replication.coordinator import Grant, Heartbeat
-from datastore.replication.maps import ClusterMap
-from datastore.replication.replica import Ping, Pong
+from datastore.base.errors import NearstateError
+from datastore.coordination.heartbeats import Grant, Heartbeat, Ping, Pong
+from datastore.coordination.maps import ClusterMap
 from datastore.security import strict
 from datastore.security.strict import LARGEST_EPOCH, LARGEST_TIME, WORD, members, whole
 

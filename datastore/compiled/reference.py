@@ -17,7 +17,7 @@ from numba.core.imputils import impl_ret_borrowed
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
 
-from datastore.native import INTERPRETED
+from datastore.compiled import INTERPRETED
 
 
 class Reference(types.Type):

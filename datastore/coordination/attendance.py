@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-from datastore.replication.coordinator import Coordinator, Grant, Heartbeat
-from datastore.replication.messages import grant_message
-from datastore.replication.switchover import Switchover
+from datastore.coordination.coordinator import Coordinator
+from datastore.coordination.heartbeats import Grant, Heartbeat
+from datastore.coordination.messages import grant_message
+from datastore.coordination.switchover import Switchover
 
 Line = TypeVar("Line")
 """A connection of a process; compared by identity."""

@@ -1,7 +1,7 @@
 """Python compiled to machine code: how every hot function of nearstate is compiled, and where the result is kept.
 
 Compiled functions lie on disk below `.venv/compiled`, one folder for each kind of compilation; `cache` says when one is stale,
-`datastore.surroundings` where they lie for a user who cannot write there.
+`datastore.base.surroundings` where they lie for a user who cannot write there.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
-from datastore.surroundings import prepare
-
-ROOT = Path(__file__).resolve().parents[2]
+from datastore.base import ROOT
+from datastore.base.surroundings import prepare
 
 CHECKED = os.environ.get("NUMBA_BOUNDSCHECK") == "1"
 """True when array accesses, also the unaligned ones of `memory`, are checked against the array's length."""
@@ -23,7 +21,7 @@ prepare(ROOT, f"python{sys.version_info[0]}.{sys.version_info[1]}{'-checked' * C
 
 import numba  # noqa: E402  (Numba reads its settings when it is imported)
 
-from datastore.native.indices import count_from_the_front  # noqa: E402
+from datastore.compiled.indices import count_from_the_front  # noqa: E402
 
 count_from_the_front()
 

@@ -33,8 +33,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from datastore.native.errors import NearstateError, unknown
-from datastore.replication.coordinator import Coordinator, Failover, Timing
+from datastore.base.errors import NearstateError, unknown
+from datastore.coordination.coordinator import Coordinator, Failover
+from datastore.coordination.heartbeats import Timing
 from datastore.security.strict import LARGEST_EPOCH, LARGEST_TIME, members, whole
 
 BATCH = 128

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable
 from types import ModuleType
 
-from datastore.native import ROOT
+from datastore.base import ROOT
 
 
 class NearstateError(Exception):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
-from datastore.native import inline
-from datastore.native.memory import leading_zeros
+from datastore.compiled import inline
+from datastore.compiled.memory import leading_zeros
 
 HIGHEST_NS = 60_000_000_000
 DIGITS = 3

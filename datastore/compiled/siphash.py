@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from datastore.native import inline, jit
+from datastore.compiled import inline, jit
 
 KEY_0, KEY_1 = 0x243F6A8885A308D3, 0x13198A2E03707344
 """The first 128 bits of the fraction of pi: nothing up the sleeve."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 
 SLOT_BYTES = 1 << 16
 """256 partitions without two alike take 30 kB."""

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from datastore.replication.coordinator import Timing
+from datastore.coordination.heartbeats import Pong, Timing
+from datastore.coordination.messages import gossip, read_gossip
+from datastore.coordination.reporter import Reporter
+from datastore.replication.link import Shipping
 from datastore.replication.links import Links, Peers
-from datastore.replication.messages import gossip, read_gossip
-from datastore.replication.replica import Pong, Replica
-from datastore.replication.reporter import Reporter
-from datastore.replication.shipping import Shipping
+from datastore.replication.replica import Replica
 from datastore.replication.spokesman import Spokesman
 from datastore.security.datagrams import LONGEST_BYTES, Seals
 from datastore.security.secret import STORE, Secret
@@ -27,7 +27,7 @@ CHALLENGE_NS = 1_000_000
 
 
 class Member:
-    """What `store/server.py` calls between turns of its compiled loop. It never waits.
+    """What `process/server.py` calls between turns of its compiled loop. It never waits.
 
     Heartbeats and leases are the reporter's, a thread of its own; maps are followed here, between two turns.
     """

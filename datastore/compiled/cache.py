@@ -15,7 +15,7 @@ from pathlib import Path
 
 from numba.core.caching import UserProvidedCacheLocator
 
-ROOT = Path(__file__).resolve().parents[2]
+from datastore.base import ROOT
 
 
 def _module_file(name: str) -> Path | None:

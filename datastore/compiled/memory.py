@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from datastore.native import CHECKED, INTERPRETED, inline
+from datastore.compiled import CHECKED, INTERPRETED, inline
 
 U16, U32, U64 = np.uint16, np.uint32, np.uint64
 

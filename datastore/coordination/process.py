@@ -24,15 +24,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from datastore.native.errors import NearstateError
-from datastore.replication import etcd
-from datastore.replication.attendance import Attendance
-from datastore.replication.coordinator import Coordinator, Failover, Grant, HostState, Timing
-from datastore.replication.maps import ClusterMap
-from datastore.replication.messages import MOST_PARTITIONS, Closed, LineSocket, grant_message, read_beat
-from datastore.replication.state_file import FileState
-from datastore.replication.switch import Switch
-from datastore.replication.switchover import Switchover, check_steering
+from datastore.base.errors import NearstateError
+from datastore.coordination import etcd
+from datastore.coordination.attendance import Attendance
+from datastore.coordination.coordinator import Coordinator, Failover, HostState
+from datastore.coordination.heartbeats import Grant, Timing
+from datastore.coordination.maps import ClusterMap
+from datastore.coordination.messages import MOST_PARTITIONS, Closed, LineSocket, grant_message, read_beat
+from datastore.coordination.state_file import FileState
+from datastore.coordination.switch import Switch
+from datastore.coordination.switchover import Switchover, check_steering
 from datastore.security import strict
 from datastore.security.challenge import Identity
 from datastore.security.door import Door

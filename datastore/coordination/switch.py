@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datastore.replication.messages import LONGEST_TOLD, LineSocket
+from datastore.coordination.messages import LONGEST_TOLD, LineSocket
 
 AGAIN_S = 0.05
 

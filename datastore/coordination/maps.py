@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from datastore.native.errors import NearstateError
+from datastore.base.errors import NearstateError
 from datastore.security import strict
 from datastore.security.strict import LARGEST_EPOCH, LARGEST_TIME, whole
 
