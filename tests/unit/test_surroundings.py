@@ -74,8 +74,8 @@ def test_the_callers_settings_do_not_reach_what_is_said() -> None:
 
 
 def test_text_is_utf_8_and_tools_speak_english_in_any_locale() -> None:
-    script = "import os, runpy, sys; sys.argv = ['x', 'list']; from datastore.base.surroundings import start_anew; " \
-             "start_anew(); import datastore.compiled; print('µs', os.environ['LC_ALL'], os.environ.get('PYTHONWARNINGS'))"  # fmt: skip
+    script = "import os, sys; sys.argv = ['x', 'list']; from datastore.base.surroundings import start_anew; start_anew(); " \
+             "import datastore.compiled; print('µs', os.environ['LC_ALL'], os.environ.get('PYTHONWARNINGS'))"  # fmt: skip
     for environment in ({"LC_ALL": "de_DE.ISO-8859-1", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False,
                               env={"PATH": "/usr/bin:/bin", "PYTHONWARNINGS": "error", **environment})  # fmt: skip
