@@ -54,7 +54,8 @@ workers() {  # one for each core, but no more than four: each takes up to a giga
 }
 
 # Beside the other checks, in what they leave of the cores: with the lowest priority, also as a group of tasks of its own
-# (sched(7), "The autogroup feature"). No test without root is timed, and emulations must stand much more.
+# (sched(7), "The autogroup feature"). No test without root is timed, and emulations must stand much more; those that are
+# marked `alone` measure, and come when these have ended.
 start_beside() {
   beside=$(mktemp -d --tmpdir nearstate-beside.XXXXXX)
   trap 'end_beside' EXIT
@@ -99,7 +100,7 @@ case $part in
     ;;
 esac
 case $part in
-  all | emulation) check "emulation tests" tests tests/emulation "$@" ;;
+  all | emulation) check "emulation tests" tests tests/emulation -m "not alone" "$@" ;;
   arguments) check "tests" tests "$@" ;;
 esac
 case $part in
@@ -108,6 +109,9 @@ case $part in
     check "unit tests, bounds checked" tests_beside bounds
     check "unit tests, uncompiled" tests_beside uncompiled
     ;;
+esac
+case $part in
+  all | emulation) check "emulation tests that measure" tests tests/emulation -m alone "$@" ;;
 esac
 if ((${#failed[@]})); then
   printf 'run_tests.sh: failed:'; printf ' %s;' "${failed[@]}" | sed 's/;$/\n/'

@@ -1,7 +1,7 @@
 """What must not depend on the shell that calls: where tools are found, what Numba and Python read from the environment.
 
-`find_tools` runs when anything of this repository is imported, `prepare` before Numba is: so both in every process and at every
-entry, experiments, datastore, tests, set-up. `start_anew` is for entries alone: it mends what an interpreter reads at its start.
+`prepare` runs when anything of this repository is imported, so before Numba is, in every process and at every entry: experiments,
+datastore, tests, set-up. `start_anew` is for entries alone: it mends what an interpreter reads only at its start.
 """
 
 from __future__ import annotations
@@ -19,18 +19,14 @@ READ_AT_START = ("PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONOPTIMIZE")
 ANEW = "NEARSTATE_STARTED_ANEW"
 
 
-def find_tools() -> None:
-    """Let this process, and its children, find all tools and hear them speak one language, which programs read."""
-    there = os.environ.get("PATH", "").split(os.pathsep)
-    os.environ["PATH"] = os.pathsep.join(dict.fromkeys([*filter(None, there), *ADMINISTRATORS]))
-    os.environ["LC_ALL"] = "C.UTF-8"
-
-
 def prepare(root: Path, kind: str) -> None:
-    """Set what Numba reads of the environment. root: the repository. kind: of compilation, a folder's name.
+    """Set this process' environment, which its children inherit. root: the repository. kind: of compilation, a folder's name.
 
     Raises SystemExit when compiled functions could lie only in another user's folder.
     """
+    there = os.environ.get("PATH", "").split(os.pathsep)
+    os.environ["PATH"] = os.pathsep.join(dict.fromkeys([*filter(None, there), *ADMINISTRATORS]))
+    os.environ["LC_ALL"] = "C.UTF-8"  # what tools say is read by programs
     for name in [name for name in os.environ if name.startswith("NUMBA_") and name not in OURS]:
         del os.environ[name]
     os.environ["NUMBA_CACHE_LOCATOR_CLASSES"] = "datastore.compiled.cache.ImportsLocator"

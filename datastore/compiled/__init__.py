@@ -1,27 +1,20 @@
 """Python compiled to machine code: how every hot function of nearstate is compiled, and where the result is kept.
 
 Compiled functions lie on disk below `.venv/compiled`, one folder for each kind of compilation; `cache` says when one is stale,
-`datastore.base.surroundings` where they lie for a user who cannot write there.
+`base.surroundings` where they lie for a user who cannot write there.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from datastore.base import ROOT
-from datastore.base.surroundings import prepare
+# isort: off
+import datastore.base  # noqa: F401  (before Numba, which reads its settings when it is imported)
+import numba
+# isort: on
 
-CHECKED = os.environ.get("NUMBA_BOUNDSCHECK") == "1"
-"""True when array accesses, also the unaligned ones of `memory`, are checked against the array's length."""
-
-prepare(ROOT, f"python{sys.version_info[0]}.{sys.version_info[1]}{'-checked' * CHECKED}")
-
-import numba  # noqa: E402  (Numba reads its settings when it is imported)
-
-from datastore.compiled.indices import count_from_the_front  # noqa: E402
+from datastore.compiled.indices import count_from_the_front
 
 count_from_the_front()
 

@@ -19,7 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from datastore.compiled import CHECKED, INTERPRETED, inline
+from datastore.base import CHECKED
+from datastore.compiled import INTERPRETED, inline
 
 U16, U32, U64 = np.uint16, np.uint32, np.uint64
 

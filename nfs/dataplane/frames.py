@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datastore.compiled import CHECKED, inline
+from datastore.base import CHECKED
+from datastore.compiled import inline
 from datastore.compiled.pages import private_memory
 
 FRAME_BYTES = 2048

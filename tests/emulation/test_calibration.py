@@ -12,6 +12,7 @@ from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
 
+pytestmark = pytest.mark.alone
 PATIENCE = 12
 
 

@@ -16,6 +16,7 @@ from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher
 
+pytestmark = pytest.mark.alone
 SETTINGS = {"capacity": 1 << 16, "warmup_kops": 2.0, "warmup_seconds": 0.1, "seconds": 0.1, "ladder_kops": (5,),
             "search_steps": 2, "search_high_kops": 20.0, "search_seconds": 0.1}  # fmt: skip
 

@@ -20,6 +20,7 @@ from topologies.emulation.journal import Journal
 from topologies.emulation.network import Network
 from topologies.emulation.processes import Launcher, RunningProcess
 
+pytestmark = pytest.mark.alone
 PATIENCE_S = 90.0
 
 

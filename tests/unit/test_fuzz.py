@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datastore.compiled import CHECKED, INTERPRETED, jit
+from datastore.base import CHECKED
+from datastore.compiled import INTERPRETED, jit
 from datastore.compiled.memory import copy, load64
 from nfs.dataplane import NetworkFunction, declaration
 from nfs.dataplane.declaration import MAX_RECORD_BYTES

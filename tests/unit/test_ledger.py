@@ -48,7 +48,7 @@ def test_frames_are_handed_out_once_and_come_back() -> None:
 
 @pytest.mark.bounds
 def test_a_frame_given_back_twice_is_noticed_when_checked() -> None:
-    from datastore.compiled import CHECKED
+    from datastore.base import CHECKED
 
     if not CHECKED:
         pytest.skip("only with NUMBA_BOUNDSCHECK=1; run_tests.sh runs it so")

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datastore.compiled import CHECKED, INTERPRETED, jit
+from datastore.base import CHECKED
+from datastore.compiled import INTERPRETED, jit
 from datastore.compiled.libc import sched_yield
 from datastore.compiled.memory import (
     compare_and_swap,

@@ -379,7 +379,7 @@ def test_run_tests_runs_every_check_and_fails_when_an_early_one_fails(tree: Tree
         "jit=1 bounds= -m pytest tests/unit -m python_mode -o cache_dir=.pytest_cache/uncompiled -k steering",  # is this one
     ]
     assert output.endswith("-k steering\n")  # so pytest's closing line is the last
-    for broken, name in (("mypy", "types"), ("-m bounds", "unit tests, bounds checked"), ("tests/emulation", "emulation tests")):
+    for broken, name in (("mypy", "types"), ("-m bounds", "unit tests, bounds checked"), ("-m not alone", "emulation tests")):
         status, output, _ = tree.run("./run_tests.sh", BREAK=broken)
         assert status == 1
         assert output.endswith(f"run_tests.sh: failed: {name}\n")

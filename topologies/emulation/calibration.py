@@ -41,7 +41,8 @@ LONG_TRAIN, SHORT_TRAIN = 12, 4
 TURNS, LEAST_TURNS = 24, 2
 MOST_STORAGE_PATHS = 12
 BASE_LIMIT_US = 1000.0
-MOST_TRIM_US = 25.0
+MOST_TRIM_US = 100.0
+"""A wire that sleeps wakes 5 us late on a quiet machine, 90 us where its processors are lent out."""
 NOBODY_INSIDE, NOBODY_OUTSIDE = "10.127.255.254", "10.255.255.254"
 ETH_P_IP = 0x0800
 MAGIC = b"nearstate probe "

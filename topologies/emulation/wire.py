@@ -7,7 +7,8 @@ kernel put it, uncopied, until its time has come, and leaves on the other side:
 
 One thread for each cable, compiled and without the interpreter, asleep when nothing is on its way. A frame's arrival is when
 this process sees it, and crossing costs more than the hold: 5 us on a quiet path, 25 us where two wires, a userspace switch and
-the sender share two processors. The network measures that once and has every hold shortened by it (the trim, recorded); whether
+the sender share two processors, 90 us where the processors are lent out. The network measures that once and has every hold
+shortened by it (the trim, recorded); whether
 the delay then is what was asked for is decided by the calibration before each trial. The wire keeps the order; it holds HELD
 frames each way and drops, and counts, what exceeds them.
 """
