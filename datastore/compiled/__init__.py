@@ -14,8 +14,10 @@ import datastore.base  # noqa: F401  (before Numba, which reads its settings whe
 import numba
 # isort: on
 
+from datastore.compiled.cache import forget_what_cannot_be_read
 from datastore.compiled.indices import count_from_the_front
 
+forget_what_cannot_be_read()
 count_from_the_front()
 
 INTERPRETED = bool(numba.config.DISABLE_JIT)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import pickle
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from typing import Any
 
-from numba.core.caching import UserProvidedCacheLocator
+from numba.core.caching import IndexDataCacheFile, UserProvidedCacheLocator
 
 from datastore.base import ROOT
 
@@ -75,3 +77,21 @@ class ImportsLocator(UserProvidedCacheLocator):
     def get_source_stamp(self) -> str:
         """Return what Numba compares with the stamp it stored."""
         return stamp(Path(self._py_file))
+
+
+def forget_what_cannot_be_read() -> None:
+    """Let Numba take an index for empty that names modules or classes that are gone since it was written, or is damaged.
+
+    Otherwise a checkout in which a module was renamed can load nothing until its compiled functions are removed by hand.
+    """
+    load = IndexDataCacheFile._load_index
+
+    @wraps(load)
+    def load_index(self: IndexDataCacheFile) -> dict[Any, str]:
+        try:
+            overloads: dict[Any, str] = load(self)
+        except (ImportError, AttributeError, EOFError, pickle.UnpicklingError):
+            return {}
+        return overloads
+
+    IndexDataCacheFile._load_index = load_index

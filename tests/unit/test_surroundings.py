@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from numba.core.caching import IndexDataCacheFile
 
 from datastore.base import ROOT, surroundings
 from datastore.compiled.cache import ImportsLocator
@@ -119,3 +121,13 @@ def test_a_cache_that_is_another_users_is_not_used(tmp_path: Path, monkeypatch: 
     with pytest.raises(SystemExit, match=r"would lie in /tmp/nearstate-compiled-4000000, which is another user's"):
         surroundings.compiled_folder(tmp_path)
     Path("/tmp/nearstate-compiled-4000000").rmdir()
+
+
+def test_what_was_compiled_for_modules_that_are_gone_is_compiled_anew(tmp_path: Path) -> None:
+    file = IndexDataCacheFile(str(tmp_path), "index", "stamp")
+    file._save_index({"signature": "data"})
+    assert file._load_index() == {"signature": "data"}
+    version = pickle.dumps(file._version)
+    for data in (b"cdatastore.gone\nThing\n.", b"cdatastore.compiled\nGone\n.", b"", b"no pickle"):
+        Path(file._index_path).write_bytes(version + data)
+        assert file._load_index() == {}, data
