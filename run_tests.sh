@@ -47,12 +47,6 @@ tests() {  # tests PYTEST-ARGUMENT...; where the arguments choose no test of a p
 }
 chosen=$#
 
-workers() {  # one for each core, but no more than four: each takes up to a gigabyte
-  local cores
-  cores=$(nproc)
-  echo "$((cores < 4 ? cores : 4))"
-}
-
 # Beside the other checks, in what they leave of the cores: with the lowest priority, also as a group of tasks of its own
 # (sched(7), "The autogroup feature"). No test without root is timed, and emulations must stand much more; those that are
 # marked `alone` measure, and come when these have ended.
@@ -96,7 +90,7 @@ case $part in
     check "lint" .venv/bin/python -m ruff check .
     check "format (mend: .venv/bin/python -m ruff format .)" .venv/bin/python -m ruff format --check --quiet .
     check "types" .venv/bin/python -m mypy
-    check "unit tests" tests tests/unit --numprocesses "$(workers)" --dist loadfile "$@"
+    check "unit tests" tests tests/unit --numprocesses logical --maxprocesses 4 --dist loadfile "$@"  # each takes up to a gigabyte
     ;;
 esac
 case $part in

@@ -374,7 +374,7 @@ def test_run_tests_runs_every_check_and_fails_when_an_early_one_fails(tree: Tree
         "jit= bounds= -m ruff check .",
         "jit= bounds= -m ruff format --check --quiet .",
         "jit= bounds= -m mypy",
-        f"jit= bounds= -m pytest tests/unit --numprocesses {min(os.cpu_count() or 1, 4)} --dist loadfile -k steering",
+        "jit= bounds= -m pytest tests/unit --numprocesses logical --maxprocesses 4 --dist loadfile -k steering",
         "jit= bounds=1 -m pytest tests/unit -m bounds -o cache_dir=.pytest_cache/bounds -k steering",  # beside the others, as
         "jit=1 bounds= -m pytest tests/unit -m python_mode -o cache_dir=.pytest_cache/uncompiled -k steering",  # is this one
     ]

@@ -126,6 +126,14 @@ def start() -> Iterator[Callable[..., Store]]:
         store.close()
 
 
+def request_to_get(cluster: int) -> np.ndarray:
+    """Return the frame in which client 7 asks for one record."""
+    request = np.zeros(FRAME_HEADER_WORDS + OPERATION_VALUE + VALUE_BYTES // 8, np.uint64)
+    write_frame_header(request, 0, 1, request.size - FRAME_HEADER_WORDS, 0, 1, np.uint64(7), np.uint64(cluster))
+    request[FRAME_HEADER_WORDS] = operation_word(GET, 0, 0, 0)
+    return request
+
+
 def gone(connection: socket.socket) -> bool:
     """Tell whether the store closes a connection, whatever it sends before."""
     connection.settimeout(5)
@@ -242,9 +250,7 @@ def test_a_process_that_was_stopped_finds_its_lease_over():
         statuses = []
         for lease_ns in (10**12, -1):
             table.words[LEASE_NS] = time.monotonic_ns() + lease_ns
-            request = np.zeros(FRAME_HEADER_WORDS + OPERATION_VALUE + VALUE_BYTES // 8, np.uint64)
-            write_frame_header(request, 0, 1, request.size - FRAME_HEADER_WORDS, 0, 1, np.uint64(7), np.uint64(0))
-            request[FRAME_HEADER_WORDS] = operation_word(GET, 0, 0, 0)
+            request = request_to_get(cluster=0)
             request[FRAME_HEADER_WORDS + 2] = 1 << 32
             mine.send(request.tobytes())
             server.converse(state, table.register_owner(), 0)
@@ -263,10 +269,7 @@ def test_who_is_too_late_for_the_next_turn_serves_everybody_once_nevertheless():
         state = server.new_state(table.words, -1)
         theirs.setblocking(False)
         server.occupy(state, 0, theirs.detach(), CLIENT)
-        request = np.zeros(FRAME_HEADER_WORDS + OPERATION_VALUE + VALUE_BYTES // 8, np.uint64)
-        write_frame_header(request, 0, 1, request.size - FRAME_HEADER_WORDS, 0, 1, np.uint64(7), np.uint64(CLUSTER))
-        request[FRAME_HEADER_WORDS] = operation_word(GET, 0, 0, 0)
-        ours.send(request.tobytes())
+        ours.send(request_to_get(CLUSTER).tobytes())
         server.serve(state, table.register_owner(), time.monotonic_ns() - 1_000_000)
         ours.settimeout(0)
         assert ours.recv(65536)
